@@ -8,6 +8,9 @@ megatron.jsonl          Megatron-LM's own CI; `beside` is memory not described b
                         (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100)
 oom.jsonl, ranks_oom.jsonl  runs that ran out of memory
 not_expressed.jsonl     measurements that a RunSpec cannot describe yet, with the reason
+reports.jsonl           what people reported in issues and documentation: `outcome` ran or oom; `gib` in a `metric`,
+                        if it was measured; `grade` A if all settings are stated, B if one or two are assumed, C if more
+                        are; `partly` if a part is not counted; the `cause` of a miss, the `reason` for no run
 inference.jsonl         forward passes and generation; a figure may be of one `phase`, or `summed` over all GPUs
 
 `other_tools.jsonl` in this folder has the answers of other estimators for the same runs.
@@ -376,6 +379,48 @@ def verdicts() -> dict[str, dict[str, list[str]]]:
 def not_expressed() -> list[dict[str, Any]]:
     """Return groups of published measurements without a RunSpec: family, source, reason and ids."""
     return [json.loads(line) for line in (GOLDEN / "not_expressed.jsonl").read_text("utf-8").splitlines()]
+
+
+NEAR_REPORT = 0.1  # relative error above which a report needs a cause
+
+
+class Report(NamedTuple):
+    """A run that people reported, and memplan's answer.
+
+    row       the row of reports.jsonl
+    answered  GiB in the row's metric; None if it has none
+    verdict   fits, tight or does not fit; empty if no run describes it
+    """
+
+    row: dict[str, Any]
+    answered: float | None
+    verdict: str
+
+    @property
+    def error(self) -> float | None:
+        return None if self.answered is None else self.answered / self.row["gib"] - 1
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the error is large, or a run that ran out of memory is said to fit."""
+        is_far = self.error is not None and abs(self.error) > NEAR_REPORT
+        return is_far or (self.row["outcome"] == "oom" and self.verdict == "fits")
+
+
+@cache
+def reports() -> list[Report]:
+    """Return what people reported."""
+    lines = map(json.loads, (GOLDEN / "reports.jsonl").read_text("utf-8").splitlines())
+    return [_report(row) for row in lines]
+
+
+def _report(row: dict[str, Any]) -> Report:
+    if "run" not in row:
+        return Report(row, None, "")
+    answer = estimate(RunSpec(**row["run"]))
+    metric, pool = row.get("metric"), (answer.serving or {}).get("pool", 0)
+    bytes_ = {"pool": pool, "reserved": answer.bytes.reserved, "used": answer.bytes.used}
+    return Report(row, bytes_[metric] / 2**30 if metric else None, str(answer.verdict.answer))
 
 
 class Tool(NamedTuple):

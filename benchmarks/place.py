@@ -4,7 +4,7 @@
 
 Prints CPU seconds, warm (the second of two calls with the same models, other batches and sequences) and cold; how many
 GPUs `place` uses next to the best of 20 random orders; milliseconds of `fits` over every catalogued GPU; and the ratio
-of one process to two for `estimate_many`, by the clock and by CPU: that of this process and of the longer of the two,
+of one process to two for `estimate_many`, by the clock and by CPU: that of this process and, on average, of the two,
 for a machine with other work.
 """
 
@@ -104,7 +104,7 @@ def main() -> None:
     one_run(models)
     module = [sys.executable, "-m", "benchmarks.place", "--many"]
     found = {n: json.loads(subprocess.check_output([*module, str(n)])) for n in (1, 2)}
-    for name in ("wall", "longest process's CPU"):
+    for name in ("wall", "CPU of a process"):
         print(
             f"estimate_many, {name}: {found[1][name]:.2f} s in one process, {found[2][name]:.2f} in two, ratio "
             f"{found[1][name] / found[2][name]:.2f}"
@@ -120,7 +120,7 @@ def many(processes: int, models: tuple[str, ...]) -> None:
     memplan.estimate_many(asked, processes)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = time.process_time() - own + (children.ru_utime + children.ru_stime) / processes
-    print(json.dumps({"wall": time.perf_counter() - wall, "longest process's CPU": cpu}))
+    print(json.dumps({"wall": time.perf_counter() - wall, "CPU of a process": cpu}))
 
 
 def ratio_to_random(models: tuple[str, ...]) -> None:

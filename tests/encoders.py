@@ -115,6 +115,7 @@ SMALL["deberta-v2"] = {
     "problem_type": "single_label_classification",
     "pad_token_id": 0,
 }
+SMALL["mpnet"] = {"model_type": "mpnet", **_BERT, "pad_token_id": 1}
 SMALL["camembert"] = {**SMALL["roberta"], "model_type": "camembert"}
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -124,6 +125,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "electra": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "modernbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "deberta-v2": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
+    "mpnet": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     **dict.fromkeys(("camembert", "roberta"), ("masked_lm", "sequence_classification")),
     "xlm-roberta": ("sequence_classification", "token_classification"),
     "mt5": ("seq2seq_lm",),

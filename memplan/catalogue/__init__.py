@@ -57,8 +57,13 @@ def with_trainer(stack: Stack, trainer: Trainer, others: Mapping[str, Stack], au
     if trainer.name in DISTILLING:
         from memplan.catalogue.kernels import distillation
 
-        return distillation.attach(stack, trainer, None if trainer.is_reference else others["teacher"], autocast)
+        return distillation.attach(stack, trainer, others.get("teacher"), autocast)
     reference, first_pass = others.get("reference"), others.get("forward")
+    if trainer.name == "ppo":
+        from memplan.catalogue.inference.decoding import with_caches
+        from memplan.catalogue.kernels import ppo
+
+        return ppo.attach(with_caches(stack), trainer, others.get("value"), autocast)
     if trainer.name in GENERATING:
         from memplan.catalogue.kernels import policy_gradient
 

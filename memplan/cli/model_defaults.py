@@ -70,7 +70,8 @@ def _defaults(model: ModelSpec, fields: Mapping[str, Any]) -> Iterator[tuple[str
     batch: Mapping[str, Any] = fields.get("batch", {})
     method: Mapping[str, Any] | str = fields.get("method", {})
     longest, usual = model.longest_sequence, Batch.defaults["sequence"]
-    if model.learned_positions and model.only_sequence is None and longest is not None and "sequence" not in batch:
+    bounded = model.learned_positions or "masked_lm" in model.objectives  # encoders are trained at their full length
+    if bounded and model.only_sequence is None and longest is not None and "sequence" not in batch:
         generated = batch.get("new_tokens", NEW_TOKENS) if fields.get("task") == "generate" else 0
         if longest - generated < usual:
             yield "batch", "sequence", max(1, longest - generated)

@@ -41,9 +41,9 @@ def run_file(given: Mapping[str, Any], text: str | None = None) -> RunFile | Non
     """
     name = spec_name(given) or (given["model"] if is_run_file(given.get("model")) else None)
     if name is None:
-        for option in ("framework", "explain_run"):
+        for option, instead in {"framework": "; a model is answered under --profile NAME", "explain_run": ""}.items():
             if option in given:
-                raise SpecError(f"--{option.replace('_', '-')} only applies to a run's file")
+                raise SpecError(f"--{option.replace('_', '-')} only applies to a run's file{instead}")
         return None
     from memplan.frameworks.reading.run_file import read_command, read_run
 

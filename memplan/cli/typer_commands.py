@@ -11,8 +11,9 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from memplan.cli.commands import Options, Subcommand, Switch, type_of
+from memplan.cli.outcome import TYPED
 from memplan.core.errors import SpecError
-from memplan.spec.option_values import INSTEAD
+from memplan.spec.option_values import INSTEAD, is_method
 from memplan.spec.options import Option, flag
 
 # click's error about wrong usage, wherever this typer keeps its click
@@ -68,9 +69,33 @@ def usage(error: Any) -> str:
         text = f"{param.opts[0]}: {message_of(error.__cause__)}"
     typed = getattr(error, "option_name", None) or ""
     instead = INSTEAD.get(typed.strip("-").replace("_", "-"))
-    if instead is not None:
+    if text.startswith(_EXTRA):
+        text = _instead_of(text.removeprefix(_EXTRA).strip("()").partition(" ")[0]) or text
+    elif instead is not None:
         text = f"No such option: {typed}; {f'write {instead}' if instead else 'leave it out, it takes no memory'}"
     return " ".join(text.split())
+
+
+_EXTRA = "Got unexpected extra argument(s) "
+
+
+def _instead_of(word: str) -> str:
+    """Return what to type for a word after the model that is no option, "" if it is not known."""
+    first, model = TYPED.get()[:2]
+    if first in INSTEAD:
+        return f"{first!r} takes no model; write {model} {INSTEAD[first]}"
+    if is_method(word):
+        return f"{word!r} is no option; write --method {word}"
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.cli.gpu_names import typed_cards
+    from memplan.core.errors import MemplanError
+
+    try:
+        for card in typed_cards((word,)):
+            find_gpu(card.name)
+    except MemplanError:
+        return ""
+    return f"{word!r} is no option; write --gpu {word}"
 
 
 def typer_command(function: Callable[..., Any], name: str) -> Any:

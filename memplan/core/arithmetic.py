@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -12,15 +12,22 @@ if TYPE_CHECKING:
 Size = TypeVar("Size", int, "NDArray[np.int64]")
 
 
-class Arithmetic(NamedTuple, Generic[Size]):
-    """Functions that differ between an int and an array; operators do not."""
+class Arithmetic(Generic[Size]):
+    """Functions that differ between an int and an array; operators do not.
 
-    least: Callable[[Size | int, Size | int], Size]
-    most: Callable[[Size | int, Size | int], Size]
-    choose: Callable[[Any, Size | int, Size | int], Size]
-    """Like numpy.where: the second argument if the first is true, else the third."""
-    power_of_two: Callable[[Size], Size]
-    """The smallest power of two that is at least this number."""
+    choose        like numpy.where: the second argument if the first is true, else the third
+    power_of_two  the smallest power of two that is at least this number
+    """
+
+    def __init__(
+        self,
+        least: Callable[[Size | int, Size | int], Size],
+        most: Callable[[Size | int, Size | int], Size],
+        choose: Callable[[Any, Size | int, Size | int], Size],
+        power_of_two: Callable[[Size], Size],
+    ) -> None:
+        self.least, self.most = least, most
+        self.choose, self.power_of_two = choose, power_of_two
 
 
 def _choose(true: bool, this: int, that: int) -> int:

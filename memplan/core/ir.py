@@ -95,6 +95,11 @@ class Weight(NamedTuple):
     adapter: str = ""
     kernel: str = ""
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether torch would compute its gradient, if the loss depended on it."""
+        return self.trains or self.idle
+
 
 class Keep(NamedTuple):
     """The operation keeps `what` from forward to backward if `of` (a read or a weight) needs a gradient.
@@ -123,6 +128,9 @@ class Scratch(NamedTuple):
     summed: bool = False
 
 
+MODEL = "model"  # value of `Op.returns`
+
+
 class Op(NamedTuple):
     """One kernel call.
 
@@ -134,12 +142,14 @@ class Op(NamedTuple):
     scratch_back       tensors alive only inside the backward call
     gradient           storage of the gradient of a read: new   new storage view  a view of new storage, which autograd
                        cannot add into in place same  the incoming gradient itself, or a cast of it if dtypes or shapes
-                       differ own   new storage in the read's dtype, even if the output has another none  no gradient
-                       flows through
+                       differ own   new storage in the read's dtype, even if the output has another part  a view of part
+                       of the incoming gradient; that of what is `past` stays until all blocks' backward is over none
+                       no gradient flows through
     view               the output aliases the first read
     is_view_again      the output aliases the first read when a checkpointed block is recomputed
     cast               only changes the dtype; dropped if the tensor has that dtype already
     uncast_dtype       a dtype that need not be cast, because the next kernel reads it directly
+    only_dtype         runs only if the first read has this dtype; otherwise the output is the read itself
     copies_layout      copies a tensor into the memory layout that the product reading both needs; dropped if autocast
                        casts the tensor for the product, since the cast has that layout
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
@@ -147,8 +157,8 @@ class Op(NamedTuple):
     holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `forward` (what
                        the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
                        that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
-                       until its loss is computed
-    releases           what it lets go that operations hold: all `states`, the last `state`, or casts of `autocast`
+                       until its loss is computed. `past`: the blocks find it as what is `past`, with its gradients
+    releases           what it lets go that operations hold: all `states`, the `last states`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
     caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of
@@ -162,7 +172,8 @@ class Op(NamedTuple):
                        embeddings does; with `gradient` none, also without checkpointing
     lends              path of a module whose weights it hands to the operations after it; their gradients are
                        accumulated only when its own backward would run
-    returns            path of the module that ends here and began with the operation that `lends` its weights
+    returns            path of the module that ends here and began with the operation that `lends` its weights, or
+                       `MODEL` if the model itself ends before the loss
     skipped            not run: only its weights exist
     needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint
     unit               operations that one fused kernel may replace: the kernel's name, and a name of the unit
@@ -187,6 +198,7 @@ class Op(NamedTuple):
     is_view_again: bool = False
     cast: bool = False
     uncast_dtype: str = ""
+    only_dtype: str = ""
     copies_layout: bool = False
     autocast: str = ""
     holds: str = ""
@@ -314,34 +326,31 @@ def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_
     yield from (UndefinedName(where, "", name) for name in handed_on if name not in known)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str]]:
     """Return the names that a list, which equal layers share, takes from outside, each with the operation that does,
     and the names that it writes."""
     written = {w.name for op in operations.value for w in op.weights}
     taken: dict[tuple[str, str], None] = {}
     for op in operations.value:
-        written.update(t.name for t in op.past)
-        taken.update(((op.name, name), None) for name in op.reads if name not in written)
-        written.update(t.name for t in (*op.writes, *op.wraps))
-        taken.update(((op.name, name), None) for name in named(op) if name not in written)
+        written.update([t.name for t in op.past])
+        taken.update([((op.name, name), None) for name in op.reads if name not in written])
+        written.update([t.name for t in (*op.writes, *op.wraps)])
+        taken.update([((op.name, name), None) for name in named(op) if name not in written])
     return tuple(taken), frozenset(written)
 
 
-def named(op: Op) -> Iterator[str]:
-    """Yield the names that an operation keeps, captures, or takes a dtype from."""
-    yield from op.captures
-    for keep in op.keeps:
-        yield keep.what
-        yield keep.of
-    for tensors in (op.past, op.writes, op.wraps, op.scratch, [s.tensor for s in op.scratch_back]):
-        for tensor in tensors:
-            dtype = tensor.dtype
-            if "!" in dtype:
-                dtype, _, source = dtype.partition("!")
-                yield source
-            if dtype[:1] == "=":
-                yield dtype[1:].partition("/")[0]
+def named(op: Op) -> list[str]:
+    """Return the names that an operation keeps, captures, or takes a dtype from."""
+    names = [*op.captures, *[name for keep in op.keeps for name in (keep.what, keep.of)]]
+    for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back]):
+        dtype = tensor.dtype
+        if "!" in dtype:
+            dtype, _, source = dtype.partition("!")
+            names.append(source)
+        if dtype[:1] == "=":
+            names.append(dtype[1:].partition("/")[0])
+    return names
 
 
 class SavedTensors(NamedTuple):
@@ -406,7 +415,8 @@ class Division(NamedTuple):
     keeps_buffers       the buffers of a collective stay until the next collective of its kind is over
     gathers_at          when backward gathers a unit: at the `first` operation of the backward of the unit after it, at
                         the `last`, when that unit's weights are `gone`, or `never` ahead of its own backward
-    at_loss             the last block's unit is gathered when the loss's backward begins, not the head's
+    at_loss             the last block's unit is gathered when the loss's backward begins, or that of what the model
+                        returns, not the head's
     sums                there are whole gradients of earlier passes, which are added to and freed as each unit is
                         reduced
     prefetches_forward  forward gathers a unit when the previous one begins; in backward, a unit's gradients are then

@@ -24,32 +24,35 @@ def read_tables(path: Path) -> dict[str, Any]:
 def parsed(text: str) -> dict[str, Any]:
     """Return the tables of a text.
 
-    Plain lines are headers, comments, `key = value` with a date or a value in JSON, and lists with a value and a comma
-    on each line. If a line is not plain, tomllib reads the text.
+    Plain lines are headers, comments, `key = value` with a date or a value in JSON, and lists over several lines whose
+    values are JSON. If a line is not plain, tomllib reads the text.
     """
     tables: dict[str, Any] = {}
-    table = tables
-    items: list[object] | None = None
+    table, name = tables, ""
+    items: list[str] | None = None  # the lines of a list
     try:
         for line in text.split("\n"):
             if not line or line.startswith("#"):
                 continue
             if items is not None:
-                if line == "]":
-                    items = None
-                else:
-                    items.append(_value(line.strip(), ","))
+                if line != "]":
+                    items.append(line)
+                    continue
+                table[name] = _value("[" + "\n".join(items).removesuffix(",") + "]")
+                items = None
             elif _HEADER.fullmatch(line):
                 table = tables
-                for name in _KEY.findall(line):
-                    table = table.setdefault(name.strip('"'), {})
+                for part in _KEY.findall(line):
+                    table = table.setdefault(part.strip('"'), {})
             else:
                 key, _, value = line.partition(" = ")
                 if not _KEY.fullmatch(key):
                     raise ValueError(key)
+                name = key.strip('"')
                 if value == "[":
                     items = []
-                table[key.strip('"')] = _value(value) if items is None else items
+                else:
+                    table[name] = _value(value)
         if items is not None:
             raise ValueError(items)
     except ValueError:
@@ -59,13 +62,13 @@ def parsed(text: str) -> dict[str, Any]:
     return tables
 
 
-def _value(text: str, end: str = "") -> Any:
-    """Return the value of a text that ends in `end`. Raises ValueError if it is not plain."""
+def _value(text: str) -> Any:
+    """Return the value of a text. Raises ValueError if it is not plain."""
     if _DATE.fullmatch(text):
         from datetime import date
 
         return date.fromisoformat(text)
     value, length = _decode(text)
-    if text[length:] != end:
+    if length < len(text):
         raise ValueError(text)
     return value

@@ -28,25 +28,31 @@ def mapped(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[_Result]:
-    """Return the function's result for each item, in order. Neighbours share a process, and so its caches.
+    """Return the function's result for each item, in order. Neighbours share a process, and so its caches; a process
+    that is done takes the next of the others.
 
     progress  is called with how many items are done, and of how many
 
     Raises RuntimeError if a process ends before its items do.
     """
-    if processes == 1:
+    processes = min(processes, len(items))
+    if processes <= 1:
         results: list[_Result] = []
         for item in items:
             if progress is not None:
                 progress(len(results), len(items))
             results.append(function(item))
         return results
-    size = -(-len(items) // processes)
     found: dict[int, _Result] = {}
+    size = -(-len(items) // (processes * _SHARES))
+    taking, giving = os.pipe()
+    os.write(giving, b"".join(start.to_bytes(_LENGTH, "big") for start in range(0, len(items), size)))
+    os.close(giving)  # there is nothing to take once it is read
     with selectors.DefaultSelector() as selector:
-        for start in range(0, len(items), size):
-            pipe, pid = _start(function, items, range(start, min(start + size, len(items))))
+        for _ in range(processes):
+            pipe, pid = _start(function, items, taking, size)
             selector.register(pipe, selectors.EVENT_READ, _Worker(pid))
+        os.close(taking)
         while selector.get_map():
             for key, _ in selector.select():
                 pipe: IO[bytes] = key.fileobj  # pyright: ignore[reportAssignmentType]
@@ -81,12 +87,19 @@ class _Worker:
             del self._begun[:end]
 
 
-_LENGTH = 8  # bytes that say how long a result is
+_SHARES = 8  # of the items for each process: it takes them one by one
+_LENGTH = 8  # bytes that say how long a result is, or where a share begins
 _MOST_READ = 1 << 20
 
 
-def _start(function: Callable[[_Item], _Result], items: Sequence[_Item], indices: range) -> tuple[IO[bytes], int]:
-    """Start a process for some of the items, and return the pipe that its results come from, and its id."""
+def _start(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], taking: int, size: int
+) -> tuple[IO[bytes], int]:
+    """Start a process, and return the pipe that its results come from, and its id.
+
+    taking  the pipe that says where each share of the items begins; every process reads the next one from it
+    size    number of items in a share
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -96,10 +109,12 @@ def _start(function: Callable[[_Item], _Result], items: Sequence[_Item], indices
     try:
         os.close(reading)
         with os.fdopen(writing, "wb") as pipe:
-            for index in indices:
-                result = pickle.dumps((index, function(items[index])))
-                pipe.write(len(result).to_bytes(_LENGTH, "big") + result)
-                pipe.flush()
+            while share := os.read(taking, _LENGTH):
+                start = int.from_bytes(share, "big")
+                for index in range(start, min(start + size, len(items))):
+                    result = pickle.dumps((index, function(items[index])))
+                    pipe.write(len(result).to_bytes(_LENGTH, "big") + result)
+                    pipe.flush()
         status = 0
     finally:
         os._exit(status)

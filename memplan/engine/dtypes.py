@@ -92,7 +92,7 @@ class _Listed:
         return isinstance(other, _Listed) and self.ops == other.ops
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _listed(ops: Identity[tuple[Op, ...]]) -> _Listed:
     return _Listed(ops.value)
 
@@ -106,7 +106,7 @@ class _Resolved(NamedTuple):
     trained: Mapping[str, Weight]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _resolved(
     listed: _Listed,
     autocast: str | None,
@@ -175,6 +175,8 @@ class _Resolver:
         if op.copies_layout and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
             return
+        if op.only_dtype and tensors[op.reads[0]].dtype != op.only_dtype:
+            op = op._replace(keeps=(), scratch=(), scratch_back=(), view=True, gradient="same")
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):
@@ -254,7 +256,7 @@ class _Resolver:
 
         Autocast caches the casts of trainable fp32 weights until it ends, and casts any other weight at every use.
         """
-        cached = (w.trains or w.idle) and w.dtype == "fp32" and not w.is_read_as_view
+        cached = w.requires_grad and w.dtype == "fp32" and not w.is_read_as_view
         if cached and w.name in self.casts:
             return self.casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)

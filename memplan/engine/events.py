@@ -7,7 +7,7 @@ numbers of their storages.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from memplan.core.records import NamedTuple
 
@@ -44,8 +44,8 @@ class Events:
         self.numbers, self.keys, self.spans = array("i"), array("i"), array("q")
         self.streams, self.storages = array("i", streams), storages
         self._is_open = False  # the last span ends with an event that was appended by itself
-        for number, key in events:
-            self.append(number, key)
+        pairs = list(events)
+        self.extend([number for number, _ in pairs], [key for _, key in pairs])
 
     def equals(self, other: Events) -> bool:
         """Return whether the other events are the same."""
@@ -62,6 +62,16 @@ class Events:
         self.numbers.append(number)
         self.keys.append(key)
 
+    def extend(self, numbers: Sequence[int], keys: Sequence[int]) -> None:
+        """Append several events."""
+        if not numbers:
+            return
+        if not self._is_open:
+            self.append_span(EventSpan(len(self.numbers), 0))
+            self._is_open = True
+        self.spans[-3] += len(numbers)
+        self.store(numbers, keys)
+
     def store(self, numbers: Iterable[int], keys: Iterable[int]) -> int:
         """Store events for spans, and return the index of the first."""
         first = len(self.numbers)
@@ -69,8 +79,8 @@ class Events:
         self.keys.extend(keys)
         return first
 
-    def append_span(self, span: EventSpan) -> None:
-        """Append stored events."""
+    def append_span(self, span: Iterable[int]) -> None:
+        """Append a span of stored events, or the numbers of several."""
         self.spans.extend(span)
         self._is_open = False
 

@@ -7,11 +7,11 @@ reduce-scattered.
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator
+from collections.abc import Callable, Container, Generator
 from contextlib import contextmanager
 from functools import partial
 
-from memplan.core.ir import Division, Op, Unit
+from memplan.core.ir import MODEL, Division, Op, Unit
 from memplan.core.records import NamedTuple
 from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Storage
 from memplan.engine.tape import Frame, Tape
@@ -67,6 +67,7 @@ class Gatherer:
         self._outer_waiting: list[Storage] | None = None  # `tape.waiting` outside of such a module
         self._hooks = division.hooks if division else False
         self.models = dict(division.models) if division else {}
+        self.reaches_model: Callable[[], None] | None = None  # called when backward reaches what the model returned
         self.is_aside = False  # the model runs without gradients, in the middle of its own pass
         self.attach()
         self._left = division.whole if division else ()
@@ -87,7 +88,7 @@ class Gatherer:
     def attach(self) -> None:
         """Let the tape tell which operations and modules it runs."""
         self._tape.reach = self.reach if self._outside else None
-        self._tape.module = self._on_module if any(unit.modules for unit in self._units.values()) else None
+        self._tape.module = self._on_module if self._units else None
         self._tape.hooks = self._hooks
 
     @property
@@ -250,8 +251,18 @@ class Gatherer:
             )  # adds every gradient at once, instead of all of a unit's together
             self._tape.waiting = None if adds else self._grads.setdefault(name, [])
 
+    def _on_model(self, event: str) -> None:
+        """Free the last message when the model returns; gather its last unit when backward reaches what it returned."""
+        if event == "returns":
+            self._drop(self._message)
+        elif self.reaches_model is not None:
+            reaches, self.reaches_model = self.reaches_model, None
+            reaches()
+
     def _on_module(self, event: str, module: str, frame: Frame) -> None:
         """Gather or free a module that is a unit of its own, at an event of its forward or backward."""
+        if module == MODEL:
+            self._on_model(event)
         unit = self._modules.get(module)
         if unit is None:
             return

@@ -24,6 +24,10 @@ def leaves(op: Op) -> tuple[str, ...]:
     return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
 
 
+def _past_with_gradients(op: Op) -> tuple[str, ...]:
+    return tuple(t.name for t in op.past) if op.gradient == "part" else ()
+
+
 class Backward(NamedTuple):
     """The gradients that one operation's backward computes and the tensors that it keeps, given which need a gradient.
 
@@ -31,6 +35,7 @@ class Backward(NamedTuple):
     pins     names of the tensors it keeps from forward
     weights  names of its weights
     wraps    names of the parameters that it creates
+    past     names of what the pass before or the operations before the blocks left, if that needs gradients
     shapes   shapes of gradients that differ from their weights'
     becomes  targets whose gradient is a kept tensor
     sums     targets whose gradient is first computed in a broadcast shape
@@ -42,6 +47,7 @@ class Backward(NamedTuple):
     pins: tuple[str, ...]
     weights: tuple[str, ...]
     wraps: tuple[str, ...]
+    past: tuple[str, ...]
     shapes: Mapping[str, str]
     becomes: Mapping[str, str]
     sums: Mapping[str, Tensor]
@@ -56,6 +62,7 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
         pins=tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets)),
         weights=tuple(w.name for w in op.weights),
         wraps=tuple(t.name for t in op.wraps),
+        past=_past_with_gradients(op),
         shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
         becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
         sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
@@ -89,12 +96,12 @@ def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
     return _gradient_flow(key, _reads(key).intersection(entering))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _reads(ops: Identity[Ops]) -> frozenset[str]:
     return frozenset(r for op in ops.value for r in op.reads)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow:
     flows = set(entering)
     targets_of_each: list[tuple[str, ...]] = []
@@ -102,8 +109,9 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
             targets = tuple(r for r in dict.fromkeys(op.reads) if r in flows)
-            targets += tuple(w.name for w in op.weights if w.trains or w.idle)
+            targets += tuple(w.name for w in op.weights if w.requires_grad)
             targets += tuple(t.name for t in op.wraps)
+            targets += _past_with_gradients(op)
             if targets:
                 flows.update(t.name for t in op.writes if t.dtype in FLOATING)
         else:
@@ -120,7 +128,7 @@ def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
     return _last_uses(Identity(ops), keep)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
     root: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -143,7 +151,7 @@ def are_holding(ops: Ops) -> tuple[bool, ...]:
     return _are_holding(Identity(ops))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _are_holding(ops: Identity[Ops]) -> tuple[bool, ...]:
     return tuple(bool(op.holds or op.releases or op.captures or op.requires_gradient) for op in ops.value)
 
@@ -153,7 +161,7 @@ def weights_used_again(ops: Ops) -> dict[str, int]:
     return dict(_weights_used_again(Identity(ops)))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
     uses = Counter(w.name for op in ops.value if op.gradient != "none" for w in op.weights if w.trains)
     return tuple((name, n) for name, n in uses.items() if n > 1)
@@ -167,7 +175,7 @@ def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) 
     return _storages_behind(Identity(ops), tuple(inputs.items()))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
     behind = dict(inputs)
     for op in ops.value:

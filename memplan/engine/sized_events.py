@@ -49,17 +49,20 @@ class SizedEvents(Events):
     def alloc(self, size: int | SizeInRun, stream: int = COMPUTING) -> int:
         """Append an allocation, and return the number of its storage."""
         number = self.take_numbers(1)
-        self.append(number, self._key(size, stream))
+        self.append(number, self.key(size, stream))
         return number
+
+    def alloc_copies(self, size: int | SizeInRun, copies: int, stream: int = COMPUTING) -> range:
+        """Append allocations of equal storages, and return their numbers."""
+        first = self.take_numbers(copies)
+        numbers = range(first, first + copies)
+        self.extend(numbers, [self.key(size, stream)] * copies)
+        return numbers
 
     def free(self, numbers: list[int]) -> None:
         """Append the frees of these storages, from the last to the first, and empty the list."""
-        while numbers:
-            self.append(numbers.pop(), FREED)
-
-    def release(self) -> None:
-        """Append that free segments go back to the driver."""
-        self.append(0, RELEASED)
+        self.extend(numbers[::-1], [FREED] * len(numbers))
+        numbers.clear()
 
     def append_part(self, trace: AllocationTrace, part: range, numbers: int, axes: Mapping[str, int]) -> None:
         """Append a part of a trace.
@@ -72,13 +75,16 @@ class SizedEvents(Events):
             keys = self.keys_of(trace, axes)
             self._stored[trace] = self.store(trace.numbers, [keys[key] for key in trace.keys])
         start = self._stored[trace]
-        for span in trace.spans_of(part):
-            self.append_span(span._replace(first=start + span.first, shift=numbers + span.shift))
+        spans = trace.spans[4 * part.start : 4 * part.stop]
+        for i in range(0, len(spans), 4):
+            spans[i] += start
+            spans[i + 2] += numbers
+        self.append_span(spans)
 
     def keys_of(self, trace: AllocationTrace, axes: Mapping[str, int]) -> list[int]:
         """Return the keys that a trace's keys have here, then RELEASED and FREED, which are indices from the end."""
         sizes = [size(shape, dtype, axes) for shape, dtype, *_ in trace.sizes]
-        return [*map(self._key, sizes, [stream % LENT for stream in trace.streams]), RELEASED, FREED]
+        return [*map(self.key, sizes, [stream % LENT for stream in trace.streams]), RELEASED, FREED]
 
     def replay(self, allocator: Allocator, axes: Mapping[str, int]) -> None:
         """Replay the events, none of whose storages is live yet."""
@@ -92,7 +98,8 @@ class SizedEvents(Events):
     def _sizes(self) -> KeySizes:
         return KeySizes([(ONE, size) if isinstance(size, int) else size for size, _ in self._keys])
 
-    def _key(self, size: int | SizeInRun, stream: int) -> int:
+    def key(self, size: int | SizeInRun, stream: int = COMPUTING) -> int:
+        """Return the key of a size and stream."""
         key = self._keys.setdefault((size, stream), len(self._keys))
         if key == len(self.streams):
             self.streams.append(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Literal
@@ -78,7 +78,7 @@ def lower(
     grads_exist: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    holds_previous: Literal["", "outputs", "graph"] = "",
+    holds_previous: Literal["", "outputs", "returned", "graph"] = "",
     division: Division | None = None,
 ) -> Lowered:
     """Return the moments of one forward and backward pass.
@@ -88,7 +88,8 @@ def lower(
     labelled        tensors are counted by kind, block, operation, name and source too
     updates         weight path -> bytes of its update in backward, as soon as its gradient is there
     holds_previous  what variables of the loop keep of the previous pass until they are assigned again: its outputs and
-                    loss, with the graph, or only the outputs, which are assigned together with the loss
+                    loss, with the graph, or only the outputs, which are assigned together with the loss, or once the
+                    model has `returned`
     division        how weights are sharded over ranks
     """
     flags = grads_exist, labelled, tuple(updates.items()), holds_previous, division
@@ -103,7 +104,7 @@ def _lowered(
     grads_exist: bool,
     labelled: bool,
     updates: tuple[tuple[str, int], ...],
-    holds_previous: Literal["", "outputs", "graph"],
+    holds_previous: Literal["", "outputs", "returned", "graph"],
     division: Division | None,
 ) -> Lowered:
     tape = Tape(grads_exist, labelled, dict(updates))
@@ -111,7 +112,8 @@ def _lowered(
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
     in_loss = held if holds_previous == "outputs" else passed.nodes
-    for phase, before in (("forward", held), ("loss", in_loss)) if holds_previous else ():
+    in_phases = (("forward", held), ("loss", in_loss))[: 1 if holds_previous == "returned" else 2]
+    for phase, before in in_phases if holds_previous else ():
         of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
             moments[i] = moment
@@ -363,7 +365,8 @@ class _Pass:
         frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
         if number is not None:
             tape.leave_run(self.stream, *self.carried.values(), *self.gatherer.handed)
-            if any(op.holds == "states" for block in copies.blocks for op in block.ops):
+            holding = (op for block in copies.blocks for op in block.ops if op.holds)
+            if any(op.holds == "states" or any(t.name == "y" for t in op.writes) for op in holding):
                 entering.run = number  # stands for the other copies' inputs, and is freed with them
         tape.leave_copy()
         self.ran.append(_CopyRun(number, frames))
@@ -488,11 +491,14 @@ class _Pass:
         """Run the loss and what follows the blocks backward."""
         tape, gatherer, tail = self.tape, self.gatherer, self.tail
         gatherer.backward(REST, tail, "")
-        if gatherer.at_loss:
-            gatherer.backward(gatherer.head, tail, self.previous_unit[-1])
+        gather = partial(gatherer.backward, gatherer.head, tail, self.previous_unit[-1])
+        if gatherer.at_loss and any(op.returns for op in criterion.ops):
+            gatherer.reaches_model = gather
+        elif gatherer.at_loss:
+            gather()
         tape.backward(criterion, self.grads)
         if not gatherer.at_loss:
-            gatherer.backward(gatherer.head, tail, self.previous_unit[-1])
+            gather()
         gatherer.enter_outside()
         tape.backward(tail, self.grads)
         gatherer.reduce(AFTER, tail)
@@ -548,6 +554,9 @@ class _Pass:
         """Run what precedes the blocks backward, and drop gradients that belong to no leaf."""
         tape, gatherer, stack, first = self.tape, self.gatherer, self.stack, self.first
         self._rename_gradient("y", self.embeds)
+        for dealt in [t for op in first.ops if op.holds == "past" for t in op.writes]:
+            tape.enter(first, Op("past"))
+            self.grads[dealt.name] = tape.alloc(dealt, "temp", of="gradient of ")
         if gatherer.is_reached(BEFORE, first, stack.leaf):
             gatherer.backward(BEFORE, first, gatherer.last_before)
         gatherer.enter_outside()

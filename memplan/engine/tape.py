@@ -300,12 +300,14 @@ class Tape(LiveStorages):
             for t in op.writes:
                 frame.names[t.name].refs += 1
                 holds.setdefault(op.holds, []).append(frame.names[t.name])
-        if op.releases == "state":
-            self.drop(holds["states"].pop())
+        if op.releases.startswith("last "):
+            self.drop(holds[op.releases.removeprefix("last ")].pop())
+        elif op.holds and op.view:  # a cast that was dropped: what is held are the tensors themselves
+            holds.setdefault(op.holds, []).extend(holds.pop(op.releases, ()))
         elif op.releases:
             for storage in holds.pop(op.releases, ()):
                 self.drop(storage)
-        if not (keep or not frame.reentrant):
+        if frame.reentrant and not keep:
             return
         for name in op.captures if differentiates else ():
             frame[name].refs += 1
@@ -427,7 +429,7 @@ class Tape(LiveStorages):
             self.drop(storage)
 
     def end_blocks(self) -> None:
-        """Free the blocks' recomputed outputs for other blocks, once no checkpoint is left."""
+        """Free what blocks recomputed for other blocks, and gradients of what is past, once no block is left."""
         while self._shared:
             self.drop(self._shared.pop())
 
@@ -495,8 +497,8 @@ class Tape(LiveStorages):
             self.drop(storage)
         self._release(node)
         for target, storage in zip(node.targets, gradients, strict=True):
-            if target in backward.wraps:
-                self._held["nodes"].append(storage)
+            if target in backward.wraps or target in backward.past:
+                (self._held["nodes"] if target in backward.wraps else self._shared).append(storage)
             elif target in self.nested:
                 self._reduce(self.nested[target], storage, gathered)
             elif target in backward.weights:
@@ -544,9 +546,9 @@ class Tape(LiveStorages):
             return kept, False
         if target in backward.sums:
             return self.alloc(backward.sums[target], "temp", of="gradient of "), True
-        if op.gradient == "same":
+        if op.gradient in ("same", "part"):
             out, storage = incoming[0]
-            aliased = op.view and target == op.reads[0]
+            aliased = op.gradient == "part" or (op.view and target == op.reads[0])
             if aliased or (out.shape, out.dtype) == (like.shape, like.dtype):
                 storage.refs += 1
                 return storage, False

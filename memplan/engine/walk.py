@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from operator import ge, mul, sub
@@ -196,7 +197,8 @@ def _totals(
         yield totals
 
 
-def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
+@lru_cache(maxsize=64)
+def chain(variables: tuple[Variable, ...]) -> tuple[tuple[str, ...], ...]:
     """Return the longest chain of the variables' products of axes, largest first: each is always at least the next.
 
     For example b s s >= b s >= s >= 1, and s rounded up is at least s. Among chains of equal length, the one with the
@@ -204,13 +206,13 @@ def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
     """
     counts = Counter(v.axes for v in variables)
 
-    def rank(products: list[tuple[str, ...]]) -> tuple[int, int]:
+    def rank(products: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
         return len(products), sum(counts[axes] for axes in products)
 
-    best: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    best: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {}
     for axes in sorted(counts, key=lambda p: (len(p), sum(map(_height, p)), p)):
         below = [best[other] for other in best if _at_most(other, axes)]
-        best[axes] = [axes, *max(below, key=rank, default=())]
+        best[axes] = (axes, *max(below, key=rank, default=()))
     return max(best.values(), key=rank)
 
 
@@ -221,7 +223,7 @@ def _height(axis: str) -> int:
 
 def prune(
     candidates: Iterable[tuple[tuple[int, ...], int]],
-    variables: Sequence[Variable],
+    variables: tuple[Variable, ...],
     along: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[Term, ...]:
     """Return the candidates (rows of moments) that can be the largest for some run.
@@ -238,16 +240,15 @@ def prune(
     first: dict[tuple[int, ...], int] = {}
     for row, moment in candidates:
         first.setdefault(row, moment)
-    by_sums: list[_Candidate] = []
-    for row in without_midpoints(_local_maxima(first, others)):
-        linear = [0] * len(products)
-        for i, product, multiple in multiples:
-            if row[i]:
-                linear[product] += row[i] * multiple
-        rounding, apart = [row[i] for i in rounds], [row[i] for i in others]
-        sums = [*accumulate(linear)]
-        by_sums.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, row, linear))
-    by_sums.sort(key=_sums, reverse=True)
+    left = without_midpoints(_local_maxima(first, others))
+    columns = _transposed(left, len(variables))
+    by_product = [[0] * len(left) for _ in products]
+    for i, product, multiple in multiples:
+        by_product[product] = [n + count * multiple for n, count in zip(by_product[product], columns[i], strict=True)]
+    linear = _transposed(by_product, len(left))
+    sums = [tuple(accumulate(each)) for each in linear]
+    apart, rounding = (_transposed([columns[i] for i in wanted], len(left)) for wanted in (others, rounds))
+    by_sums = sorted(map(_Candidate, sums, apart, rounding, left, linear), key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
     for candidate in by_sums:
@@ -257,7 +258,7 @@ def prune(
                 break
         else:
             slack = None if any(candidate.apart) else 511 * sum(candidate.rounding)
-            kept.append(Term(candidate.row, tuple(candidate.linear), slack, first[candidate.row]))
+            kept.append(Term(candidate.row, candidate.linear, slack, first[candidate.row]))
             larger.append(candidate)
     return tuple(kept)
 
@@ -318,36 +319,37 @@ def _midway(before: tuple[int, ...], row: tuple[int, ...], after: tuple[int, ...
 class _Candidate(NamedTuple):
     """A row, and what `_always_at_least` compares.
 
-    sums         running sums of its coefficients along the chain
-    total        the last of those sums
-    apart_total  sum of `apart`
-    apart        coefficients of variables outside the chain
-    rounding     coefficients of rounded variables
-    row          all coefficients
-    linear       coefficients of the chain's products
+    sums      running sums of its coefficients along the chain
+    apart     coefficients of variables outside the chain
+    rounding  coefficients of rounded variables
+    row       all coefficients
+    linear    coefficients of the chain's products
     """
 
-    sums: list[int]
-    total: int
-    apart_total: int
-    apart: list[int]
-    rounding: list[int]
+    sums: tuple[int, ...]
+    apart: tuple[int, ...]
+    rounding: tuple[int, ...]
     row: tuple[int, ...]
-    linear: list[int]
+    linear: tuple[int, ...]
 
 
-def _sums(candidate: _Candidate) -> list[int]:
+def _transposed(rows: Sequence[Sequence[int]], columns: int) -> list[tuple[int, ...]]:
+    """Return the columns of a table, whose number says how many empty ones a table without rows has."""
+    return [*zip(*rows, strict=True)] if rows else [()] * columns
+
+
+def _sums(candidate: _Candidate) -> tuple[int, ...]:
     return candidate.sums
 
 
 def _always_at_least(large: _Candidate, small: _Candidate) -> bool:
     """Whether one candidate is at least as large as the other for every run. Cheap comparisons come first."""
-    if large.total < small.total or large.apart_total < small.apart_total:
+    if large.sums[-1] < small.sums[-1]:
         return False
     if not all(map(ge, large.apart, small.apart)) or not all(map(ge, large.sums, small.sums)):
         return False
     slack = 511 * sum(n - m for n, m in zip(small.rounding, large.rounding, strict=True) if n > m)
-    return large.total >= small.total + slack
+    return large.sums[-1] >= small.sums[-1] + slack
 
 
 def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:

@@ -96,7 +96,7 @@ def _side_task_lines(
 _WHY_HELD = {
     "eval": "the evaluation's predictions are concatenated on the GPU",
     "generate": "kept by the evaluation",
-    "reward": "kept by the step",
+    **dict.fromkeys(("reward", "rollout", "critic"), "kept by the step"),
     "save": "gathered to be written",
     "merge": "while a layer's adapter is added to its weight",
 }

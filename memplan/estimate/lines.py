@@ -111,7 +111,7 @@ def _kept_because(stack: Stack) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     for op in operations(stack):
-        for keep in op.keeps:
+        for keep in () if op.only_dtype else op.keeps:  # it may not run
             reasons.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
         if op.holds == "cache":
             reasons.update((t.name, "cached for later tokens") for t in op.writes)

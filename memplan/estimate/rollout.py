@@ -10,32 +10,36 @@ accelerate 1.15 accelerator.py prepare_model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
-from memplan.estimate.training_peaks import TrainingPeaks
+from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
-from memplan.program.graph import TensorGroup, tensor_group, total_bytes
-from memplan.program.inference.passes import sized
+from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
+from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import scoring_run
+from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_run
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
+_LOGITS = "trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; the same in trl 0.24.0"
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
@@ -45,20 +49,36 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
 
     Raises SpecError if the model cannot generate.
     """
-    reward = (_scoring(with_new_tokens(run), walked),) if "reward" in dict(decided.structure.graph.roles) else ()
-    return (*_generation(run, walked, decided), *reward)
+    if run.trainer == "ppo":
+        return tuple(_ppo(run, walked, decided))
+    sharding = sharding_of(decided.structure)
+    has_reward = "reward" in dict(decided.structure.graph.roles)
+    reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
+    critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
+    return (*_generation(run, walked, decided), *reward, *critic)
 
 
-def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
-    """Return the reward model's pass over all of a step's completions. A decoder keeps its cache."""
+def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
+    """Return the update of a critic, next to what the policy holds between its steps."""
+    alone = training_peaks(critic)
+    top, standing = alone.top, walked.program.between_steps(walked.workspace)
+    own = max(top.peak - alone.program.between_steps(alone.workspace), 0)
+    held = tensor_group("gradient", "gradients and activations", own, "uint8", "the critic's update", "critic")
+    task = SideTask("critic", f"{top.phase}: {top.where}", standing, (held,))
+    return _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
+
+
+def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
+    """Return the reward model's pass over a step's completions. A decoder keeps its cache, except in OpenRLHF."""
     scoring, batch = decide(scoring_run(run)), run.batch
     step = steps_of(scoring)[0]
-    if step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
+    keeps = not run.profile.startswith("openrlhf")  # 0.11.2 models/model.py: use_cache = False
+    if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
         wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
     scored = sized(step, scoring)
     moving, moment = scored.peak
-    held = tuple(_batch_before(batch.micro * batch.accumulation, batch.tokens))
+    held = (*_batch_before(batch.micro * batch.accumulation, batch.tokens), *sharding.held_in("reward"))
     where = scored.low().moments[moment].where
     standing = walked.program.between_steps(walked.workspace)
     return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
@@ -94,6 +114,72 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
     prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
     casts, division = graph.casts_outputs and wraps, sharding.generation_division()
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
+
+
+def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+    """Yield the generation of PPO's step, and the passes of its other models over the completions.
+
+    PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
+    """
+    batch, standing = with_new_tokens(run).batch, walked.program.between_steps(walked.workspace)
+    alone = decide(changed(run, "precision", autocast=False, compute=None))
+    graph, rows = alone.structure.graph, batch.micro * batch.accumulation
+    chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    prompted = _of_rows(alone, graph._replace(trainer=None, roles=()), chunk)
+    task = generation(prompted, library, False, standing, held, samples=True)
+    yield max(_keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size), key=lambda task: task.peak)
+    reference, others = reference_of(graph), dict(graph.roles)
+    assert reference is not None
+
+    def scored(role: str, resolved: ResolvedRun, other: Graph, cache: Cache = "") -> SideTask:
+        wiring = other.wiring._replace(caching=bool(cache), records=False)
+        other = other._replace(inference=Pass(role, cache, last_only=False), trainer=reference.trainer, wiring=wiring)
+        step = InferenceStep(other, chunk, batch.sequence)
+        passed = sized(step, _of_rows(resolved, other, chunk, batch.new_tokens))
+        moving, moment = passed.peak
+        where, phase = passed.low().moments[moment].where, "reward" if role == "reward" else "rollout"
+        return SideTask(phase, f"{role}: {where}", standing, held, (passed,), (0, moment), moving)
+
+    policy = scored("reference", alone, reference, library.generation.cache)
+    values = scored("value", decide(scoring_run(run, "value")), without_gradients(others["value"]))
+    yield max(policy, values, key=lambda task: task.peak)
+    if "reward" in others:
+        yield scored("reward", decide(scoring_run(run)), others["reward"])
+
+
+def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:
+    batch = decided.batch.model_copy(update={"micro": rows, "accumulation": 1})
+    completion = (("completion", new_tokens), ("accumulation", 1)) if new_tokens else ()
+    return decided._replace(structure=decided.structure._replace(graph=graph), batch=batch, pictures=completion)
+
+
+def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> Iterator[SideTask]:
+    """Yield the moments at which a generation that keeps the logits of all tokens can peak.
+
+    It keeps the logits of every pass of a chunk of rows, stacks them, and joins the chunks in a padded copy.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; trl 0.24.0 trainer/utils.py.
+    """
+
+    def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
+        return tensor_group("activation", what, f"{of} {tokens} {words}", "fp32", _LOGITS, "generate", copies)
+
+    before = (rows // chunk - 1) * chunk
+    earlier = (*task.held, *((logits("logits of earlier rows", before, tokens),) if before else ()))
+    for at, made in ((0, 0), (len(task.passes) - 1, tokens - 1)):
+        moving, moment = task.passes[at].peak
+        where = f"{task.passes[at].phase}: {task.passes[at].low().moments[moment].where}"
+        held = (*earlier, logits("logits of a pass", chunk, 1, made)) if made else earlier
+        yield task._replace(where=where, held=held, top=(at, moment), moving=moving)
+    passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
+    cache = tensor_group("activation", "keys and values", task.passes[-1].bytes_left(), "uint8", _LOGITS, "generate")
+    after = task._replace(passes=(), top=(-1, -1), moving=0)
+    yield after._replace(where="stacked logits", held=(*earlier, passes, stacked, cache))
+    joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded_rows(rows), tokens))
+    yield after._replace(where="padded logits", held=(*task.held, *joined))
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:

@@ -187,7 +187,7 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     kernel = kernel_of(s)
     if kernel is not None:
         yield f"mxfp4 experts are padded for {kernel.name} kernels, so they take more than is stored"
-    elif s.quantization is not None and s.engine.kind != "llama.cpp":
+    elif (s.quantization or s.model.config.get("quantization_config")) and s.engine.kind != "llama.cpp":
         yield "quantised weights are counted as stored: repacking by the engine's kernels is not counted"
     if s.gpu is not None and not b.starts and not b.fits:
         yield f"nor does it start: {why_not_started(b, b)}"

@@ -93,7 +93,7 @@ def _evaluation(
     kind, quantised = decided_.structure.graph.model.model_type, run.method.quantization is not None
     library = library_behaviour(run.profile, kind, quantised)
     division = sharding_of(decided_.structure).division()
-    caching = bool(run.loop.use_cache)
+    caching = bool(run.loop.use_cache) or (run.loop.trainer and library.generation.evaluation_caches)
     cache = library.generation.cache if caching else ""
     one_pass = Pass("eval", cache, casts_logits=library.loss.logits == "model")
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
@@ -133,6 +133,7 @@ def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> Res
 
 def _evaluation_graph(graph: Graph, now: Pass, caching: bool) -> Graph:
     """Return the graph in evaluation mode."""
+    caching = caching or graph.wiring.prefixed
     wiring = graph.wiring._replace(
         records=False, caching=caching, caches=False, last_only=now.generates and now.last_only
     )

@@ -156,7 +156,7 @@ class TrainingWalk(Walk):
 
     @property
     def is_long(self) -> bool:
-        return sum(pass_of(chunk, later=False).length for chunk in chunks_of(self.decided.structure)) > LONG_PASS
+        return _is_long(self.decided.structure)
 
     def usage(self, calibration: Calibration | None) -> Usage:
         if self.decided.colocated is None or not self.gpu:
@@ -235,6 +235,11 @@ def reserved(replay: TrainingReplay, capacity: int | None = None) -> int | None:
         return max(peaks)
     except OutOfMemoryError:
         return None
+
+
+@lru_cache(maxsize=1024)
+def _is_long(structure: Structure) -> bool:
+    return sum(pass_of(chunk, later=False).length for chunk in chunks_of(structure)) > LONG_PASS
 
 
 @lru_cache(maxsize=1024)

@@ -103,7 +103,7 @@ class _StepProgram(NamedTuple):
     terms: PhaseTerms
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def _step_program(structure: Structure, workspace: int) -> _StepProgram:
     """Return a program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
     p = program(structure)

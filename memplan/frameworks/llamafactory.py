@@ -61,7 +61,7 @@ def _targets(run: RunSpec) -> Value:
 
 def _freezes(part: str) -> Callable[[RunSpec], Value]:
     """Whether a part of a vision-language model is frozen. LLaMA-Factory freezes tower and projector by default."""
-    return lambda run: part in run.method.frozen if run.method.frozen or run.batch.images else None
+    return lambda run: part in run.method.frozen if run.method.frozen or run.batch.sees else None
 
 
 def _launch(run: RunSpec) -> Value:

@@ -176,9 +176,14 @@ def kernel_of_sdpa(run: RunSpec) -> Value:
     return backend and f"with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.{backend}): trainer.train()"
 
 
+def _accelerator(run: RunSpec) -> Value:
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if run.loop.sync_each_batch else None
+
+
 TRAINER_KEYS = (
     Key("max_grad_norm", ("loop.clip_grad_norm",), clip, same=True),
     Key("torch_compile", ("kernels.compile",)),
+    Key("accelerator_config", ("loop.sync_each_batch",), _accelerator),
     Key("deepspeed", (*PARALLEL, *HOST), deepspeed),
 )
 EVALUATION = (

@@ -86,6 +86,8 @@ class ImageFacts(NamedTuple):
     has_eager        what its eager attention takes was traced
     has_masks        the tower's layers take masks, which offloading checkpoints would also move
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
+    pictures         how many pictures the tower reads of a video's frames of a height and width, and one of them; None
+                     if it takes no videos
     video            how vLLM counts a video's patches: frames, as long as a request has room for, or pixels; "" if it
                      takes no videos
     boundary_tokens  tokens that its processor adds around an image's
@@ -103,6 +105,7 @@ class ImageFacts(NamedTuple):
     has_eager: bool = False
     has_masks: bool = False
     by_keyword: bool = False
+    pictures: Callable[[ModelFacts, int, int, int], tuple[int, Picture]] | None = None
     video: Literal["", "frames", "pixels"] = ""
     boundary_tokens: int = 0
     ffn: Literal["plain", "gated", "fused"] = "plain"

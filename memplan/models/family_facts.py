@@ -79,13 +79,15 @@ class DirectReads(NamedTuple):
 class TrainingFacts(NamedTuple):
     """How adapters, quantisation and placement treat its modules.
 
-    never_quantised  modules that transformers never quantises (`_keep_in_fp32_modules`)
+    never_quantised  modules that transformers never quantises, and loads in fp32 if the others are fp16
+                     (`_keep_in_fp32_modules`)
     direct_reads     linear layers whose weights its forward uses itself
     skips            layers that must not be quantised, because the model multiplies by their weights
     fused_mixers     peft refuses out_proj and conv1d, whose weights fused kernels read
     all_linear_note  what goes wrong with peft's all-linear; "" if nothing
     experts_were     experts were modules before transformers 5, which is modelled too
     fuses_experts    peft takes gate_proj, up_proj and down_proj for experts' matrices, even if all layers are dense
+    no_checkpoints   its class does not support gradient checkpointing
     shares_a_graph   its blocks read embeddings that train, whose graph the first reentrant checkpoint frees
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
     """
@@ -97,6 +99,7 @@ class TrainingFacts(NamedTuple):
     all_linear_note: str = ""
     experts_were: bool = False
     fuses_experts: bool = False
+    no_checkpoints: bool = False
     shares_a_graph: bool = False
     late_dropout: bool = False
 

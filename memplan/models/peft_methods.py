@@ -30,8 +30,9 @@ class PeftMethod(NamedTuple):
     alpha    peft's name of the scale; empty if it has none
     formats  formats of quantised layers that it can adapt
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
-    refuses  models whose linear layers are of a class that it does not adapt
-    on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, or
+    refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
+    on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
+             values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
              rows of the embeddings (`tokens`)
     """
 
@@ -44,7 +45,7 @@ class PeftMethod(NamedTuple):
     formats: tuple[str, ...] = ()
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
-    on: Literal["linear", "norms", "prompt", "tokens"] = "linear"
+    on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
 
 
 def _each(model_types: str, names: str) -> dict[str, str]:
@@ -126,6 +127,7 @@ _NORMS: Targets = {
     "phi": "input_layernorm final_layernorm",
     "t5": "layer_norm final_layer_norm",
 }
+_MISTAKEN = ("dbrx", "falcon")  # models whose key heads peft mistakes
 # IA3's targets that are scaled at their input.
 FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _IA3.items()}
 
@@ -133,11 +135,24 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "adalora": PeftMethod(
         _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
     ),
+    "adaption_prompt": PeftMethod(
+        {"llama": "self_attn", "mistral": "self_attn"},
+        options={"adapter_len": None, "adapter_layers": None},
+        conv1d=True,
+        on="attention",
+    ),
     "beft": PeftMethod(_BEFT),
     "boft": PeftMethod(
         _LORA, options={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1}, formats=BITSANDBYTES
     ),
     "c3a": PeftMethod(_C_PROJ, options={"block_size": 256}),
+    "cartridge": PeftMethod(
+        options={"num_virtual_tokens": None, "num_frozen_tokens": 1},
+        refuses=_MISTAKEN,
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prefix",
+    ),
     "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
@@ -187,6 +202,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         conv1d=True,
         on="prompt",
     ),
+    "prefix_tuning": PeftMethod(
+        options={"num_virtual_tokens": None, "prefix_projection": False, "encoder_hidden_size": None},
+        refuses=_MISTAKEN,
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prefix",
+    ),
     "prompt_tuning": PeftMethod(options={"num_virtual_tokens": None}, formats=BITSANDBYTES, conv1d=True, on="prompt"),
     "pvera": PeftMethod(_WITHOUT_FC, 256, dropout="pvera_dropout", conv1d=True),
     "randlora": PeftMethod(_LORA, 32, dropout="randlora_dropout", formats=BITSANDBYTES, conv1d=True),
@@ -214,9 +236,19 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
     return tuple(targets.get(model_type, "").split())
 
 
+def has_targets(method: str, model_type: str) -> bool:
+    """Whether a method has targets of its own in models of a type."""
+    return model_type in PEFT_METHODS[method].targets
+
+
 def refuses_layers(method: str, model_type: str) -> bool:
     """Whether a method does not adapt the class of the model's linear layers."""
     return method in PEFT_METHODS and model_type in PEFT_METHODS[method].refuses
+
+
+def trains_prefix(method: str) -> bool:
+    """Whether a method trains keys and values of virtual tokens in every layer."""
+    return method in PEFT_METHODS and PEFT_METHODS[method].on == "prefix"
 
 
 def has_rank(method: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
@@ -15,6 +16,7 @@ from memplan.estimate.estimate import estimate
 from memplan.estimate.usage import Answer
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.vendors import not_on
+from memplan.spec.pool import listed
 from memplan.spec.run import RunSpec
 
 
@@ -39,13 +41,14 @@ class CardAnswers:
     """The answers of one run on any GPU, each walked once.
 
     GPUs of one compute capability run the same kernels, so they share a walk, unless the run divides its GPU's memory:
-    a serving engine's, DeepSpeed's, and a device map.
+    a serving engine's, also next to training, DeepSpeed's, and a device map.
     """
 
     def __init__(self, run: RunSpec) -> None:
         self.run = run
         p = run.parallelism
-        self._is_shared = find_engine(run.profile) is None and p.strategy not in ZERO and p.device_map is None
+        divides = find_engine(run.profile) is not None or run.rollout == "colocate" or p.strategy in ZERO
+        self._is_shared = not divides and p.device_map is None
         self._on: dict[object, Estimate | MemplanError] = {}
         self._fits: dict[str, Fit] = {}
         self._enough: dict[object, int] = {}  # usable bytes of the smallest GPU of a kind that is known to be enough
@@ -74,11 +77,12 @@ class CardAnswers:
     def _answer(self, found: Estimate, gpu: GPU) -> Answer | None:
         if not self._is_shared:
             return found.verdict.answer
-        if gpu.usable >= self._enough.get(gpu.compute_capability, gpu.usable + 1):
+        usable = gpu.usable
+        if usable >= self._enough.get(gpu.compute_capability, usable + 1):
             return "fits"
-        answer = found.answer_on(gpu.usable)
+        answer = "does not fit" if usable < found.least else found.answer_on(usable)
         if answer == "fits":
-            self._enough[gpu.compute_capability] = gpu.usable
+            self._enough[gpu.compute_capability] = usable
         return answer
 
 
@@ -88,15 +92,18 @@ def card_answers(run: RunSpec) -> CardAnswers:
     return CardAnswers(run)
 
 
-def fits(run: RunSpec, pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
+def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
     """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
 
     The answers are those of `estimate`; the run's own `gpu` is ignored. Raises what `estimate` raises for a run that is
     refused on every GPU, and UnknownNameError for an unknown GPU.
     """
+    run, named = RunSpec.model_validate(run), () if pool is None else listed("pool", pool)
     with errors_about("pool", "gpu"):
-        gpus = all_gpus() if pool is None else [gpu if isinstance(gpu, GPU) else find_gpu(gpu) for gpu in pool]
+        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
     answers = card_answers(run.model_copy(update={"gpu": None}))
+    for gpu in sorted(gpus, key=lambda gpu: gpu.usable):  # what holds the run tells of larger GPUs of its kind
+        answers.fit(gpu)
     found = tuple(map(answers.fit, gpus))
     if found and all(fit.refusal for fit in found):
         error = answers.on(found[0].gpu)

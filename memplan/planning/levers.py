@@ -164,7 +164,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference == "copy" and run.method.kind in ADAPTERS:
         yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
     if run.trainer in GENERATING:
-        if run.reference in ("copy", "adapters"):
+        if run.reference in ("copy", "adapters") and run.trainer != "ppo":
             yield _lever("reference_none", "no reference model (beta 0)", "reference", ("reference", "none"))
         return
     if run.reference in ("copy", "adapters"):
@@ -175,7 +175,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
 def _roles(run: RunSpec) -> Iterator[Lever]:
     """Yield another model of the step in 4 bits, and a reward model on other GPUs."""
     for role, other in run.roles.named:
-        if other.location == "gpu" and other.quantization is None:
+        if other.location == "gpu" and other.quantization is None and role != "value":  # which trains
             stored = other.model_copy(update={"quantization": Quantization()})
             yield _lever("role_quantized", f"the {role} model in NF4", f"{role} format", (f"roles.{role}", stored))
         if other.location == "gpu" and role == "reward":
@@ -319,6 +319,10 @@ def _sharding(run: RunSpec) -> Iterator[Lever]:
     if p.strategy == "ddp" and p.dp == p.world:
         for strategy in STRATEGIES[1:]:
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
+    keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
+    if keeps_whole and not run.loop.sync_each_batch:
+        title = "gradients reduced in every pass"
+        yield _lever("sync_each_batch", title, "reduction", ("loop.sync_each_batch", True))
 
 
 def _more_gpus(run: RunSpec) -> Iterator[Lever]:
@@ -361,8 +365,8 @@ def _method(run: RunSpec) -> Iterator[Lever]:
     kind = run.method.kind
     if kind not in ADAPTERS:
         yield _lever("method_lora", "LoRA", "method", *_TO_LORA)
-    if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):
-        # a quantised checkpoint keeps the format it is stored in
+    stored: Any = find_config(run.model).get("quantization_config") or {"quant_method": "fp8"}
+    if kind in _QUANTISED and stored.get("quant_method") == "fp8":  # other formats than fp8 are kept
         to = _QUANTISED[kind]
         fields = (*_TO_LORA[1:], ("method.kind", to), ("method.quantization", Quantization()))
         title = {"qlora": "QLoRA", "qdora": "QDoRA"}[to]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
-from memplan.core.errors import InternalError, MemplanError, printable
+from memplan.core.errors import InternalError, MemplanError, printable, refused
 from memplan.core.workers import mapped, processes_for
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
+from memplan.spec.pool import listed
 from memplan.spec.run import RunSpec
 
 _METHODS = ("full", "lora", "qlora")
@@ -25,13 +26,15 @@ def estimate_many(
 
     The answers are those of `estimate`, with the verdict and `bytes.used` already computed.
     """
-    asked = list(runs)
+    asked = listed("runs", runs)
     if processes is not None and processes < 1:
-        raise MemplanError(f"processes: must be at least 1, not {processes}", "processes")
+        raise refused("processes", f"must be at least 1, not {processes}")
     number = min(processes or processes_for(len(asked)), processes_for(1 << 20), len(asked)) or 1
     by_model: dict[str, list[int]] = {}
     for index, run in enumerate(asked):
-        by_model.setdefault(repr(run.model if isinstance(run, RunSpec) else run.get("model")), []).append(index)
+        fields = cast(Mapping[str, Any], run if isinstance(run, Mapping) else {})
+        model = run.model if isinstance(run, RunSpec) else fields.get("model")
+        by_model.setdefault(repr(model), []).append(index)
     most = max(1, len(asked) // (number * _GROUPS))
     groups = [indices[i : i + most] for indices in by_model.values() for i in range(0, len(indices), most)]
     answers: list[Any] = [None] * len(asked)
@@ -65,7 +68,7 @@ def warm(models: Iterable[str | RunSpec]) -> None:
     A model is made ready to be trained in full, with LoRA and with QLoRA; a run, to be asked for with any batch,
     sequence and GPU. Raises MemplanError for an unknown model.
     """
-    for model in models:
+    for model in listed("models", models):
         runs = [model] if isinstance(model, RunSpec) else [RunSpec(model=model, method=method) for method in _METHODS]
         for run in runs:
             _ = estimate(run).bytes.used

@@ -17,14 +17,15 @@ from typing import Any, Literal, get_args
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu, mig_instances
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import MemplanError, UnknownNameError, errors_about, refused
+from memplan.core.errors import MemplanError, UnknownNameError, errors_about, printable, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
 from memplan.planning.fitting import CardAnswers, card_answers
 from memplan.planning.levers import spread, with_fields
-from memplan.spec.pool import Job, NodeShape
+from memplan.spec.base import MOST_GPUS
+from memplan.spec.pool import Job, NodeShape, listed
 from memplan.spec.run import RunSpec
 
 Policy = Literal["tightest", "cheapest", "spread"]
@@ -127,10 +128,14 @@ def place(
     """
     if policy not in POLICIES:
         raise UnknownNameError("policy", str(policy), POLICIES)
-    nodes = [NodeShape.model_validate(node) for node in pool]
+    with errors_about("pool", "run"):  # a node that is none
+        nodes = [NodeShape.model_validate(node) for node in listed("pool", pool)]
     if not nodes:
         raise refused("pool", "has no node; give one, as in '8x a100'")
-    asked = [JobDemand(Job.model_validate(job), index) for index, job in enumerate(jobs)]
+    cards = sum(node.cards * node.count for node in nodes)
+    if cards > MOST_GPUS:
+        raise refused("pool", f"must have at most {MOST_GPUS:,} GPUs, not {cards:,}")
+    asked = [JobDemand(Job.model_validate(job), index) for index, job in enumerate(listed("jobs", jobs))]
     kinds = tuple(pool_gpus(nodes))
     for job in asked:
         job.weigh(kinds)
@@ -267,8 +272,13 @@ def _parts(gpu: GPU, profiles: tuple[str, ...]) -> Iterator[tuple[GPU, int]]:
     for profile in profiles:
         if profile not in instances:
             raise UnknownNameError("mig", profile, instances)
+    named = printable(" and ".join(profiles), 60)
     if sum(instances[profile].usable for profile in profiles) > gpu.driver_total:
-        raise refused("mig", f"{' and '.join(profiles)} need more memory than one {gpu.title} has")
+        raise refused("mig", f"{named} need more memory than one {gpu.title} has")
+    slices = {profile: int(profile.partition("g")[0]) for profile in instances}
+    most = max(slices.values())  # the largest profile is all of the GPU
+    if sum(slices[profile] for profile in profiles) > most:
+        raise refused("mig", f"{named} need more slices than the {most} of one {gpu.title}")
     yield from ((instances[profile], number) for profile, number in Counter(profiles).items())
 
 

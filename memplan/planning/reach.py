@@ -91,8 +91,10 @@ def reach(
     if axis == "rank" and not (run.method.kind in ADAPTERS and has_rank(run.method.kind)):
         what = "rank" if run.method.kind in ADAPTERS else "adapters"
         raise refused("method.rank", f"method.kind {run.method.kind} has no {what}")
-    if axis in _OF_COMPLETIONS and run.trainer not in GENERATING:
-        raise SpecError(f"max: {axis} only applies to trainers that generate: {', '.join(GENERATING)}", "max")
+    several = " several completions of a prompt" if axis == "generations" else ""
+    trainers = [name for name, group in GENERATING.items() if group > 1 or not several]
+    if axis in _OF_COMPLETIONS and run.trainer not in trainers:
+        raise SpecError(f"max: {axis} only applies to trainers that generate{several}: {', '.join(trainers)}", "max")
     step = _step(run, axis)
     tried = _tried(run, axis, calibration, step)
     samples, multiple = _SAMPLING[axis]

@@ -176,28 +176,26 @@ def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
 
 def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set]:
     """Yield sets of two or more levers of a tier, none of which suffices alone: fewest levers first, then mildest."""
-    order = {lever: i for i, lever in enumerate(levers)}
-    weak = [lever for lever in levers if lever.tier <= tier and trials.answer((lever,)) is not None]
-    weak = [lever for lever in weak if not trials.fits((lever,))]
-
-    def push(taken: Set) -> None:
-        places = tuple(order[lever] for lever in taken)
-        heapq.heappush(queue, (len(taken), sum(places), places, taken))
-
-    queue: list[tuple[int, int, tuple[int, ...], Set]] = []
-    for lever in weak:
-        push((lever,))
+    tiers, groups = [lever.tier for lever in levers], [lever.group for lever in levers]
+    weak = [
+        i
+        for i, lever in enumerate(levers)
+        if tiers[i] <= tier and trials.answer((lever,)) is not None and not trials.fits((lever,))
+    ]
+    # number of levers, sum of their places, and the places
+    queue: list[tuple[int, int, tuple[int, ...]]] = [(1, i, (i,)) for i in weak]
     while queue:
-        *_, taken = heapq.heappop(queue)
-        if len(taken) > 1:
-            if max(lever.tier for lever in taken) == tier:
+        count, total, places = heapq.heappop(queue)
+        if count > 1:
+            taken = tuple(levers[i] for i in places)
+            if max(tiers[i] for i in places) == tier:
                 yield taken
             if trials.known(taken):
                 continue
-        groups = {lever.group for lever in taken}
-        for lever in weak:
-            if order[lever] > max(map(order.__getitem__, taken)) and lever.group not in groups:
-                push((*taken, lever))
+        taken_groups = {groups[i] for i in places}
+        for i in weak:
+            if i > places[-1] and groups[i] not in taken_groups:
+                heapq.heappush(queue, (count + 1, total + i, (*places, i)))
 
 
 def _covers(pulled: Set, others: Iterable[Set], levers: Sequence[Lever]) -> bool:

@@ -27,7 +27,7 @@ from memplan.estimate.training import resident_bytes
 from memplan.estimate.training_peaks import workspace_of
 from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, room, run_overhead
 from memplan.models.cards import find_model
-from memplan.models.configs.images import picture_of, takes_images
+from memplan.models.configs.images import pictures_of, takes_images
 from memplan.planning.trials import FIELDS
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
@@ -207,9 +207,9 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
     ends.add(bisect_right(sequences, model.scan_chunk))
-    if run.batch.images and takes_images(model):
-        tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
-        ends.add(bisect_left(sequences, tokens))  # the images do not fit into shorter sequences
+    if run.batch.sees and takes_images(model):
+        images, picture = pictures_of(model, run.batch.images, run.batch.frames, run.batch.image_size)
+        ends.add(bisect_left(sequences, images * picture.tokens))  # the images do not fit into shorter sequences
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
     loss = run.kernels.loss or ""

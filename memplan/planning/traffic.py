@@ -187,7 +187,7 @@ def traffic_facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None)
         logits=tokens * model.vocab_size * item,
         layers=model.num_hidden_layers,
         recomputes=run.kernels.checkpointing != "none",
-        delayed=run.loop.trainer,
+        delayed=run.loop.trainer and not run.loop.sync_each_batch,
         layer=_parameters_per_layer(model, total) * sent if not quantised and trains == total else 0,
         shares=(asked or bare).parallelism.sequence_parallel,
     )

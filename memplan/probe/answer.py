@@ -60,7 +60,7 @@ def traced_answer(
     refuse_several(run, "an answer by trace")
     traced = _trace(checked_run(run), config, tracer, keep)
     notes += [
-        *_architecture_notes(config, traced.built, run.batch.images),
+        *_architecture_notes(config, traced.built, run.batch.sees),
         *_parameter_count_notes(facts.checkpoint, traced.parameters),
     ]
     return _answer(run, traced, notes, calibration)
@@ -81,7 +81,7 @@ def _parameter_count_notes(checkpoint: Checkpoint | None, parameters: int) -> It
         yield f"the checkpoint has {stored:,} numbers, and the model is built with {parameters:,} parameters"
 
 
-def _architecture_notes(config: Mapping[str, Any], built: str, images: int) -> Iterator[str]:
+def _architecture_notes(config: Mapping[str, Any], built: str, sees: bool) -> Iterator[str]:
     """Yield notes on how the traced model differs from the config's. Raises UnsupportedModelError for another head."""
     named = config.get("architectures")
     names = (
@@ -98,7 +98,7 @@ def _architecture_notes(config: Mapping[str, Any], built: str, images: int) -> I
     if config.get("auto_map"):
         yield f"the config names custom code (auto_map), which is never run: transformers' {built} was traced"
     towers = [key for key in ("vision_config", "audio_config") if config.get(key)]
-    if towers and not images:
+    if towers and not sees:
         yield "traced on text alone: the vision and audio parts are loaded but not run"
 
 

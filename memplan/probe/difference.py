@@ -78,7 +78,7 @@ class _Pair(NamedTuple):
 
 
 # The traced phases that each estimated phase is compared with: an estimate's step includes clipping.
-_ASIDES = ("eval", "generate", "reward", "save", "merge")  # like loading, they belong to no step
+_ASIDES = ("eval", "generate", "rollout", "reward", "save", "merge")  # like loading, they belong to no step
 _SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "encode", "prefill", "decode", *_ASIDES)}
 _STEP = {"step": ("clip", "step")}
 

@@ -201,7 +201,7 @@ def _stored(run: RunSpec) -> bool:
     except UnsupportedModelError:
         return False
     capability = find_gpu(run.gpu).compute_capability if run.gpu else None
-    return method_for_training(model, run.method, True, capability).as_stored
+    return method_for_training(model, run.method, "", capability).as_stored
 
 
 def _optimizer(run: RunSpec) -> None:

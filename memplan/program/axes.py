@@ -99,7 +99,8 @@ def axes_of(
     b = micro * rows_of_one
     if packed is not None and packed.is_one_row:
         b, sequence, joined = by.least(b, 1), b * sequence, b
-    s = -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
+    prefix = graph.recipe.prefix
+    s = -(-sequence // degrees.cp) + graph.recipe.virtual_tokens - prefix
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
@@ -125,6 +126,9 @@ def axes_of(
     if graph.wiring.padded or packed is not None:
         own = joined if packed is None else packed.sequences(joined, s, by.most)
         axes |= {"s_varlen": s + 128 * own, "s_own": -(-s // own)}
+    if prefix:
+        for name in ("kv", "kv_window"):
+            axes |= {name: s + prefix, name.replace("kv", "past"): prefix, **rounded_axes(name, s + prefix, by)}
     if degrees.cp > 1:
         axes["s_cp"] = sequence
         axes["s_cp128"] = -(-sequence // 128) * 128
@@ -174,7 +178,7 @@ def _workspaces(run: _Run) -> Iterator[tuple[str, Any]]:
         if kind == "efficient_fp32":
             yield name, run.by.choose(run.half, 0, widths[1] + 1)
         elif kind == "efficient_workspace":
-            yield name, run.workspace(run.s, widths)
+            yield name, run.workspace(run.s, widths, run.axes.get("kv"))
 
 
 def _embedding_segments(run: _Run) -> Iterator[tuple[str, Any]]:

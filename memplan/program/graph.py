@@ -79,7 +79,7 @@ class Graph(NamedTuple):
                             too
     placed                  device of each module, if one process spreads them over several GPUs or the host
     trainer                 the trainer of TRL that computes the loss, with its reference; None for the model's own loss
-    roles                   other models on this GPU by role, which are not made of this one
+    roles                   other models by role, not made of this one; a `value` model trains with it
     """
 
     model: ModelSpec
@@ -98,7 +98,7 @@ class Graph(NamedTuple):
     fused: tuple[str, ...] = ()
     casts_outputs: bool = False
     code: str = "transformers"
-    holds_previous_outputs: Literal["", "outputs", "graph"] = ""
+    holds_previous_outputs: Literal["", "outputs", "returned", "graph"] = ""
     input_requires_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
@@ -352,8 +352,8 @@ def reference_copy(graph: Graph) -> Graph | None:
 
 def other_models(graph: Graph) -> tuple[tuple[str, Graph], ...]:
     """Return the models that are on the GPU in addition to the run's, by role, with weights of their own."""
-    copy = reference_copy(graph)
-    return graph.roles if copy is None else (("reference", copy), *graph.roles)
+    copy, others = reference_copy(graph), tuple(role for role in graph.roles if role[0] != "value")
+    return others if copy is None else (("reference", copy), *others)
 
 
 def is_optimized(w: Weight, graph: Graph) -> bool:
@@ -431,7 +431,7 @@ class TrainingPass(NamedTuple):
 
     grads_exist: bool = False
     updates: tuple[tuple[str, int], ...] = ()
-    follows: Literal["", "outputs", "graph"] = ""
+    follows: Literal["", "outputs", "returned", "graph"] = ""
     division: Division | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS
+from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS, inside
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
@@ -33,20 +33,25 @@ class LoadingTape:
 
     def alloc(self, shape: str | int, dtype: str) -> int:
         """Allocate a tensor of a shape, or of a number of elements. Return the number of its storage."""
-        return self.alloc_bytes(self.bytes_of(shape, dtype))
+        bytes_, number = self._sizes.get((shape, dtype)), self._storages  # a model has thousands of weights
+        self.events.append((number, self.bytes_of(shape, dtype) if bytes_ is None else bytes_))
+        self._storages = number + 1
+        return number
 
     def bytes_of(self, shape: str | int, dtype: str) -> int:
         """Return the rounded bytes of a tensor."""
         key = shape, dtype
-        if key not in self._sizes:
-            self._sizes[key] = size(str(shape), dtype, self._axes)[1]
-        return self._sizes[key]
+        bytes_ = self._sizes.get(key)
+        if bytes_ is None:
+            bytes_ = self._sizes[key] = size(str(shape), dtype, self._axes)[1]
+        return bytes_
 
     def alloc_bytes(self, bytes_: int) -> int:
         """Allocate a storage of rounded bytes, and return its number."""
-        self.events.append((self._storages, bytes_))
-        self._storages += 1
-        return self._storages - 1
+        number = self._storages
+        self.events.append((number, bytes_))
+        self._storages = number + 1
+        return number
 
     def alloc_each(self, sizes: Sequence[int]) -> range:
         """Allocate storages of rounded bytes, and return their numbers."""
@@ -56,7 +61,8 @@ class LoadingTape:
         return numbers
 
     def free(self, *numbers: int) -> None:
-        self.events += [(number, 0) for number in numbers]
+        for number in numbers:
+            self.events.append((number, 0))
 
     def empty_cache(self) -> None:
         self.events.append((EMPTIED, 0))
@@ -78,7 +84,8 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
         if bytes_:
             alive[number] = bytes_
             live += bytes_
-            most = max(most, live)
+            if live > most:  # noqa: PLR1730 (a model has thousands of weights)
+                most = live
         elif number != EMPTIED:
             live -= alive.pop(number, 0)
     return most
@@ -111,6 +118,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
     adapters = [w for w in weights if w.group == "adapter"]
     unpacked_later: dict[int, list[list[int]]] = {}  # by the first call of the model: quantised numbers by weight
     unquantised: dict[int, Weight] = {}
+    wide: dict[int, Weight] = {}
     for w in weights:
         if w.group == "adapter":
             continue
@@ -131,7 +139,8 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         elif w.group == "buffer":
             tape.alloc(w.shape, w.dtype)
         else:
-            first = tape.alloc(w.shape, loaded)
+            is_wide = inside(w.name, graph.recipe.wide)
+            first = tape.alloc(w.shape, w.dtype if is_wide else loaded)
             if w.kernel and how is not None:
                 _alloc(tape, w.stored[1:])  # scales come first
                 _record(tape, quantising(w, how), (), w.stored[:1])
@@ -140,7 +149,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
                 _alloc(tape, w.stored)
                 tape.free(first)
             else:
-                unquantised[first] = w
+                (wide if is_wide else unquantised)[first] = w
     left: dict[int, Weight] = {}
     if graph.recipe.preparation:
         if graph.recipe.preparation == "axolotl":
@@ -148,7 +157,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         cast = {number: w for number, w in unquantised.items() if number not in left}
         unquantised = _cast(tape, cast, loaded, "fp32")
         loaded = "fp32"
-    unquantised = {**left, **_cast(tape, unquantised, loaded)}
+    unquantised = {**left, **wide, **_cast(tape, unquantised, loaded)}
     if unpacked_later and how is not None:  # layer by layer
         for w in in_order(graph):
             if id(w) in unpacked_later:
@@ -167,6 +176,8 @@ def _alloc(tape: LoadingTape, tensors: Iterable[Tensor]) -> list[int]:
 def _cast(tape: LoadingTape, weights: dict[int, Weight], loaded: str, dtype: str = "") -> dict[int, Weight]:
     """Cast each weight to `dtype`, by default to its final one, and return the weights by their new storage."""
     out: dict[int, Weight] = {}
+    if {dtype or w.dtype for w in weights.values()} == {loaded}:
+        return weights
     for number, w in weights.items():
         to = dtype or w.dtype
         if to == loaded:

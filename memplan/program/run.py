@@ -36,6 +36,7 @@ class ResolvedRun(NamedTuple):
     part           prompt tokens read at once (chunked prefill), 0 for all
     assistant      what proposes tokens in assisted generation
     colocated      how a vLLM engine on the same GPU, which generates for a trainer, divides its share
+    critic         the update of a value model with an optimizer of its own, on the same GPUs
     """
 
     structure: Structure
@@ -51,6 +52,7 @@ class ResolvedRun(NamedTuple):
     part: int = 0
     assistant: Assistant | None = None
     colocated: Budget | None = None
+    critic: ResolvedRun | None = None
 
     @property
     def trains(self) -> bool:

@@ -109,6 +109,17 @@ def has_one_table(model: ModelSpec) -> bool:
     return is_decoder and len(tables) == 1 and readers == tables
 
 
+def takes_prefix(model: ModelSpec) -> bool:
+    """Whether every layer of a decoder with one table caches keys and values, and all of them alike."""
+    runs = build(model, Wiring("flash", "efficient", caching=True)).runs
+    for block in (block for run in runs for block in run.blocks):
+        shapes = {t.name: t.shape for op in block.ops for t in op.writes}
+        cached = [[shapes[name] for name in op.reads] for op in block.ops if op.caches and not op.view]
+        if len(cached) != 1 or not {"b s k d", "b s a d"}.issuperset(cached[0]):
+            return False
+    return has_one_table(model)
+
+
 @lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """Return the fused kernels that can replace operations of the model."""

@@ -10,7 +10,8 @@ from memplan.estimate.answer import Estimate
 from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
 from memplan.report.blocks import Facts
-from memplan.report.wording import asked, count, examples, images, lengths, model
+from memplan.report.wording import adapters, asked, count, examples, images, lengths, model
+from memplan.resolve.roles import models_of
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
 from memplan.spec.parallelism import Parallelism
@@ -62,7 +63,7 @@ def _trainer(run: RunSpec) -> Iterator[str]:
     """Yield the trainer, its reference and the other models of its step."""
     yield run.trainer
     yield _REFERENCES[run.reference or "none"]
-    for role, other in run.roles.named:
+    for role, other in models_of(run):
         name = other.model if isinstance(other.model, str) else other.model.config["model_type"]
         stored = other.quantization.format if other.quantization else other.dtype or run.precision.weights
         yield f"{role} {printable(str(name))} in {stored}" + " on a server" * (other.location == "server")
@@ -287,8 +288,7 @@ def _method(answer: Estimate) -> Iterator[str]:
     if m.kind == "freeze":
         yield f"the last {m.trainable_layers} layers train" if m.trainable_layers > 1 else "the last layer trains"
     elif m.kind != "full":
-        targets = m.targets if isinstance(m.targets, str) else ", ".join(m.targets)
-        yield f"rank {m.rank} on {targets}" if has_rank(m.kind) else f"on {targets}"
+        yield from adapters(m)
         yield from (f"{name} {value}" for name, value in m.options.items() if m.kind in PEFT_METHODS)
         yield f"adapters in {m.adapter_dtype}"
         if m.dropout:

@@ -22,6 +22,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.models.cards import card_names, load_card
 from memplan.models.model import ModelSpec
+from memplan.program.stored.quantization_config import FIELD, scheme_of
 from memplan.report.blocks import Column, Table
 from memplan.report.display import display
 from memplan.report.text import Screen, screen
@@ -82,6 +83,9 @@ def _model_words(model: ModelSpec) -> Iterable[str]:
 
 def _model_facts(model: ModelSpec) -> dict[str, Any]:
     facts = {key: str(value) if key == "checked" else value for key, value in model.card.items()}
+    config = model.config.get(FIELD)
+    if config:
+        facts["stored"] = scheme_of(config, "bf16", str(model.config.get("expert_dtype", ""))).words
     return {
         "name": model.name,
         "model_type": model.model_type,

@@ -10,11 +10,11 @@ from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, Line
-from memplan.models.peft_methods import has_rank
 from memplan.report import wording as words
 from memplan.report.bar import bar
 from memplan.report.blocks import Block, Column, Drawing, Pairs, Table, Text, Verbatim
 from memplan.report.text import Screen
+from memplan.resolve.roles import models_of
 from memplan.spec.options import FIELDS, flag
 
 LABELS = {
@@ -108,8 +108,7 @@ def settings(answer: Estimate) -> Iterator[str]:
     if run.task == "train":
         yield from (f"{batch.accumulation:,} passes a step",) * (batch.accumulation > 1)
         if run.method.kind not in ("full", "freeze"):
-            on = run.method.targets if isinstance(run.method.targets, str) else ", ".join(run.method.targets)
-            yield f"rank {run.method.rank} on {on}" if has_rank(run.method.kind) else f"on {on}"
+            yield from words.adapters(run.method)
         if q is not None:
             yield q.format
         yield str(run.optimizer.name)
@@ -181,8 +180,12 @@ _MIN_NAME = 2  # letters; shorter names are those of formulas
 
 def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     """Return whose weights they are, if several models are on the GPU, or their formats: "4.6 in fp32, 3.5 in nf4"."""
-    roles = [role for role, _ in answer.run.roles.named]
-    others = {role: sum(line.bytes for line in lines if line.what.startswith(f"{role}.")) for role in roles}
+
+    def of_role(line: Line, role: str) -> bool:
+        return line.what.startswith(f"{role}.") or line.where.startswith(f"{role}.")
+
+    roles = [role for role, _ in models_of(answer.run)]
+    others = {role: sum(line.bytes for line in lines if of_role(line, role)) for role in roles}
     if any(others.values()):
         own = sum(line.bytes for line in lines) - sum(others.values())
         return ", ".join(f"{words.tenths(size)} of the {role}" for role, size in {"model": own, **others}.items()), ""
@@ -256,13 +259,13 @@ def _after(answer: Estimate, line: CommandLine | None) -> Iterator[Block]:
                 facts += [("room for", text) for text in (" or ".join(next_steps.room_left(answer)),) if text]
             commands += [f"max {line.changed()}"] if line and answer.verdict.answer == "fits" else []
             commands += [f"fit {line.changed()}"] if line and answer.verdict.answer == "tight" else []
-        case "does not fit":
+        case "does not start" if options := list(next_steps.mends(answer)):
+            commands += [line.changed(option) for option in options] if line else []
+        case "does not fit" | "does not start":
             ways = next_steps.ways(answer)
             facts += [("would fit", way.text) if n == 0 else ("", way.text) for n, way in enumerate(ways)]
             facts += [] if ways else [("", next_steps.without_a_way(answer))]
             commands += [line.changed(ways[0].options), *_plans(answer, line)] if line and ways else []
-        case "does not start":
-            commands += [line.changed(option) for option in next_steps.mends(answer)] if line else []
         case None:
             smallest = next_steps.smallest_cards(answer)
             facts.append(("held by", ", ".join(smallest) or "no catalogued card"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import ambiguous_with, find_gpu
@@ -11,8 +11,10 @@ from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
 from memplan.estimate.answer import Estimate, Line, Phase, Rank
+from memplan.models.peft_methods import has_rank
 from memplan.report.blocks import Column, Table
 from memplan.spec.run import Batch, RunSpec
+from memplan.spec.training import Method
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -69,6 +71,13 @@ def parts(answer: Estimate) -> list[MemoryPart]:
 def without_torch(answer: Estimate) -> bool:
     """Whether the run does not use torch, and so has no caching allocator."""
     return answer.run.profile.startswith("llama.cpp")
+
+
+def adapters(method: Method) -> Iterator[str]:
+    """Yield the rank of a method's adapters and the layers that have them, as far as it has either."""
+    on = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
+    if has_rank(method.kind) or on:
+        yield f"rank {method.rank} on {on}" if has_rank(method.kind) else f"on {on}"
 
 
 def card(answer: Estimate) -> GPU | None:
@@ -147,11 +156,13 @@ def lengths(batch: Batch) -> str:
 
 
 def images(batch: Batch) -> str:
-    """Return the number and size of each sequence's images."""
-    if not batch.images:
+    """Return the number and size of each sequence's images or frames."""
+    if not batch.sees:
         return ""
     sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
     size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
+    if batch.frames:
+        return f" with a video of {batch.frames:,} frame{'s' if batch.frames > 1 else ''}{size}"
     return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
 
 
@@ -247,6 +258,8 @@ _MOMENTS = {
     "generate": "in generation",
     "teacher": "in the teacher's pass",
     "reward": "in the reward model's pass",
+    "rollout": "while completions are scored",
+    "critic": "in the critic's update",
     "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",

@@ -97,7 +97,7 @@ def _assistant_run(run: RunSpec) -> RunSpec:
         "method": Method(quantization=asked.assistant_quantization),
         "precision": run.precision.model_copy(update={"weights": weights, "compute": None}),
         "generation": Generation(do_sample=asked.do_sample),
-        "batch": run.batch.model_copy(update={"images": 0, "image_size": None}),
+        "batch": run.batch.model_copy(update={"images": 0, "frames": 0, "image_size": None}),
         "objective": None,
     }
     return run.model_copy(update=update)
@@ -164,8 +164,8 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
             f"an assistant has to crop the cache, and a static cache with a window of {window} tokens cannot be "
             f"cropped once it holds {cache_length}; use dynamic",
         )
-    if run.batch.images:
-        raise refused("batch.images", f"{run.batch.images} is not supported yet with an assistant; supported: 0")
+    if run.batch.sees:
+        raise refused("batch.images", "is not supported yet with an assistant; supported: 0")
     if model.family.generation.published_cache:
         raise refused(field, "is not supported yet for models that run code published with their weights")
     if model.is_encoder_decoder:

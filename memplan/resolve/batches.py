@@ -7,7 +7,7 @@ from memplan.models.facts import Family
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch, RunSpec
 
-_IMAGES_PROFILE = "transformers-5"  # the only profile whose vision-language models are counted with images
+_IMAGES_PROFILE = "transformers-5"
 
 
 def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
@@ -16,34 +16,35 @@ def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
     Raises SpecError if the model has no vision tower or the images do not fit the sequence.
     """
     batch = run.batch
-    if not batch.images:
+    if not batch.sees:
         if batch.image_size is not None:
             raise refused("batch.image_size", "there are no images; set batch.images too")
         return ()
-    from memplan.models.configs.images import axes_of, picture_of
+    from memplan.models.configs.images import axes_of, pictures_of
 
-    check_sees(model)
+    field, what = ("batch.images", "images") if batch.images else ("batch.frames", "pictures of a video")
+    check_sees(model, field)
     if run.profile != _IMAGES_PROFILE:
-        raise refused("batch.images", f"needs profile {_IMAGES_PROFILE}, not {run.profile}")
-    picture = picture_of(model, batch.image_size)
-    tokens = batch.images * picture.tokens
+        raise refused(field, f"needs profile {_IMAGES_PROFILE}, not {run.profile}")
+    count, picture = pictures_of(model, batch.images, batch.frames, batch.image_size)
+    tokens = count * picture.tokens
     if tokens > batch.sequence:
         raise refused(
-            "batch.images",
-            f"{batch.images} images of {picture.tokens} tokens each do not fit batch.sequence {batch.sequence}, which "
-            f"must be at least {tokens}",
+            field,
+            f"{count} {what} of {picture.tokens} tokens each do not fit batch.sequence {batch.sequence}, which must be "
+            f"at least {tokens}",
         )
-    return tuple(axes_of(model, batch.images, picture).items())
+    return tuple(axes_of(model, count, picture).items())
 
 
-def check_sees(model: ModelSpec) -> None:
+def check_sees(model: ModelSpec, field: str = "batch.images") -> None:
     """Raise SpecError if the model has no vision tower, or one that is not supported yet."""
     from memplan.models.configs.images import takes_images
 
     if not model.has_tower and not model.part("vision_config"):
-        raise refused("batch.images", f"{model.name or model.model_type} has no vision tower")
+        raise refused(field, f"{model.name or model.model_type} has no vision tower")
     if not takes_images(model):
-        raise refused("batch.images", f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
+        raise refused(field, f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
 
 
 def decoder_prompt_tokens(batch: Batch, row: Family) -> int:

@@ -139,7 +139,7 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
     if generation.prefill_chunk_size is not None:
         parts = {part.per for layer in caches(model) for part in layer.parts}
         shares, states = any(layer.mixer == REUSED for layer in model.layers), parts != {"token"}
-        if batch.images:
+        if batch.sees:
             raise refused(_CHUNKS, "transformers reads a prompt with images in one pass; leave it out")
         if kind in ("static", "offloaded_static"):
             raise refused(_CHUNKS, f"is not supported yet with a {kind} cache; use dynamic")

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
-from memplan.catalogue.kernels.wiring import DISTILLING
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.core.errors import MemplanError
+from memplan.core.errors import MemplanError, errors_about
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
-from memplan.program.graph import Graph
+from memplan.program.graph import Graph, TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
+from memplan.program.structure import Structure
+from memplan.program.training.program import program
 from memplan.resolve.batches import image_axes, with_lengths
 from memplan.resolve.card import find_card
 from memplan.resolve.defaults import (
@@ -36,7 +38,7 @@ from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.vendors import not_on
-from memplan.resolve.roles import graphs_of_roles
+from memplan.resolve.roles import critic_run, graphs_of_roles, logits_of_completions
 from memplan.resolve.training import decide_training
 from memplan.spec.run import Batch, RunSpec, is_default
 
@@ -72,10 +74,12 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         is_single_sequence=is_single,
         loss_chunks=loss_chunks(batch.micro, length),
         scans_once=length <= model.scan_chunk,
-        images=bool(batch.images),
+        images=batch.sees,
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-        ungrouped=_ungrouped(batch, run.parallelism.dp, run.trainer in DISTILLING),
+        ungrouped=""
+        if run.roles.value is not None  # a critic compares no completions
+        else _ungrouped(batch, run.parallelism.dp, GENERATING.get(run.trainer) == 1),
         packing=batch.packing or "",
         packed=packed,
     )
@@ -95,6 +99,9 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if batch.new_tokens:
         pictures = (*pictures, ("completion", batch.new_tokens), ("accumulation", batch.accumulation))
     parts = {**decided.parts, "batch": batch, "loop": loop}
+    if run.trainer == "ppo":
+        kept = logits_of_completions(batch, decided.structure.graph)
+        decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
@@ -104,20 +111,36 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}
         parts["serving"] = engine.settings.serving.model_copy(update=update)
+    update = critic_run(with_new_tokens(run))
+    if update is not None:
+        with errors_about("roles.value.model"):
+            critic = decide(update)
+        held = (*decided.structure.engine, *_resident_critic(critic.structure))
+        decided = decided._replace(structure=decided.structure._replace(engine=held), critic=critic)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
 
 
-def _ungrouped(batch: Batch, replicas: int, distills: bool) -> str:
+def _resident_critic(structure: Structure) -> tuple[TensorGroup, ...]:
+    """Return what a critic holds between its updates: its weights, and the states of its optimizer."""
+    p, source = program(structure), "the critic's update"
+    states = p.between_steps(0) - p.parameters
+    return (
+        tensor_group("parameter", "value.weights", p.parameters, "uint8", source, "critic"),
+        tensor_group("optstate", "value.optimizer states", states, "uint8", source, "critic"),
+    )
+
+
+def _ungrouped(batch: Batch, replicas: int, alone: bool) -> str:
     """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
 
-    A trainer that `distills` generates one completion of a prompt.
+    Some trainers generate one completion of a prompt (`alone`).
 
     Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
     """
     completions, group = batch.micro * batch.accumulation * replicas, batch.generations
     if not group:
         return ""
-    if distills:
+    if alone:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
         return "needs at least 2 completions of a prompt, to compare them"

@@ -30,7 +30,7 @@ from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import fill_precision, with_adapter_dtype, with_defaults
 from memplan.resolve.device_map import place_litgpt_blocks, place_on_devices
 from memplan.resolve.inference_formats import format_running, note_of
-from memplan.resolve.method import method_recipe, quantised_recipe
+from memplan.resolve.method import loaded_wide, method_recipe, quantised_recipe
 from memplan.resolve.notes import expert_notes, published_code_note
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import degrees_of
@@ -128,13 +128,6 @@ def _look_up_library(r: OpenInference) -> None:
     if r.generates and not model.family.generation.is_modelled:
         raise UnsupportedModelError(f"task: generate is not supported yet for model_type {kind}; use forward", "task")
     refuse(model_classes(r))
-    never_quantised = model.family.training.never_quantised
-    if model.is_encoder_decoder and never_quantised and r.precision.weights == "fp16":
-        raise refused(
-            "precision.weights",
-            f"fp16 is not supported yet for {r.name}, because transformers then keeps {', '.join(never_quantised)} "
-            "in fp32; use bf16 or fp32",
-        )
 
 
 def _find_card(r: OpenInference) -> None:
@@ -201,7 +194,8 @@ def _choose_recipe(r: OpenInference) -> None:
     """Choose the dtypes, the adapters, and what is quantised."""
     if r.parallelism.tp > 1:
         r.degrees = r.degrees._replace(etp=1)
-    r.recipe, notes = _recipe(r.model, r.method, r.precision, r.code, r.checkpoint.as_stored, r.checkpoint.running)
+    recipe, notes = _recipe(r.model, r.method, r.precision, r.code, r.checkpoint.as_stored, r.checkpoint.running)
+    r.recipe = recipe._replace(wide=loaded_wide(r.model, r.precision))
     r.notes += notes
 
 
@@ -216,7 +210,7 @@ def _read_batch(r: OpenInference) -> None:
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
         is_single_sequence=r.batch.micro * run.generation.num_beams == 1,
         scans_once=_chunk(r) <= model.scan_chunk,
-        images=bool(r.batch.images),
+        images=r.batch.sees,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
     )
 
@@ -249,6 +243,12 @@ def _choose_cache(r: OpenInference) -> None:
         raise refused(
             "generation.cache_implementation",
             f"legacy is not supported yet for {r.name}; supported: dynamic, static",
+        )
+    if r.model.is_encoder_decoder and r.generation.prefill_chunk_size is not None:
+        r.generation = r.generation.model_copy(update={"prefill_chunk_size": None})
+        r.notes.append(
+            "generation.prefill_chunk_size only divides the decoder's prompt of a few tokens; the encoder reads its "
+            "sequence in one pass"
         )
     if r.generates:
         refuse_cache(r.asked, r.generation, r.model, r.batch)

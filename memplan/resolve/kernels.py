@@ -58,6 +58,9 @@ def version_attention(
     if library.checkpointing.no_checkpoints and checkpoints:
         checkpoints = False
         notes.append(f"{profile} ignores gradient checkpointing for {model.model_type}: nothing is recomputed")
+    if model.family.training.no_checkpoints and checkpoints:
+        checkpoints = False
+        notes.append(f"transformers has no gradient checkpointing for {model.model_type}; use none")
     return attention, checkpoints, notes
 
 

@@ -15,7 +15,7 @@ from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import HEADS, modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, filled_options, refuses_layers
+from memplan.models.peft_methods import PEFT_METHODS, filled_options, has_targets, refuses_layers
 from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
@@ -26,6 +26,7 @@ from memplan.program.stack_facts import (
     multi_output_linears,
     parameter_targets,
     router_and_mixer_paths,
+    takes_prefix,
 )
 from memplan.spec.formats import Quantization
 from memplan.spec.training import Kernels, Method, Precision
@@ -48,6 +49,11 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     if set(method.frozen) == set(PARTS):
         raise refused("method.frozen", "nothing is left to train")
     return tuple(part for part in PARTS if part in method.frozen)
+
+
+def loaded_wide(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
+    """Return the modules that transformers loads in fp32 although the run asks for another dtype."""
+    return model.family.training.never_quantised if precision.weights == "fp16" else ()
 
 
 def method_recipe(
@@ -75,7 +81,13 @@ def method_recipe(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
         )
     if refuses_layers(method.kind, model.model_type):
-        raise refused("method.kind", f"peft's {method.kind} refuses the linear layers of {model.model_type}; use lora")
+        of = model.model_type
+        what = (
+            f"the linear layers of {of}" if PEFT_METHODS[method.kind].targets else f"{of}, whose key heads it mistakes"
+        )
+        raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
+    if other is not None and other.on == "attention":
+        _check_attention(model, method)
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -115,6 +127,19 @@ def method_recipe(
     return recipe, [*more_notes, *notes]
 
 
+def _check_attention(model: ModelSpec, method: Method) -> None:
+    """Refuse models whose attention peft does not wrap, and more layers than there are."""
+    kind, axes = method.kind, model.axes()
+    if not has_targets(kind, model.model_type):
+        families = ", ".join(PEFT_METHODS[kind].targets)
+        raise refused("method.kind", f"{kind} is counted for {families}, not for {model.model_type}; use lora")
+    if axes["a"] * axes["d"] != axes["h"]:
+        raise refused("method.kind", f"peft's {kind} refuses heads that are not as wide as the hidden size; use lora")
+    if method.last_layers > model.num_hidden_layers:
+        of = f"{method.last_layers} is more than the model's {model.num_hidden_layers} layers"
+        raise refused("method.options.adapter_layers", of)
+
+
 def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ...], Selection | None, list[str]]:
     """Return the targets of the adapters, the modules that are chosen by their paths if any are, and notes."""
     if code != "transformers":
@@ -122,7 +147,8 @@ def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ..
             field = "options" if method.options else "targets"
             raise refused(f"method.{field}", f"settings of peft's adapters only apply to peft, not to {code}")
         return _switches(method), None, []
-    if (method.virtual_tokens or method.trained_tokens) and not has_one_table(model):
+    takes = takes_prefix(model) if method.has_prefix else has_one_table(model)
+    if (method.virtual_tokens or method.trained_tokens) and not takes:
         what = "virtual" if method.virtual_tokens else "trained"
         raise refused(
             "method.options", f"{what} tokens of {model.model_type} are not supported yet; name other methods"

@@ -69,9 +69,11 @@ class CheckpointFormat(NamedTuple):
 
 
 def method_for_training(
-    model: ModelSpec, method: Method, trains_fp8: bool, capability: tuple[int, int] | None
+    model: ModelSpec, method: Method, why_not_fp8: str, capability: tuple[int, int] | None
 ) -> CheckpointMethod:
     """Return the method for training, with the checkpoint's quantisation filled in unless the run sets its own.
+
+    why_not_fp8  why nothing trains over fp8 here, or ""
 
     Raises SpecError if the method cannot train this checkpoint, ConfigError if its config is incomplete.
     """
@@ -81,14 +83,10 @@ def method_for_training(
     stored = checkpoint_format(model, cast(Mapping[str, Any], config))
     dense = stored.why_dequantised
     if stored.words == "fp8" and not dense:
-        if not trains_fp8:
-            dense = "this profile cannot train over it"
-        elif capability is not None and capability < (8, 9):
-            dense = "its kernels need compute capability 8.9"
-        elif method.quantization is not None and method.quantization.format != "fp8":
-            dense = "the run asks for another quantisation"
-        elif method.kind not in ("lora", "qlora"):
+        if method.kind not in ("lora", "qlora"):
             dense = "only LoRA trains over it"
+        elif why := _why_not_fp8(method, capability) or why_not_fp8:
+            dense = why
         elif any(_adapted(names, method) for names in stacks(model).values()):
             dense = "peft adds expert adapters to their matrices, which fails in fp8; name targets other than experts"
     if dense:
@@ -129,7 +127,7 @@ def method_for_inference(
     if not isinstance(config, Mapping) or not config:
         return CheckpointMethod(method)
     if method.kind in ADAPTERS:
-        return method_for_training(model, method, True, capability)
+        return method_for_training(model, method, "", capability)
     declared = cast(Mapping[str, Any], config)
     how = declared.get("quant_method")
     if formats and how in LOADED_FORMATS:
@@ -142,11 +140,11 @@ def method_for_inference(
     stored = checkpoint_format(model, declared)
     asked, actual = method.quantization, stored.quantization
     dense = stored.why_dequantised if actual is None or stored.words != "fp8" else ""
-    if stored.words == "fp8" and not dense and capability is not None and capability < (8, 9):
-        dense = "its kernels need compute capability 8.9"
+    if stored.words == "fp8" and not dense:
+        dense = _why_not_fp8(method, capability)
     if actual is None or dense:
         note = f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}"
-        is_fp8 = formats and actual is not None and stored.words == "fp8"
+        is_fp8 = formats and actual is not None and stored.words == "fp8" and asked is None
         return CheckpointMethod(
             method, False, (note,), dequantised_fp8(actual.skip or ()) if is_fp8 and actual else None
         )
@@ -155,6 +153,15 @@ def method_for_inference(
     if asked in (None, _PLAIN):
         method = method.model_copy(update={"quantization": actual})
     return CheckpointMethod(method, True, (f"the checkpoint runs as stored: {stored.words}", *stored.notes))
+
+
+def _why_not_fp8(method: Method, capability: tuple[int, int] | None) -> str:
+    """Return why a checkpoint in fp8 is dequantised on every path, or ""."""
+    if method.quantization is not None and method.quantization.format != "fp8":
+        return "transformers makes another format only of a copy in 16 bits"
+    if capability is not None and capability < (8, 9):
+        return "its kernels need compute capability 8.9"
+    return ""
 
 
 def _check_format(asked: Quantization | None, actual: Quantization, words: str) -> None:
@@ -247,6 +254,8 @@ def _fp8(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
     key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
     skip, notes = _skipped(model, names_in(config, key) if config.get(key) else [_HEAD])
     dense = "its config says so" if config.get("dequantize") is True else ""
+    if model.config.get("expert_dtype") == "fp4":
+        notes = (*notes, "experts are stored in fp4 and counted in fp8, twice as large")
     return CheckpointFormat("fp8", _quantization("fp8", block, skip), dense, notes)
 
 

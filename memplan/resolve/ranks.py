@@ -142,7 +142,8 @@ def _ranks(run: OpenRun) -> Ranks:
     distributed/fsdp.py update_fsdp_plugin_peft.
     """
     p, q, copies, trainer = run.parallelism, run.method.quantization, run.copies, run.loop.trainer
-    accumulates, waits = run.batch_facts.accumulates, p.strategy in run.library.sharding.delays_reduction
+    accumulates = run.batch_facts.accumulates and not run.loop.sync_each_batch
+    waits = p.strategy in run.library.sharding.delays_reduction
     if copies == 1:
         return SINGLE_RANK
     if p.strategy in ZERO:

@@ -272,7 +272,7 @@ def errors_of(file: RunFile | None) -> Generator[None]:
         origins = {origin.field: origin.why for origin in file.origins}
         why = origins.get(field) or next((why for path, why in origins.items() if path.startswith(f"{field}.")), "")
         if field.startswith("parallelism.") and origins.get("parallelism.world", "").startswith("assumed"):
-            why = origins["parallelism.world"]
+            why = "; ".join(filter(None, (why, origins["parallelism.world"])))
         if why:
             error.args = (f"{line} ({why})",)
         raise

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about, refused
-from memplan.models.cards import find_model
-from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph
+from memplan.models.cards import find_config, find_model
+from memplan.models.model import ModelSpec, with_objective
+from memplan.program.graph import Graph, TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.open_run import BatchFacts, Parts
 from memplan.resolve.refusals import trainers
 from memplan.resolve.refusals.refuse import refuse
+from memplan.spec.generation import InlineModel
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.roles import RoleModel, Roles
-from memplan.spec.run import RunSpec
+from memplan.spec.run import Batch, RunSpec
+from memplan.spec.serving import Serving
 from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
@@ -41,6 +43,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
     It is loaded in the dtype of that run's weights, unless it has its own, and computes as that run does.
     """
     q = other.quantization
+    dtypes = {"weights": other.dtype or precision.weights, "grads": None, "master": None}
     return {
         "trainer": "sft",
         "reference": None,
@@ -48,7 +51,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
         "rollout": "transformers",
         "parallelism": Parallelism(),
         "method": Method() if q is None else Method(kind="qlora", quantization=q),
-        "precision": precision.model_copy(update={"weights": other.dtype or precision.weights}),
+        "precision": precision.model_copy(update=dtypes),
     }
 
 
@@ -67,18 +70,25 @@ def graphs_of_roles(
     """
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
-    for role, other in run.roles.named:
+    for role, other in models_of(run):
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
         _refuse_vocabulary(role, model, found)
-        if other.location != "gpu":
+        if run.trainer == "ppo" and found.objectives[0] != "causal_lm":
+            raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
+        if other.location != "gpu" or (role == "value" and run.trainer != "ppo"):  # a program of its own
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
             if role == "reward":
-                graph = decide_forward(scoring_run(run), found).structure.graph
+                alone = scoring_run(run)
+                graph = decide_forward(alone, find_model(alone.model)).structure.graph
+            elif role == "value":
+                alone = scoring_run(run, role)
+                scalar = with_objective(find_model(alone.model), alone.objective)
+                graph = decide(scalar, _parts(run, other)._replace(profile=alone.profile), card, own).structure.graph
             else:
                 graph = _teacher(run, decide(found, _parts(run, other), card, own).structure.graph)
         except MemplanError as error:
@@ -87,9 +97,35 @@ def graphs_of_roles(
     return tuple(graphs)
 
 
+def critic_run(run: RunSpec) -> RunSpec | None:
+    """Return the update of a value model that trains by itself on the run's GPUs, as its policy does; None without one.
+
+    Source: openrlhf 0.11.2 trainer/ray/ppo_critic.py CriticModelActor, models/model.py get_llm_for_sequence_regression.
+    """
+    other = run.roles.value
+    if other is None or run.trainer == "ppo" or other.location != "gpu":
+        return None
+    rows, micro = run.batch.micro * run.batch.accumulation, other.micro or run.batch.micro
+    batch = {"micro": micro, "accumulation": -(-rows // micro), "sequence": run.batch.tokens}
+    kernels = run.kernels.model_copy(update={"fused": None, "loss": None})
+    fields = {**fields_of_role(run.precision, other), "method": run.method, "parallelism": run.parallelism}
+    fields |= {"profile": RunSpec.model_fields["profile"].default, "serving": Serving(), "kernels": kernels}
+    model = InlineModel(config={**find_config(other.model), "num_labels": 1})
+    fields |= {"model": model, "objective": "sequence_classification", "batch": batch}
+    return RunSpec.model_validate({**dict(run), **fields})
+
+
+def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
+    """Yield the other models of the run's step by role. PPO's value model is like its reward model unless named."""
+    yield from run.roles.named
+    if run.trainer == "ppo" and run.roles.value is None and run.roles.reward is not None:
+        yield "value", run.roles.reward.model_copy(update={"location": "gpu", "quantization": None})
+
+
 def _parts(run: RunSpec, other: RoleModel) -> Parts:
     precision = step_precision(run.trainer, run.precision)
-    return Parts.of(run)._replace(**fields_of_role(precision, other))
+    kernels = run.kernels.model_copy(update={"checkpointing": "none"}) if run.trainer == "ppo" else run.kernels
+    return Parts.of(run)._replace(kernels=kernels, **fields_of_role(precision, other))
 
 
 def _teacher(run: RunSpec, graph: Graph) -> Graph:
@@ -105,23 +141,49 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
 
 
-def scoring_run(run: RunSpec) -> RunSpec:
-    """Return the pass of the reward model over all completions that a step generates.
+def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
+    """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
-    other, batch = run.roles.reward, run.batch
-    assert other is not None
+    other, batch = dict(models_of(run))[role], run.batch
+    rows = batch.micro * batch.accumulation
     fields = fields_of_role(run.precision, other)
     return RunSpec(
-        model=other.model,
+        model=InlineModel(config={**find_config(other.model), "num_labels": 1})
+        if run.trainer == "ppo"
+        else other.model,
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),
-        precision=fields["precision"],
-        batch={"micro": batch.micro * batch.accumulation, "sequence": batch.tokens},
+        precision=fields["precision"].model_copy(update={"grads": None, "master": None}),
+        batch={"micro": min(rows, other.micro or rows), "sequence": batch.tokens},
         gpu=run.gpu,
     )
+
+
+def rollout_chunk(rows: int) -> int:
+    """Return how many of a step's completions PPO generates and scores at once.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_config.py local_rollout_forward_batch_size; the same in trl 0.24.0.
+    """
+    return min(rows, 64)
+
+
+def padded_rows(rows: int) -> int:
+    """Return the rows of PPO's logits once all chunks are padded to the largest."""
+    return -(-rows // rollout_chunk(rows)) * rollout_chunk(rows)
+
+
+def logits_of_completions(batch: Batch, graph: Graph) -> TensorGroup:
+    """Return the logits from which PPO's completions were chosen: a variable of its loop holds them until the next ones
+    exist.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train: logitss; the same in trl 0.24.0.
+    """
+    shape = f"{padded_rows(batch.micro * batch.accumulation)} {batch.new_tokens} {graph.model.vocab_size}"
+    source = "trl 1.12.0 experimental/ppo/ppo_trainer.py train: logitss"
+    return tensor_group("activation", "logits of all completions", shape, "fp32", source, "rollout")
 
 
 def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:

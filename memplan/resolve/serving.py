@@ -15,7 +15,8 @@ from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.program.serving.parallel import stages_of
 from memplan.program.serving.settings import COMPRESSES, ENTRIES, ServingRanks, Settings
-from memplan.program.stored.weights import format_of
+from memplan.program.stored.quantization_config import FIELD
+from memplan.program.stored.weights import UNQUANTISED, format_of
 from memplan.resolve.defaults import NEW_TOKENS
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.vendors import not_on
@@ -105,9 +106,8 @@ def _with_defaults(
 ) -> Serving:
     fields: dict[str, Any] = {name: value for name, value in defaults._asdict().items() if value is not None}
     fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
-    published = model.card.get("stored")
-    if run.method.quantization is None and (engine.kind != "llama.cpp" or published in _KEPT_IN_GGUF):
-        fields["weights"] = published
+    if run.method.quantization is None:
+        fields["weights"] = _published_format(model, engine)
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
@@ -146,6 +146,15 @@ def _with_defaults(
         fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
     fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
     return s.model_copy(update=fields)
+
+
+def _published_format(model: ModelSpec, engine: ServingEngine) -> str | None:
+    """Return the format of the weights that the engine loads from a checkpoint, None for the one in its config."""
+    published = model.card.get("stored")
+    config: dict[str, Any] = model.config.get(FIELD) or {}
+    if engine.kind != "llama.cpp" or (published or config.get("quant_method")) in _KEPT_IN_GGUF:
+        return published
+    return UNQUANTISED if config else None
 
 
 # Formats of a checkpoint that a GGUF file keeps; others are converted to bf16.

@@ -36,7 +36,7 @@ from memplan.resolve.card import GPUFacts
 from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import complete_method, defaults_of, fill_optimizer, fill_parts, fill_precision
 from memplan.resolve.kernels import fused_kernels
-from memplan.resolve.method import check_head, check_time_steps, frozen_parts, method_recipe
+from memplan.resolve.method import check_head, check_time_steps, frozen_parts, loaded_wide, method_recipe
 from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrapping_notes
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
@@ -120,8 +120,11 @@ def decide_training(
 
 def _read_checkpoint(run: OpenTraining) -> None:
     """Fill in the quantisation of the checkpoint."""
-    trains_fp8 = library_behaviour(run.profile, run.model.model_type, False).weights.trains_fp8
-    run.checkpoint = method_for_training(run.model, run.method, trains_fp8, run.capability)
+    p, library = run.parallelism, library_behaviour(run.profile, run.model.model_type, False)
+    why = "" if library.weights.trains_fp8 else "this profile cannot train over it"
+    if p.tp > 1 or p.strategy not in ("none", "ddp"):
+        why = why or "it is not counted where GPUs divide the weights"
+    run.checkpoint = method_for_training(run.model, run.method, why, run.capability)
     run.method = run.checkpoint.method
 
 
@@ -153,15 +156,27 @@ def _choose_trainer(run: OpenTraining) -> None:
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
-        teacher = dict(run.others)["teacher"].recipe
-        dtype = "fp32" if teacher.autocast else teacher.weights
+        recipes = [other.recipe for role, other in run.others if role == "teacher"]
+        dtype = "".join("fp32" if teacher.autocast else teacher.weights for teacher in recipes)  # empty on a server
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
-        asked, run.precision = run.precision, step_precision(name, run.precision)
+        asked = run.precision
+        if run.step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
+            run.precision = step_precision(name, asked)
         if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
             run.notes.append(
                 "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
                 "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
             )
+    elif name == "ppo":
+        run.reference = run.reference or own
+        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=1)
+        if run.precision.autocast:
+            run.notes.append(
+                "ppo: PPOTrainer makes an Accelerator that does not read bf16 of its config with transformers 5, so "
+                "autocast runs only with accelerate launch --mixed_precision bf16 (or fp16)"
+            )
+        # both models' outputs stay until the mini-batch is over, and nothing clips
+        run.loop = run.loop.model_copy(update={"hold_outputs": "step", "clip_grad_norm": False})
     elif name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
@@ -181,16 +196,17 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
             )
-    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype)
+    casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
+    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
     if name in GENERATING:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name not in DISTILLING
+            old_log_probs=name not in (*DISTILLING, "ppo")
             and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
-            divided_logits=behaviour.divided_logits,
+            divided_logits="in_place" if name == "ppo" else behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
@@ -263,6 +279,7 @@ def _choose_recipe(run: OpenTraining) -> None:
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,
+        wide=loaded_wide(model, run.precision),
         keeps=library.weights.keeps_matrix,
         fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
@@ -274,6 +291,8 @@ def _choose_recipe(run: OpenTraining) -> None:
 
 def _shard(run: OpenTraining) -> None:
     run.ranks = shard(run)
+    if run.step is not None and run.step.calls_backbone:
+        run.recipe = run.recipe._replace(autocast=False)
 
 
 def _wire_training(run: OpenTraining) -> None:
@@ -281,6 +300,8 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
+        caching=run.trainer == "ppo" or bool(run.recipe.prefix),  # PPOTrainer leaves use_cache on
+        prefixed=bool(run.recipe.prefix),
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
@@ -306,7 +327,7 @@ def _build_graph(run: OpenTraining) -> None:
         hold_outputs=bool(loop.hold_outputs),
         adds_in_place=loss != "fused" or (library.loss.adds_products and adds_in_place(run.capability)),
         rank=method.rank,
-        trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
+        trainable_layers=method.last_layers,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS if p.offload.activations else None,
@@ -324,13 +345,20 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
-        roles=tuple(
-            (role, without_gradients(other._replace(trainer=run.step)) if role == "teacher" else other)
-            for role, other in run.others
-        ),
+        roles=tuple((role, _role(role, other, run.step)) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
         saves_products=_saved_products(run),
     )
+
+
+def _role(role: str, graph: Graph, step: Trainer | None) -> Graph:
+    """Return the graph of another model inside the step. A value model trains, and caches as the policy does."""
+    if role == "teacher" and step is not None:
+        return without_gradients(graph._replace(trainer=step._replace(casts_back=False)))  # no rank divides it
+    if role == "value" and step is not None:
+        wiring = graph.wiring._replace(caching=True)
+        return graph._replace(trainer=step._replace(is_reference=True), wiring=wiring, hold_outputs=False)
+    return graph
 
 
 def _saved_products(run: OpenTraining) -> str:
@@ -340,11 +368,13 @@ def _saved_products(run: OpenTraining) -> str:
     return "alternate" if run.style == "torchtitan" else "all"
 
 
-def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:
+def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "graph"]:
     """Return what variables of the training loop reference of the pass before."""
     if run.library.loss.holds_previous_outputs and run.parallelism.pp == 1:
         return "graph"
-    return "outputs" if run.loop.hold_outputs == "step" and run.batch_facts.accumulates else ""
+    if run.loop.hold_outputs != "step" or not run.batch_facts.accumulates:
+        return ""
+    return "returned" if run.trainer == "ppo" else "outputs"
 
 
 def _logits(run: OpenTraining) -> str:
@@ -397,7 +427,8 @@ def _build_structure(run: OpenTraining) -> None:
 
 def _check_trained(run: OpenTraining) -> None:
     """Refuse weights that cannot be trained so, and settle what the sharding decides by the size of the GPU."""
-    refuse(trained_weights(run.structure))
+    finds = run.parallelism.find_unused_parameters
+    refuse(trained_weights(run.structure, run.profile == "trl-1.15" if finds is None else finds))
     if run.card is not None and run.card.usable is not None:
         run.structure = sharding_of(run.structure).on_gpu(run.card.usable)
 

@@ -27,6 +27,7 @@ VERSION = "admission.k8s.io/v1"
 RUN, GPU = "memplan.dev/run", "memplan.dev/gpu"  # annotations with a run as JSON or YAML, and with its cards
 PEAK, MARGIN = "memplan.dev/peak-mib", "memplan.dev/margin-mib"
 _PRODUCT = "nvidia.com/gpu.product"  # label of a node; Source: NVIDIA/gpu-feature-discovery README
+_TYPES = "nvidia.com/use-gputype"  # annotation for HAMi and Volcano; Source: as of `MEMORY_FIELDS`
 _OF_GPUS = ("nvidia.com/", "amd.com/gpu", "volcano.sh/vgpu")  # beginnings of the resources of a pod with GPUs
 
 
@@ -168,12 +169,12 @@ def _has_gpu(container: Mapping[str, Any]) -> bool:
 
 
 def _cards_of(pod: ReviewedPod, fields: Mapping[str, Any], policy: ReviewPolicy) -> Iterator[str]:
-    """Yield the cards that the pod may run on: of its annotation, its run, its node's labels, or the policy."""
+    """Yield the cards that the pod may run on: of its annotation, its run, those it selects, or the policy."""
     said: object = pod.annotations.get(GPU, fields.get("gpu"))
     if said is not None:
         yield from (find_gpu(name.strip()).name for name in str(said).split(",") if name.strip())
         return
-    products = [*_products(pod.spec)]
+    products = [*_products(pod.spec), *filter(None, map(str.strip, str(pod.annotations.get(_TYPES, "")).split(",")))]
     unknown: UnknownNameError | None = None
     known: list[str] = []
     for product in products:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 
-_LARGEST = 2**40  # far above any real batch, sequence or rank, so that absurd input is an error, not an absurd answer
-Count = Annotated[int, Strict(ge=1, le=_LARGEST)]
-Natural = Annotated[int, Strict(ge=0, le=_LARGEST)]
+LARGEST = 2**40  # far above any real batch, sequence or rank, so that absurd input is an error, not an absurd answer
+Count = Annotated[int, Strict(ge=1, le=LARGEST)]
+Natural = Annotated[int, Strict(ge=0, le=LARGEST)]
 MOST_GPUS = 2**20  # more than any cluster has
 GPUs = Annotated[int, Strict(ge=1, le=MOST_GPUS)]
 Rank = Annotated[int, Strict(ge=0, lt=2**20)]  # index of a GPU

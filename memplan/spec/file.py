@@ -43,10 +43,9 @@ def spec_with_lines(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[st
     return _parse_yaml(text, shown)
 
 
-def read_documents(name: str) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
-    """Return the mappings in a YAML file of one or several documents, each with the lines of its keys."""
-    shown = printable(name, _MAX_SHOWN)
-    return _parse_documents(_read_text(name, shown), shown)
+def documents_of(text: str, name: str) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
+    """Return the mappings in a YAML text of one or several documents, each with the lines of its keys."""
+    return _parse_documents(text, printable(name, _MAX_SHOWN))
 
 
 def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -107,7 +106,8 @@ def _parse_documents(
         loaded = _load(loader(text), is_one)
         specs: list[object] = [json.loads(json.dumps(values, allow_nan=False)) for _, values in loaded]  # no dates, nan
     except yaml.YAMLError as error:
-        raise refused("spec", f"{name} is not YAML ({_problem(error)})") from None
+        hint = "; it is a template: render it first" if re.search(r"\{[{%]", text) else ""
+        raise refused("spec", f"{name} is not YAML ({_problem(error)}){hint}") from None
     except (LookupError, AttributeError):  # yaml reads a tagged value without checking it
         raise refused("spec", f"{name} holds a value that its tag does not allow, as in !!int abc") from None
     except (ValueError, TypeError, RecursionError) as error:

@@ -76,14 +76,25 @@ def retold(name: str, text: str) -> tuple[str, str]:
 
 
 TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
+_SERVED = "--method generate --profile vllm"
 FLAGS = ("qlora", "lora", "dora", "qdora")  # methods that people type as flags
-# Options of other tools, and what to type: nothing for those that take no memory.
+# Options of other tools, or words in front of the model, and what to type: nothing for those that take no memory.
 INSTEAD = {
+    **{engine: f"--method generate --profile {engine}" for engine in ("vllm", "sglang", "tgi", "llama.cpp")},
+    **dict.fromkeys(("gguf", "llama-cpp", "ollama"), "--method generate --profile llama.cpp"),
+    **dict.fromkeys(("serve", "engine", "backend", "framework"), _SERVED),
+    **dict.fromkeys(("inference", "generate", "run"), "--method generate"),
+    **dict.fromkeys(("full", "train", "finetune"), "--method full"),
+    **dict.fromkeys(("g", "card", "device", "hardware", "mem", "memory"), "--gpu, as in --gpu 24gb"),
+    **dict.fromkeys(("m", "b"), "--method or --batch-size in full"),
+    **dict.fromkeys(("ddp", "nodes"), "--gpus 2, the GPUs of all nodes together"),
+    **dict.fromkeys(("users", "concurrency"), f"--batch-size 4 {_SERVED}"),
+    "cpu-offload": "--zero 3 --offload optimizer",
     **dict.fromkeys(("lr", "learning-rate", "epochs", "num-train-epochs", "max-steps", "warmup-ratio", "seed"), ""),
     **{f"zero{stage}": f"--zero {stage}" for stage in (1, 2, 3)},
-    **dict.fromkeys(("quantization", "quantize"), "--quant-format to train on it, or --stored to run it"),
-    **dict.fromkeys(("load-in-4bit", "4bit"), "--method qlora"),
-    **dict.fromkeys(("load-in-8bit", "8bit"), "--method qlora --quant-format int8"),
+    **dict.fromkeys(("quantization", "quantize", "quant"), "--quant-format to train on it, or --stored to run it"),
+    **dict.fromkeys(("load-in-4bit", "4bit", "int4"), "--method qlora"),
+    **dict.fromkeys(("load-in-8bit", "8bit", "int8"), "--method qlora --quant-format int8"),
     "bf16": "--precision autocast",
     "fp16": "--dtype fp16",
     **dict.fromkeys(("flash-attn", "flash-attention", "use-flash-attn"), "--attention flash_attention_2"),
@@ -98,6 +109,9 @@ MEANT = {
     **dict.fromkeys(("fa3", "flash_attn_3"), "flash_attention_3"),
     **dict.fromkeys(("flex", "flex_attention"), "sdpa (flex attention is not supported yet)"),
     **{name: f"lora --peft-options init_lora_weights={name}" for name in ("pissa", "olora", "orthogonal")},
+    **dict.fromkeys(
+        ("int4", "4bit", "int8", "8bit", "fp8", "nf4"), "bf16 (quantised weights: --method qlora, --stored)"
+    ),
     **dict.fromkeys(("rslora", "rs_lora"), "lora --peft-options use_rslora=true"),
     **dict.fromkeys(("lora+", "loraplus", "lora_plus"), "lora (its learning rates take no memory)"),
 }

@@ -123,9 +123,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
             aliases=("ga", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
+        "frames": Option(
+            "batch.frames",
+            "Frames of a video in each sequence, instead of images; their tokens count towards --seq-len.",
+        ),
         "image_size": Option(
             "batch.image_size",
-            "Pixels of an image: 1024, or height x width as 768x1024. Default the vision tower's size.",
+            "Pixels of an image or frame: 1024, or height x width as 768x1024. Default the vision tower's size.",
             parse=pixels,
         ),
         "frozen": Option(
@@ -200,6 +204,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
         ),
+        "sync_each_batch": Option(
+            "loop.sync_each_batch", "Reduce gradients in every pass of a step (accelerate's sync_each_batch)."
+        ),
     },
     "Evaluation, saving and merging": {
         "eval_batch_size": Option(
@@ -240,7 +247,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "batch.new_tokens",
             "Tokens generated after a --seq-len prompt. Default 256, with --method generate; TRL's longest completion "
             "with --trainer grpo or rloo.",
-            aliases=("max_new_tokens", "max_completion_length"),
+            aliases=("max_new_tokens", "max_completion_length", "max_tokens"),
             spelling=tokens,
         ),
         "rollout": Option(
@@ -313,7 +320,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "rank": Option(
             "method.rank",
             "Rank of the adapters.",
-            aliases=("lora_r",),
+            aliases=("lora_r", "r"),
         ),
         "targets": Option(
             "method.targets",
@@ -535,6 +542,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2.",
             choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
             combined=True,
+        ),
+        "find_unused_parameters": Option(
+            "parallelism.find_unused_parameters",
+            "DDP ranks look for weights without gradients. Default as the trainer does.",
+            aliases=("ddp_find_unused_parameters",),
         ),
         "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
         "sequence_parallel": Option(

@@ -106,6 +106,8 @@ class Parallelism(Part):
     cpu_ram_efficient_loading  FSDP: one process per node loads the checkpoint and sends the others their shards
     bucket_view                DDP: gradients are views of the buckets (`gradient_as_bucket_view`)
     static_graph               DDP: the graph is the same in every step
+    find_unused_parameters     DDP: ranks look for weights without gradients. None as the trainer does: without
+                               checkpointing, and TRL 1.16 always
     offload                    what is kept in host memory
     zero                       DeepSpeed's settings, for zero1 to zero3
     gpus_per_node              GPUs that share one host's memory; None for 8
@@ -136,6 +138,7 @@ class Parallelism(Part):
     cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
+    find_unused_parameters: Flag | None = None
     offload: Offload = Offload()
     zero: Zero = Zero()
     gpus_per_node: GPUs | None = None
@@ -145,6 +148,10 @@ class Parallelism(Part):
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out whether DDP looks for unused parameters, unless it is said."""
+        return {k: v for k, v in values.items() if v is not None or k != "find_unused_parameters"}
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from memplan.core.errors import printable, refused
 from memplan.spec.base import Count, Flag, GPUs, Number, Part
 from memplan.spec.checks import Strict
 from memplan.spec.run import RunSpec
 
 Bytes = Annotated[int, Strict(ge=0, le=2**60)]
 USD = Annotated[Number, Strict(ge=0)]
+
+
+def listed(field: str, values: object) -> list[Any]:
+    """Return the values as a list. Raises SpecError for anything else, such as a single one that is not in a list."""
+    if isinstance(values, Iterable) and not isinstance(values, (str, Mapping, Part)):
+        return list(cast(Iterable[Any], values))
+    raise refused(field, f"must be a list, not {printable(repr(cast(object, values)), 40)}")
 
 
 class Job(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from memplan.spec.base import Dtype, Part
+from memplan.spec.base import Count, Dtype, Part
 from memplan.spec.formats import Quantization
 from memplan.spec.generation import InlineModel
 
@@ -17,12 +17,14 @@ class RoleModel(Part):
     dtype         dtype of its weights; None for that of the run's
     quantization  how its weights are quantised, if they are
     location      where it is: on every `gpu` that trains, or on a `server`, which takes none of their memory
+    micro         sequences of one pass; None: all completions for a reward model, the policy's for a critic
     """
 
     model: str | InlineModel
     dtype: Dtype | None = None
     quantization: Quantization | None = None
     location: Literal["gpu", "server"] = "gpu"
+    micro: Count | None = None
 
     @classmethod
     def expanded(cls, value: Any) -> Any:
@@ -35,7 +37,7 @@ class Roles(Part):
     teacher    model whose distribution of tokens the run's model learns (gkd, distill)
     reference  model that the run's is compared with, if it is no copy of it (dpo, kto, grpo, rloo, ppo)
     reward     model that scores completions (grpo, rloo, ppo)
-    value      model that predicts scores, and trains (ppo)
+    value      model that predicts scores, and trains: in the policy's pass (ppo), or by itself (grpo, rloo)
     """
 
     teacher: RoleModel | None = None

@@ -14,6 +14,9 @@ from memplan.spec.roles import Roles
 from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
+# Fields of a batch that are left out unless they are set.
+_OPTIONAL = ("frames", "generations", "packing", "lengths", "batching")
+
 # The newest supported version of each framework, used when a profile names no version.
 NEWEST = {
     "transformers": "transformers-5",
@@ -65,7 +68,8 @@ class Batch(Part):
     new_tokens       tokens generated after each prompt; 0 for the default of 256, or the trainer's
     generations      completions of each prompt, of trainers that generate; 0 for the trainer's default
     images           images per sequence
-    image_size       pixels: the side of a square, or (height, width)
+    frames           frames of a video in each sequence, instead of images
+    image_size       pixels of an image or frame: the side of a square, or (height, width)
     packing          how the framework packs sequences, or joins those of a micro-batch without padding
                      (`memplan.catalogue.kernels.packing`); None: each sequence is a row
     lengths          token counts of the data set's sequences: a file, `max`, or percentiles, as in
@@ -82,6 +86,7 @@ class Batch(Part):
     new_tokens: Natural = 0
     generations: Natural = 0
     images: Natural = 0
+    frames: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
     packing: PackingName | None = None
@@ -99,13 +104,18 @@ class Batch(Part):
         return with_longest({"sequence": cls.defaults["sequence"], **batch})
 
     @property
+    def sees(self) -> bool:
+        """Whether its sequences have images or a video."""
+        return bool(self.images or self.frames)
+
+    @property
     def tokens(self) -> int:
         """Tokens per sequence in training, which include those of a completion that the step generates."""
         return self.sequence + self.new_tokens
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out the completions of a trainer that does not generate, and what is not said of unequal sequences."""
-        return {k: v for k, v in values.items() if v or k not in ("generations", "packing", "lengths", "batching")}
+        return {k: v for k, v in values.items() if v or k not in _OPTIONAL}
 
 
 class RunSpec(Part):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from memplan.core.errors import UnknownNameError, refused
 from memplan.core.frozen import FrozenDict
-from memplan.models.peft_methods import PEFT_METHODS
+from memplan.models.peft_methods import PEFT_METHODS, trains_prefix
 from memplan.spec.base import Count, Dtype, Flag, Json, Names, Natural, Number, Part
 from memplan.spec.checks import Strict
 from memplan.spec.formats import Quantization
@@ -20,9 +20,11 @@ MethodKind = Literal[
     "dora",
     "qdora",
     "adalora",
+    "adaption_prompt",
     "beft",
     "boft",
     "c3a",
+    "cartridge",
     "deft",
     "delora",
     "fourierft",
@@ -40,6 +42,7 @@ MethodKind = Literal[
     "osf",
     "p_tuning",
     "peanut",
+    "prefix_tuning",
     "prompt_tuning",
     "psoft",
     "pvera",
@@ -65,8 +68,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # kind of parameters.
 _NEAREST = {
     "lora": "adamss poly shadow xlora",
-    "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
-    "p_tuning": "adaption_prompt prefix_tuning",
+    "prompt_tuning": "cpt multitask_prompt_tuning",
     "fourierft": "frod",
 }
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
@@ -144,9 +146,19 @@ class Method(Part):
         return numbered or o.get("layers_to_transform") not in (None, ())
 
     @property
+    def last_layers(self) -> int:
+        """Number of last layers that alone train or have adapters; 0 for methods without."""
+        return self.trainable_layers if self.kind == "freeze" else int(self.options.get("adapter_layers") or 0)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether it trains keys and values of virtual tokens in every layer."""
+        return trains_prefix(self.kind)
+
+    @property
     def virtual_tokens(self) -> int:
         """Number of trained tokens that the method puts before each sequence."""
-        has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on == "prompt"
+        has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on in ("prompt", "prefix")
         return int(self.options.get("num_virtual_tokens") or 0) if has_prompt else 0
 
     @property
@@ -273,6 +285,8 @@ class Loop(Part):
     trainer              transformers' Trainer drives the step: under bitsandbytes' 8-bit optimizers it keeps the states
                          of embeddings in fp32
     expandable_segments  torch's allocator uses expandable segments (PYTORCH_CUDA_ALLOC_CONF)
+    sync_each_batch      the Trainer reduces gradients in every pass of a step (accelerate's `sync_each_batch`); else
+                         FSDP keeps them whole until the last one
     """
 
     hold_outputs: Flag | Literal["step"] = False
@@ -282,6 +296,7 @@ class Loop(Part):
     grad_scaler: Flag = False
     trainer: Flag = False
     expandable_segments: Flag = False
+    sync_each_batch: Flag = False
 
 
 class Evaluation(Part):

@@ -26,6 +26,10 @@ from memplan.engine.walk import alive
 from memplan.models.model import ModelSpec
 from memplan.probe.libraries import model_class
 from memplan.program.axes import chunked
+from memplan.program.graph import operations_of
+from memplan.resolve.decide import decide
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Method
 from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY as TOWERS
 
@@ -75,7 +79,8 @@ def saved_bytes(
     packed: list[Callable[[], Any]] = []
 
     def pack(tensor: Any) -> Any:
-        packed.append(weakref.ref(tensor) if still else lambda: tensor)
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            packed.append(weakref.ref(part) if still and part is tensor else lambda part=part: part)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -280,11 +285,16 @@ def test_embedding_keeps_the_ids() -> None:
 DROPPED = {"deepseek_v4", "kimi_linear", "minimax_m3_vl_text"}
 
 
-def model_saves(model_type: str, dtype: str, batch: int, sequence: int) -> int:
+def model_saves(model_type: str, dtype: str, batch: int, sequence: int, method: Method | None = None) -> int:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
     auto = getattr(transformers, model_class(model_type, sees="vision_config" in TINY[model_type]))
     model = auto.from_config(config, attn_implementation="eager", dtype=DTYPES[dtype])
+    if method is not None:
+        from memplan.probe.script.model import adapter_config
+
+        adapters = adapter_config(method, model_type, target_modules=list(method.targets), task_type="CAUSAL_LM")
+        model = pytest.importorskip("peft").get_peft_model(model, adapters)
     model.train()
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     labels = ids.clone()
@@ -315,3 +325,20 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
     statistics = "fp32" if model_type == "olmo" else dtype  # OLMo normalises in fp32
     assert in_bytes(low, axes, statistics=statistics, masks=dtype) == model_saves(model_type, dtype, batch, sequence)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["shira", "unilora"])
+def test_a_method_that_cannot_be_traced_keeps_what_autograd_saves(kind: str, dtype: str) -> None:
+    method = Method(kind=kind, rank=4, targets=("q_proj", "v_proj", "down_proj"))  # type: ignore[arg-type]
+    run = {
+        "model": {"config": {"model_type": "llama", **TINY["llama"]}},
+        "method": method.model_dump(),
+        "precision": {"weights": dtype},
+        "kernels": {"attention": "eager", "checkpointing": "none"},
+    }
+    stack, axes = operations_of(decide(RunSpec.model_validate(run)).structure.graph)
+    axes = {**axes, "b": B, "s": S, "s1": S + 1, "targets": B * S, "padded_labels": B * (S + 1)}
+    low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
+    assert in_bytes(low, axes) == model_saves("llama", dtype, B, S, method)

@@ -14,7 +14,7 @@ LEVERS = {
     *("optimizer_fused", "optimizer_8bit", "optimizer_paged", "optimizer_adafactor", "optimizer_sgd", "in_backward"),
     *("micro_batch", "sequence", "rank", "targets", "precision_pure", "method_lora", "method_qlora", "double_quant"),
     *("offload_activations", "offload_optimizer", "more_gpus", "sharding", "expandable_segments", "stack"),
-    "quantize_experts",
+    *("quantize_experts", "sync_each_batch"),
     *("evaluation_batch", "evaluation_host", "evaluation_argmax"),
     *("reference_precomputed", "reference_adapters", "reference_none", "tiled_loss"),
     *("role_quantized", "role_server"),

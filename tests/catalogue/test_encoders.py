@@ -65,7 +65,17 @@ def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
     usual = {name: ModelSpec(config).objective for name, config in SMALL.items()}
     assert usual == {
         **dict.fromkeys(
-            ("bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"),
+            (
+                "bert",
+                "camembert",
+                "deberta-v2",
+                "distilbert",
+                "electra",
+                "modernbert",
+                "mpnet",
+                "roberta",
+                "xlm-roberta",
+            ),
             "masked_lm",
         ),
         **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),
@@ -114,7 +124,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"kernels": {"attention": "flash_attention_2"}},
         "kernels.attention: flash_attention_2 is not supported for",
     ),
-    ("t5", {"precision": "fp16"}, "precision.weights: fp16 is not supported yet for t5"),
 ]
 
 
@@ -126,6 +135,12 @@ def test_unsupported_encoder_options_are_refused_in_one_line_with_the_field(
         estimate(run(name, **options))
     assert str(caught.value).startswith(message)
     assert caught.value.field == message.partition(":")[0]
+
+
+def test_a_class_without_gradient_checkpointing_is_counted_without_it() -> None:
+    default, plain = (estimate(run("mpnet", kernels=k)) for k in ({}, {"checkpointing": "none"}))
+    assert default.bytes == plain.bytes
+    assert set(default.notes) - set(plain.notes) == {"transformers has no gradient checkpointing for mpnet; use none"}
 
 
 @pytest.mark.parametrize("name", ["t5", "flan-t5"])

@@ -13,7 +13,7 @@ from benchmarks.golden import trace_figures
 from memplan import RunSpec, estimate
 from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.models.cards import find_model
-from memplan.models.configs.images import axes_of, picture_of, takes_images
+from memplan.models.configs.images import axes_of, picture_of, pictures_of, takes_images
 from memplan.models.model import ModelSpec
 from memplan.program.training.passes import pass_of
 from memplan.resolve.decide import decide
@@ -37,7 +37,8 @@ def run(model_type: str = "qwen2_vl", **fields: Any) -> RunSpec:
 
 def label(case: dict[str, Any]) -> str:
     asked = case["run"]
-    images = asked.get("batch", {}).get("images", 0)
+    batch = asked.get("batch", {})
+    images = f"{batch['frames']} frames" if "frames" in batch else batch.get("images", 0)
     frozen = "".join(asked.get("method", {}).get("frozen", ()))
     return f"{case['name']}-{asked.get('kernels', {}).get('checkpointing', 'full')}-{images}-{frozen}"
 
@@ -88,6 +89,29 @@ def test_an_image_of_qwen2_vl_is_a_token_for_every_four_patches(size: Any, token
 def test_a_qwen3_image_has_one_token_per_32_pixel_square(family: str, size: Any, tokens: int) -> None:
     picture = picture_of(ModelSpec({"model_type": family, **TINY[family]}), size)
     assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
+
+
+# Two frames make one picture of 28 (Qwen2-VL) or 32 pixels per token; 200 frames of Qwen3-VL share 6 x 2048 x 2048
+# pixels, 354 a side, which is 11 tokens a side. InternVL and SmolVLM read each frame as a tile.
+@pytest.mark.parametrize(
+    ("family", "frames", "side", "pictures", "tokens"),
+    [
+        ("qwen2_vl", 8, 280, 4, 10 * 10),
+        ("qwen2_5_vl", 7, 280, 4, 10 * 10),
+        ("qwen3_vl", 8, 320, 4, 10 * 10),
+        ("qwen3_5", 200, 2048, 100, 11 * 11),
+        ("internvl", 8, None, 8, 4 * 4),
+        ("smolvlm", 8, None, 8, 4 * 4),
+    ],
+)
+def test_a_video_is_a_picture_for_every_pair_of_frames(
+    family: str, frames: int, side: int | None, pictures: int, tokens: int
+) -> None:
+    count, picture = pictures_of(ModelSpec({"model_type": family, **TINY[family]}), 0, frames, side)
+    assert (count, picture.tokens) == (pictures, tokens)
+    sequence = pictures * tokens
+    with pytest.raises(SpecError, match=rf"batch\.frames: {pictures} pictures of .* must be at least {sequence}"):
+        estimate(run(family, batch={"sequence": sequence - 1, "frames": frames, "image_size": side}))
 
 
 # Images are shrunk to 560 pixels on the long side; a token covers 28 x 28, and each row ends with one more token.
@@ -283,7 +307,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "several GPUs": (
         {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
-        "batch.images: without images the vision tower gets no gradients",
+        "parallelism.find_unused_parameters: without images the vision tower gets no gradients",
+    ),
+    "a video and images": (
+        {"batch": {"images": 1, "frames": 4, "image_size": 56}},
+        "batch.frames: a sequence has images or a video, not both",
+    ),
+    "a video": (
+        {"model": model("gemma3"), "batch": {"frames": 4}},
+        "batch.frames: a video is not supported yet for gemma3",
     ),
 }
 

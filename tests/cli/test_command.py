@@ -516,7 +516,7 @@ MISTAKES = {
     "qwen2-7b --method qlora --kbit-preparation no": ("kbit_preparation (--kbit-preparation)", "true, false, trl"),
     "qwen2-7b --precision ampp": ("precision (--precision)", "amp"),
     "qwen2-7b --precision mixed --dtype fp32": ("precision (--precision)", "bf16 or fp16"),
-    "qwen2-7b --dtype fp8": ("precision.weights (--dtype)", "choose from bf16, fp16, fp32"),
+    "qwen2-7b --dtype fp8": ("precision.weights (--dtype)", "write bf16 (quantised weights: --method qlora, --stored)"),
     "qwen2-7b --method rm": ("method.kind (--method)", "choose from full, freeze, lora, qlora"),
     "qwen2-7b --attention sdpaa": ("kernels.attention (--attention)", "did you mean sdpa?"),
     "qwen2-7b --loss fusd": ("kernels.loss (--loss)", "did you mean fused?"),

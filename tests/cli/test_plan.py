@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +37,7 @@ from memplan.planning.offers import CardFilter, offers, parse_owned_cards
 from memplan.planning.plan import SEVERITIES, plan
 from memplan.planning.reach import frontier, reach
 from memplan.report.heat import short
-from memplan.report.plans import Planned, dump, render
+from memplan.report.plans import dump, render
 from memplan.report.plans.advice import AdviceReport, simplest_run
 from memplan.report.plans.changes import freed, signed
 from memplan.report.plans.cluster import ClusterReport, compare_with_one_gpu, grid_title
@@ -50,6 +50,9 @@ from memplan.report.schema import plan_model, plan_schema
 from memplan.report.text import Screen
 from tests.report.test_reports import conforms
 from tests.sampling import ALL, examples, sampled
+
+if TYPE_CHECKING:
+    from memplan.report.plans import Planned
 
 COMMAND = get_command(app)
 FITS = Demand()

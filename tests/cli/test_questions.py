@@ -68,7 +68,7 @@ TYPOS = {
     "qwen3-0.6b --method lora --gpu macbook": "macbook",
 }
 # Options of other tools that are other words here.
-OTHERS = ("load-in-4bit", "bf16", "fp16", "flash_attn", "use_unsloth", "use-peft")
+OTHERS = ("load-in-4bit", "bf16", "fp16", "flash_attn", "use_unsloth", "use-peft", "vllm", "int8", "full")
 
 Printed = Callable[[str], tuple[int, str, str]]
 
@@ -116,6 +116,28 @@ def test_a_word_of_another_tool_names_the_words_that_work(words: str, typed: Pri
     assert (code, out) == (2, "")
     assert found, err
     assert typed(f"qwen3-0.6b {option} {found[1]}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("vllm qwen3-8b", "'vllm' takes no model; write qwen3-8b --method generate --profile vllm"),
+        ("max qwen3-8b 2x3090", "'2x3090' is no option; write --gpu 2x3090"),
+        ("qwen3-8b qlora --gpu 3090", "'qlora' is no option; write --method qlora"),
+        ("qwen3-8b more", "Got unexpected extra argument(s) (more)"),
+    ],
+)
+def test_a_word_that_is_no_option_names_the_one_it_means(line: str, said: str, typed: Printed) -> None:
+    assert typed(line) == (2, "", f"memplan: {said}\n")
+
+
+def test_an_engine_that_does_not_start_is_offered_what_starts(typed: Printed) -> None:
+    code, out, _ = typed("kimi-k2 --gpu 8xb200 --profile vllm")
+    offered = re.search(r"^  memplan (.*)$", out, re.MULTILINE)
+    assert (code, out.partition("  ")[0]) == (1, "DOES NOT START")
+    assert "would fit  --tp 8 (uses" in out
+    assert offered is not None
+    assert typed(offered[1])[0] == 0
 
 
 def test_an_option_that_takes_no_memory_may_be_left_out(typed: Printed) -> None:

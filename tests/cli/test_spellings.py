@@ -149,5 +149,8 @@ def test_a_model_and_a_method_are_a_run() -> None:
         if changed:
             [run] = runs_of({"model": name, "method": "lora"})
             assert estimate(run).bytes.used > 0
+            if name.startswith("deberta"):  # which has more positions than its checkpoints were trained with
+                assert changed == {"batch": {"sequence": 512}}
+                continue
             with pytest.raises(MemplanError):  # without the changed ones it would not run
                 estimate(run.model_validate({"model": name, "method": "lora"}))

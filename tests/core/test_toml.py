@@ -39,6 +39,7 @@ def test_a_table_needs_no_tomllib(path: Path, monkeypatch: pytest.MonkeyPatch) -
         "a = [\n1\n]",
         "a = [1,\n2]",
         "a = [\n1, # x\n]",
+        "a = [\n1, 2,\n3,\n]",
         '"a.b" = [\n["x", 1],\n# x\n]',
         '[a."b.c".d]\ne = 1',
         r'"a\"b" = 1',
@@ -52,7 +53,9 @@ def test_what_json_writes_otherwise_is_left_to_tomllib(text: str) -> None:
     assert parsed(text) == tomllib.loads(text)
 
 
-@pytest.mark.parametrize("text", ["a = ", "a = 1 2", "a", "[a", "a = 2026-13-40", "a = [\n1,"])
+@pytest.mark.parametrize(
+    "text", ["a = ", "a = 1 2", "a", "[a", "a = 2026-13-40", "a = [\n1,", "a = [\n1\n2,\n]", "a = [\n1,,\n]"]
+)
 def test_a_wrong_line_is_tomllibs_error(text: str) -> None:
     with pytest.raises(tomllib.TOMLDecodeError):
         parsed(text)

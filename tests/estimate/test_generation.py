@@ -34,12 +34,14 @@ def test_steps_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
-    assert counts["distill", "trl-1.15"] >= 6
+    assert counts["distill", "trl-1.15"] >= 10
+    assert min(counts["ppo", profile] for profile in ("trl-1.10", "trl-0.24", "trl-1.6")) >= 8
+    assert sum(row["run"].get("roles", {}).get("teacher", {}).get("location") == "server" for row in ROWS) >= 2
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
-    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 3
+    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 7
 
 
 def grpo(**run: Any) -> Estimate:
@@ -88,6 +90,33 @@ def test_a_student_generates_by_itself_or_with_vllm() -> None:
     assert "generate" not in {phase.phase for phase in distilled(rollout="server").phases}
 
 
+def test_one_completion_has_no_largest_group() -> None:
+    run = RunSpec(model="llama-3.2-1b", trainer="distill", roles={"teacher": "llama-3.2-3b"}, gpu="h100")
+    with pytest.raises(SpecError, match="several completions of a prompt: grpo, rloo"):
+        reach(run, "generations")
+
+
+def test_a_critic_updates_next_to_the_policy() -> None:
+    alone = estimate(
+        RunSpec(
+            model="qwen2.5-7b",
+            objective="sequence_classification",
+            precision="autocast",
+            batch={"micro": 8, "sequence": 256 + 128},
+        )
+    )
+    policy, both = grpo(), grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1})
+    assert sum(line.bytes for line in both.ledger) == both.bytes.allocated
+    held = sum(line.bytes for line in both.ledger if line.what.startswith("value."))
+    weights, states = 2 * alone.parameters.total, 2 * 2 * alone.parameters.total  # bf16, two states each
+    assert held == pytest.approx(weights + states, rel=1e-3)
+    assert peak_of(both, "backward") - peak_of(policy, "backward") == pytest.approx(held, rel=1e-6)
+    standing = peak_of(both, "critic") - alone.bytes.allocated
+    assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
+    away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
+    assert away.bytes.allocated == policy.bytes.allocated
+
+
 def test_nothing_is_compared_without_a_reference() -> None:
     weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
     assert grpo(reference="copy").bytes.allocated - grpo().bytes.allocated == pytest.approx(weights, rel=1e-2)
@@ -102,6 +131,38 @@ def test_a_step_generates_for_all_its_micro_batches_at_once() -> None:
     assert longer > 3 * 8 * (256 + 511) * cache
     gradients = 4 * four.parameters.trainable
     assert 0 <= peak_of(four, "forward") - peak_of(one, "forward") - gradients < 2**21  # the batch's tokens
+
+
+def ppo(**run: Any) -> Estimate:
+    batch = {"generations": 1, "accumulation": 2, "micro": 4, **run.pop("batch", {})}
+    fields = {"profile": "trl-1.10", "precision": "bf16", "roles": {"reward": "llama-3.2-1b"}, **run}
+    return grpo(trainer="ppo", batch=batch, **fields)
+
+
+def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
+    answer, other = ppo(method="lora"), ppo(method="lora", roles={"reward": "llama-3.2-1b", "value": "qwen2.5-0.5b"})
+    for each in (answer, other):
+        assert sum(line.bytes for line in each.ledger) == each.bytes.allocated
+    policy = 1_235_814_400
+    adapters = grpo(method="lora").parameters.trainable
+    assert answer.parameters.trainable == adapters + policy + 2048  # whose head is a score
+    assert 494_000_000 < other.parameters.trainable - adapters < 495_000_000
+    kept = next(line for line in answer.ledger if line.what == "logits of all completions")
+    assert kept.bytes == 4 * 4 * 2 * 128 * 128256
+    assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
+
+
+def test_ppo_generates_and_scores_64_completions_at_once() -> None:
+    chunk = 4 * 64 * 8 * 128256  # logits of 64 completions of 8 tokens
+
+    def peaks(rows: int, kept: int) -> tuple[int, int]:
+        answer = ppo(method="lora", batch={"micro": 1, "accumulation": rows, "new_tokens": 8})
+        return peak_of(answer, "rollout") - kept, peak_of(answer, "generate") - kept
+
+    (scored, generated), (scored_twice, generated_twice) = peaks(64, chunk), peaks(128, 2 * chunk)
+    assert 0 < scored_twice - scored < 2**21  # the batch's tokens
+    assert 0 <= generated_twice - generated - chunk < 2**21  # the first chunk's, while the second is generated
+    assert peaks(65, 2 * chunk)[0] == pytest.approx(scored, rel=1e-4)  # the second chunk is padded
 
 
 def test_only_completions_have_logits() -> None:

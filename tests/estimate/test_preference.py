@@ -42,7 +42,7 @@ def test_trainers_are_held_to_traces() -> None:
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 3
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
-    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 4
+    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 14
 
 
 LLAMA = "llama-3.2-1b"
@@ -115,6 +115,20 @@ def test_a_teacher_holds_weights_of_its_own(trainer: Any, teacher: Any, size: in
     assert any(phase.phase == "teacher" for phase in answer.phases)
 
 
+@pytest.mark.parametrize("trainer", ["gkd", "grpo"])
+def test_zero_3_divides_a_teacher_and_a_reward_model(trainer: Any) -> None:
+    role, batch = ("teacher", {}) if trainer == "gkd" else ("reward", {"micro": 8})
+    weights = 2 * (8_030_261_248 - (trainer == "grpo") * 128_256 * 4096)  # a reward model's head is a score
+    largest = 2 * 128_256 * 4096  # bf16 embeddings, which are gathered
+    for strategy, parts in (("zero2", 1), ("zero3", 4)):
+        answer = divided(strategy, trainer=trainer, roles={role: "llama-3.1-8b"}, batch={"sequence": 256, **batch})
+        held = sum(p.bytes for p in answer.ledger if p.what.startswith(f"{role}.") and p.kind == "parameter")
+        assert held == pytest.approx(weights / parts, rel=1e-3)
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+        taken = {p.phase: p.peak for p in answer.phases if p.step in (2, None)}
+        assert (taken[role] > taken["step"] + largest) == (parts == 4)
+
+
 def test_rows_are_counted_twice_for_each_pair() -> None:
     for batch in (1, 2):
         run: dict[str, Any] = {"model": LLAMA, "method": "lora", "precision": "autocast", "profile": "trl-1.15"}
@@ -141,8 +155,28 @@ def test_a_reward_models_head_is_a_score() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": "ppo"}, "trl-1.15 does not have ppo; the last with it is trl-1.10, and it is not supported yet"),
-        ({"trainer": "ppo", "profile": "trl-0.24"}, "'ppo' is not supported yet; supported: sft, dpo, kto"),
+        ({"trainer": "ppo"}, r"trl-1.15 does not have ppo; the last with it is trl-1.10 \(--profile trl-1.10\)"),
+        *(
+            ({"trainer": "ppo", "profile": "trl-1.10", "roles": {"reward": LLAMA}, **changes}, message)
+            for changes, message in (
+                ({"roles": {}}, "roles.reward: ppo scores completions with a reward model; name one"),
+                ({"reference": "none"}, "reference: ppo compares with a reference model; use copy"),
+                (
+                    {"kernels": {"checkpointing": "full"}},
+                    "kernels.checkpointing: PPOTrainer's own loop does not enable",
+                ),
+                ({"rollout": "server"}, "rollout: PPOTrainer generates with transformers"),
+                (
+                    {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
+                    "is not supported yet with trainer ppo; supported: one GPU",
+                ),
+                ({"batch": {"generations": 2}}, "this trainer generates one completion of a prompt; use 1"),
+                (
+                    {"roles": {"reward": LLAMA, "value": {"model": LLAMA, "quantization": {"format": "nf4"}}}},
+                    "roles.value.quantization: is not supported yet with a value model, which trains",
+                ),
+            )
+        ),
         ({"trainer": "dpo", "profile": "transformers-5"}, "transformers-5 does not have dpo; use trl-1.15"),
         (
             {"trainer": "dpo", "reference": "adapters"},
@@ -163,17 +197,20 @@ def test_a_reward_models_head_is_a_score() -> None:
             "roles.teacher.model: its vocabulary has 152,064 tokens and the model's 128,256",
         ),
         ({"trainer": "gkd", "roles": {"teacher": "llama-3.1-9b"}}, "did you mean llama-3.1-8b"),
-        ({"trainer": "gkd", "roles": {"teacher": {"model": LLAMA, "location": "server"}}}, "supported: gpu"),
+        (
+            {"trainer": "gkd", "roles": {"teacher": {"model": LLAMA, "location": "server"}}},
+            "gkd reads all of a teacher's logits; use gpu, or trainer distill",
+        ),
         (
             {
                 "trainer": "distill",
                 "roles": {"teacher": LLAMA},
-                "parallelism": {"world": 2, "dp": 2, "strategy": "fsdp2"},
+                "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"},
             },
-            "parallelism.strategy: is not supported yet with a teacher model of distill; supported: ddp, zero1, zero2",
+            "distill reads the teacher's head after its forward, when zero3 has freed it; use zero2 or fsdp2",
         ),
         ({"trainer": "dpo", "roles": {"teacher": LLAMA}}, "only applies to trainer gkd or distill, not dpo"),
-        ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo, not sft"),
+        ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo or ppo, not sft"),
         ({"trainer": "dpo", "roles": {"reference": LLAMA}}, "roles.reference: is not supported yet"),
         ({"task": "forward", "roles": {"teacher": LLAMA}}, "roles: only applies to training"),
         (

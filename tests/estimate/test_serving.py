@@ -445,7 +445,8 @@ def test_llama_cpp_keeps_a_checkpoints_mxfp4_and_converts_its_fp8() -> None:
     assert converted.serving is not None
     experts = 24 * 32 * 2880 * (5760 + 2880)
     assert converted.serving["weights"] - published.serving["weights"] == experts * 2 - experts * 17 // 32
-    assert estimate(run_of("deepseek-v3", "llama.cpp")).run.serving.weights is None
+    for fp8 in ("deepseek-v3", "minimax-m2"):
+        assert estimate(run_of(fp8, "llama.cpp")).run.serving.weights == "none"
 
 
 def test_a_layer_that_predicts_ahead_is_the_published_one() -> None:
@@ -617,7 +618,7 @@ def test_experts_in_mxfp4_are_padded_as_the_cards_kernel_has_them() -> None:
 def test_a_model_card_states_its_checkpoints_format() -> None:
     """DeepSeek V3's matrices take one byte per number plus a 4-byte scale per 128 x 128; embeddings and head two."""
     run = run_of("deepseek-v3", "vllm-0.33", gpu="h200", tp=8)
-    assert estimate(run).run.serving.weights == "fp8"
+    assert estimate(run).run.serving.weights is None  # the config's own
     found, said, plain = (
         sum(h.bytes for h in rank_weights(resolve_serving(changed(run, "serving", weights=w))))
         for w in (None, "fp8", "none")

@@ -45,11 +45,13 @@ def test_unsloths_step_is_near_its_trace(row: dict[str, Any]) -> None:
     answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
-    assert compared.peak * row["peak"] < _BUFFERS + 1e-3 * row["peak"], compared
+    missed = compared.peak * row["peak"] >= _BUFFERS + 1e-3 * row["peak"]
+    assert missed == bool(compared.cause), compared
     assert compared.same
 
 
 def test_unsloths_traces_are_met_on_average() -> None:
+    assert len(UNSLOTH) >= 20
     assert mean(compared_with_trace(row).peak for row in UNSLOTH) < 5e-3
 
 

@@ -231,6 +231,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp16": ({"precision": "amp"}, {"precision": {"weights": "fp32", "compute": "fp16", "autocast": True}}),
     "8-bit states": ({}, {"optimizer": "paged_adamw_8bit"}),
     "segments": ({}, {"loop": {"expandable_segments": True}}),
+    "reduction": ({}, {"loop": {"sync_each_batch": True}}),
     "ZeRO": ({}, {"parallelism": {"world": 8, "dp": 8, "strategy": "zero2", "offload": {"optimizer": True}}}),
     "FSDP": ({}, {"parallelism": {"world": 8, "dp": 8, "strategy": "fsdp2"}}),
     "model": ({}, {"model": "llama-3.1-8b"}),
@@ -402,6 +403,7 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("peft_autocast_adapter_dtype: false",),
         ("bf16: false", "pure_bf16: true"),
     ),
+    "reduction": (("accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}",),) * 3,
     "all activations": (("activation_offloading: true",), ("activation_offloading: true",), ()),
     "evaluation": (
         (

@@ -94,6 +94,23 @@ CASES: dict[str, dict[str, Any]] = {
     "resources: {limits: {nvidia.com/gpu: 2}}}]}": {"parallelism.tp": 2, "parallelism.world": 2},
 }
 
+_SFT = "sft.py, --model_name_or_path, Qwen/Qwen2-7B, --dataset_name, mine"
+_LIMITS = "{limits: {nvidia.com/gpu: 4}}"
+CASES |= {
+    "apiVersion: v1\nkind: PyTorchJob\nspec: {pytorchReplicaSpecs: {Worker: {replicas: 2}, Master: {replicas: 1, "
+    f"template: {{spec: {{containers: [{{command: [torchrun, {_SFT}], resources: {_LIMITS}}}]}}}}}}}}}}": {
+        "parallelism.world": 3 * 4
+    },
+    "apiVersion: trainer.kubeflow.org/v1alpha1\nkind: TrainJob\nspec: {trainer: {numNodes: 2, numProcPerNode: 2, "
+    f"command: [torchrun, {_SFT}], resourcesPerNode: {_LIMITS}}}}}": {"parallelism.world": 2 * 2},
+    "apiVersion: ray.io/v1\nkind: RayJob\nspec: {entrypoint: 'torchrun --nproc_per_node 2 sft.py --dataset_name mine "
+    "--model_name_or_path Qwen/Qwen2-7B'}": {"parallelism.world": 2},
+    f"services: {{a: {{gpus: [{{count: 2}}], command: [accelerate, launch, {_SFT}]}}}}": {"parallelism.world": 2},
+    f"services: {{a: {{environment: {{NVIDIA_VISIBLE_DEVICES: '1,3'}}, command: [accelerate, launch, {_SFT}]}}}}": {
+        "parallelism.world": 2
+    },
+}
+
 
 @pytest.mark.parametrize(("text", "expected"), CASES.items())
 def test_images_and_environments_are_part_of_the_command(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
@@ -111,6 +128,7 @@ REFUSED = {
     "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",
     "services: !!python/object:os.system {}": "is not YAML",
     "services:\n  a: [": "is not YAML",
+    "services:\n  a: {{ b }}": "it is a template: render it first",
 }
 
 

@@ -405,12 +405,67 @@ def test_a_file_that_a_key_names_stays_as_it_is(tmp_path: Path) -> None:
         levers.write((host,))
 
 
+_WORDS = "sft.py --model_name_or_path qwen2-0.5b --dataset_name a --max_length 768 --use_peft --bf16"
+_BLOCK = "\n".join(f"        - {json.dumps(word)}" for word in f"--num_processes 1 {_WORDS}".split())
+MANIFESTS = {
+    "script": (
+        "apiVersion: v1\nspec:\n  containers:\n    - command: [bash, -c]\n      args:\n        - |\n          cd a\n"
+        f"          accelerate launch --num_processes 1 {_WORDS}\n      resources: {{limits: {{nvidia.com/gpu: 1}}}}\n",
+        ("--num_processes 1", "gpu: 1", "--max_length 768"),
+        ("--num_processes 4", "gpu: 4", ""),
+    ),
+    "block": (
+        "apiVersion: v1\nspec:\n  containers:\n    - command: [accelerate, launch]\n      args:\n"
+        f"{_BLOCK}\n      resources: {{limits: {{nvidia.com/gpu: 1}}}}\n",
+        ('"--num_processes"\n        - "1"', "gpu: 1", '- "768"'),
+        ('"--num_processes"\n        - "4"', "gpu: 4", ""),
+    ),
+    "compose": (
+        "services:\n  a:\n    gpus: [{count: 1}]\n    command: "
+        f"[accelerate, launch, {', '.join(_WORDS.replace('_length ', '_length=').split())}]\n",
+        ("count: 1", "_length=768"),
+        ("count: 4", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "before", "after"), MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_a_manifest_changes_its_command_and_gpus(
+    tmp_path: Path, text: str, before: tuple[str, ...], after: tuple[str, ...]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    levers = levers_in(str(path))
+    every = levers(estimate(levers.asked).run)
+    chosen = [
+        next(lever for lever in every if dict(lever.fields).get(field) == value)
+        for field, value in (("parallelism.world", 4), ("batch.sequence", 384), ("batch.micro", 4))
+    ]
+    new = levers.write((chosen[0], chosen[2]))
+    assert (new.run.parallelism.world, new.run.batch.micro) == (4, 4)
+    for old, changed in zip(before[:-1], after[:-1], strict=True):
+        text = text.replace(old, changed)
+    lines = new.text.splitlines()
+    assert [line for line in text.splitlines() if line not in lines and "accelerate" not in line] == []
+    assert "per_device_train_batch_size" in new.text
+    assert before[-1].replace("768", "384") in levers.write((chosen[1],)).text
+
+
 _SFT = "sft.py --model_name_or_path qwen2-0.5b --dataset_name a --use_peft --bf16 true"
 COUNTS: dict[str, tuple[str, str]] = {
     f"accelerate launch --num_processes 1 {_SFT}": ("--num_processes 1", "--num_processes 4"),
     f"torchrun --nnodes=1 --nproc_per_node=1 {_SFT}": ("--nproc_per_node=1", "--nproc_per_node=4"),
     f"export N=1\ntorchrun --nproc-per-node $N {_SFT}": ("N=1", "N=4"),
     f"#SBATCH --gres=gpu:a100:1\nsrun torchrun --nproc_per_node $SLURM_GPUS_ON_NODE {_SFT}": (":a100:1", ":a100:4"),
+    f"#SBATCH -G 1\nCUDA_VISIBLE_DEVICES=0 accelerate launch {_SFT}": (
+        "-G 1\nCUDA_VISIBLE_DEVICES=0",
+        "-G 4\nCUDA_VISIBLE_DEVICES=0,1,2,3",
+    ),
+    f"#SBATCH --gres=gpu:1\ntorchrun --nproc_per_node=1 {_SFT}": (
+        f"gpu:1\ntorchrun --nproc_per_node=1 {_SFT}",
+        f"gpu:4\ntorchrun --nproc_per_node=4 {_SFT}",
+    ),
+    f"accelerate launch --config_file one.yaml {_SFT}": ("launch", "launch --num_processes 4"),
     f"python {_SFT}": ("", "the script does not say how many processes train"),
 }
 
@@ -421,6 +476,7 @@ def test_a_script_says_how_many_gpus_where_its_launcher_does(
 ) -> None:
     path = tmp_path / "run.sh"
     path.write_text(f"# a script\n{command}\n")
+    (tmp_path / "one.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 1\n")
     levers = levers_in(str(path))
     more = next(
         lever for lever in levers(estimate(levers.asked).run) if dict(lever.fields).get("parallelism.world") == 4

@@ -271,6 +271,7 @@ REFUSED = {
     TORCHTUNE.replace("qlora_llama3_1_8b", "lora_surprise9_8b"): "write memplan MODEL --spec run.yaml",
     TORCHTUNE.replace("torch.optim.AdamW", "mine.Lion"): "optimizer._component_: 'mine.Lion' is not supported yet",
     TORCHTUNE.replace("torchtune.modules.loss", "torchtune.rlhf.loss"): "only supervised fine-tuning is supported yet",
+    TORCHTUNE.replace("checkpointing: true", "offloading: true"): "torchtune needs enable_activation_checkpointing",
     LITGPT.replace("bf16-true", "bf8"): "run.yaml:3: precision: must be bf16-true, ",
     LITGPT + "quantize: bnb.int8-training\n": "'bnb.int8-training' is not supported; supported with LoRA: bnb.nf4, ",
     UNSLOTH.replace("batch_size: 4", "gradient_checkpointing: maybe"): "must be unsloth, true or none, not 'maybe'",

@@ -106,6 +106,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
     ("text", "trainer", "reference"),
     [
         (f"{AXOLOTL_LORA}rl: dpo", "dpo", None),
+        (f"{AXOLOTL_LORA}rl: dpo\nplugins: [liger]\nliger_fused_linear_cross_entropy: true", "dpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: ipo\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true", "dpo", "copy"),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo", "cpo", None),
@@ -116,6 +117,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: full\nstage: kto\nper_device_train_batch_size: 2", "kto", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
+        ("model_name_or_path: a\ndataset_name: b\nmax_length: 512\ndesirable_weight: 1.0", "kto", None),
         (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
@@ -201,6 +203,7 @@ AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
     "max_grad_norm: 0": {"loop.clip_grad_norm": None},
     "gradient_accumulation_steps:\nbatch_size: 8": {"batch.accumulation": 4},
     "gradient_checkpointing: offload": {"kernels.checkpointing": "offload"},
+    "gradient_checkpointing: unsloth": {"kernels.checkpointing": "offload"},
     "gradient_checkpointing: true\nactivation_offloading: true": {"kernels.checkpointing": "offload"},
     "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: true}": {"kernels.reentrant": True},
     "val_set_size: 0.1\neval_batch_size: 6": {"also.evaluation.micro": 6},
@@ -372,6 +375,7 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "attn_implementation: flash_attention_3": {"kernels.attention": "flash_attention_3"},
     "attn_implementation: flash_attention_4": {"kernels.attention": "flash_attention_2"},
     "label_smoothing_factor: 0": {"kernels.loss": None},
+    "accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}": {"loop.sync_each_batch": True},
     "optim: sgd\noptim_args: momentum=0.9": {"optimizer.name": "sgd", "optimizer.momentum": 0.9},
     "fsdp: full_shard auto_wrap\nfsdp_config: {version: 1, sharding_strategy: SHARD_GRAD_OP}": {
         "parallelism.strategy": "fsdp",
@@ -474,8 +478,13 @@ def test_accelerates_file(tmp_path: Path, launch: dict[str, Any], expected: dict
 
 
 def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> None:
-    (tmp_path / "zero2.json").write_text('{\n "zero_optimization": {\n  "stage": 2,\n  "overlap_comm": true\n }\n}')
+    (tmp_path / "zero2.json").write_text(
+        '{\n "zero_optimization": {\n  "stage": 2,\n  "overlap_comm": true,\n  "reduce_bucket_size": 2e8\n }\n}'
+    )
     file = read(tmp_path, LLAMAFACTORY_LORA + "deepspeed: zero2.json\n")
+    run = RunSpec.model_validate({**file.fields, "model": "qwen2-0.5b"})
+    shown = next(origin for origin in file.origins_of(run) if origin.field.endswith("reduce_bucket_size"))
+    assert (shown.value, shown.why) == (2 * 10**8, "zero2.json:5 zero_optimization.reduce_bucket_size")
     assert values(file)["parallelism.strategy"] == "zero2"
     assert why(file)["parallelism.strategy"] == "zero2.json:3 zero_optimization.stage"
     assert why(file)["parallelism.world"] == "assumed: the file does not say how many GPUs; add --gpus"
@@ -585,7 +594,7 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
-    "actor_rollout_ref: {model: a}": "run.yaml: algorithm.adv_estimator: 'gae' is not supported",
+    "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: remax}": "adv_estimator: 'remax' is not supported",
     "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",

@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.block_size": 32,
         },
     ),
+    "vllm serve Qwen/Qwen3-8B-AWQ --max-model-len 4096": (
+        "vllm-0.33",
+        {"model": "qwen3-8b", "serving.weights": "awq-int4"},
+    ),
     f"{VLLM} -tp 4 -pp 2 --no-enable-prefix-caching --enforce-eager --dtype half": (
         "vllm-0.33",
         {
@@ -42,6 +46,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "vllm-0.33",
         {"serving.max_model_len": None, "serving.weights": "fp8-tensor", "serving.cache_dtype": "fp8_e4m3"},
     ),
+    "vllm serve MiniMaxAI/MiniMax-M2 --quantization fp8": ("vllm-0.33", {"serving.weights": None}),  # stored so
     f"{VLLM} --enable-lora --max-loras 4 --max-lora-rank 64 --quantization awq_marlin": (
         "vllm-0.33",
         {"serving.lora_slots": 4, "serving.lora_rank": 64, "serving.weights": None},

@@ -17,6 +17,8 @@ FILES = {
     "axolotl.yml": "base_model: Qwen/Qwen2-7B\nmicro_batch_size: 4\nsequence_len: 256\n",
     "factory.yaml": "model_name_or_path: Qwen/Qwen2-7B\nstage: sft\nbf16: true\n",
     "trl.yaml": "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\nmax_length: 64\n",
+    "auto.yaml": "model: {pretrained_model_name_or_path: Qwen/Qwen2-7B}\nstep_scheduler: {local_batch_size: 4}\n"
+    "packed_sequence: {packed_sequence_size: 64}\n",
     ".env": "# where\nexport LEN='48' # tokens\nHALF=\"unclosed\nSIZE=${LEN}\n",
     "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
 }
@@ -54,6 +56,18 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "sglang",
         {"model": "Qwen/Qwen2-7B", "serving.max_model_len": 512},
     ),
+    "swift sft --model Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8 --tuner_type lora --max_length 64": (
+        "ms-swift",
+        {"model": "qwen2.5-7b", "method.kind": "qlora", "method.quantization.format": "gptq-int8"},
+    ),
+    "swift sft --model Qwen/Qwen2.5-7B-Instruct-FP8 --tuner_type lora --max_length 64": (
+        "ms-swift",
+        {"model": "Qwen/Qwen2.5-7B-Instruct-FP8", "method.kind": "lora"},
+    ),
+    "automodel finetune llm -c auto.yaml --step_scheduler.local_batch_size 2": (
+        "automodel",
+        {"batch.micro": 2, "batch.sequence": 64},
+    ),
     "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
@@ -75,6 +89,21 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "NPROC_PER_NODE=4 NNODES=2 swift sft --model Qwen/Qwen2-7B --train_type lora --max_length 64 --deepspeed zero3": (
         "ms-swift",
         {"parallelism.world": 4 * 2, "parallelism.strategy": "zero3", "batch.sequence": 64},
+    ),
+    "#SBATCH -N 2\n#SBATCH --gpus-per-node=h100:4,nvme:1\nsrun torchrun --nnodes $SLURM_NNODES --nproc_per_node gpu "
+    "x.py --config trl.yaml": ("trl", {"parallelism.world": 2 * 4}),
+    "#SBATCH --nodes=2\n#SBATCH --gpus 16\naccelerate launch --num_processes $(($SLURM_NNODES * SLURM_GPUS_ON_NODE)) "
+    "x.py --config trl.yaml --gradient_accumulation_steps $(expr 32 / $SLURM_GPUS_ON_NODE)": (
+        "trl",
+        {"parallelism.world": 16, "batch.accumulation": 32 // 8},
+    ),
+    "#SBATCH --gres=gpu:3\naccelerate launch x.py --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "deepspeed --include localhost:1,3 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "CUDA_VISIBLE_DEVICES=2,3 trl sft --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "CUDA_VISIBLE_DEVICES=2,3 axolotl train axolotl.yml": ("axolotl", {"parallelism.world": 2}),
+    "mpirun -np 8 -H a:4,b:4 --allow-run-as-root -x A=1 python x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 8},
     ),
     "cd here && torchrun --standalone --nproc_per_node 4 --nnodes=2 train.py --model_name_or_path Qwen/Qwen2-7B "
     "--bf16 True --per_device_train_batch_size ${BS:-2}; echo done": (
@@ -124,6 +153,34 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.tensor_parallel": 2,
             "serving.trainer_offload": ["optimizer"],
             "parallelism.world": 4,
+        },
+    ),
+    "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct --train.colocate_all "
+    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 2 "
+    "--rollout.micro_batch_size 4": (
+        "openrlhf",
+        {
+            "trainer": "rloo",
+            "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.reward.micro": 4,
+            "batch.generations": 1,
+        },
+    ),
+    "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct "
+    "--algo.advantage.estimator gae --reward.remote_url http://a": (
+        "openrlhf",
+        {"roles.value.model": "Qwen/Qwen2.5-7B-Instruct", "roles.value.location": "server"},
+    ),
+    "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
+    "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
+    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16": (
+        "verl",
+        {
+            "trainer": "rloo",
+            "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.value.micro": 16,
+            "batch.micro": 4,
         },
     ),
     "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.train_files=$FILES data.max_prompt_length=16 "

@@ -116,6 +116,19 @@ def pictures() -> Iterator[tuple[str, RunSpec]]:
         shared = {"model": model, "batch": seen, "gpu": "a100-sxm-80gb"}
         yield name, RunSpec(**{**shared, "also": {"evaluation": {"micro": 3, "kept_batches": 3}}})
         yield name, RunSpec(**{**shared, "method": adapted, "also": {"evaluation": {"micro": 1, "new_tokens": 3}}})
+        yield name, by_trainer({**shared, "batch": {"micro": 1, "sequence": 512}})
+    for name in ("idefics3", "internvl", "llava", "paligemma", "qwen3_vl_moe", "smolvlm"):
+        yield (
+            name,
+            by_trainer(
+                {**shared, "model": {"config": {"model_type": name, **TOWERS[name]}}, "batch": {"sequence": 512}}
+            ),
+        )
+
+
+def by_trainer(shared: dict[str, Any]) -> RunSpec:
+    """Return a run that transformers' Trainer evaluates: it sets `use_cache` of the outer config alone."""
+    return RunSpec(**{**shared, "loop": {"trainer": True}, "also": {"evaluation": {"micro": 4}}})
 
 
 def encoders() -> Iterator[tuple[str, RunSpec]]:

@@ -48,6 +48,12 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
             if config["model_type"] not in ("vit", "whisper"):
                 yield f"{name}-{kind}", {**run, "loop": {"padded": True}, "kernels": {"checkpointing": "none"}}
                 yield f"{name}-{kind}", {**run, "kernels": {"reentrant": True}}
+    for name, kind in (("bart", "full"), ("mbart", "full"), ("t5", "full"), ("mt5", "lora"), ("whisper", "full")):
+        length = {} if name == "whisper" else {"sequence": 256}
+        half = {"model": {"config": SMALL[name]}, "batch": {"micro": 2, **length}, "precision": "fp16"}
+        yield f"{name}-{kind}", {**half, "method": {"kind": kind}, "kernels": {"checkpointing": "none"}}
+    uneven = {"model": {"config": SMALL["t5"]}, "batch": {"micro": 2, "sequence": 63}}  # kernels pad rows
+    yield "t5-full", {**uneven, "kernels": {"checkpointing": "none"}}
     for name, options in REAL.items():
         for kind in METHODS:
             for checkpointing in ("full", "none"):

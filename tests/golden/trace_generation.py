@@ -60,6 +60,38 @@ REWARDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], 
     ("blocks", "qlora", BF16, (8, 1024, 8, 8, 1), "none", {}),
     ("qwen2", "lora", BF16, (8, 256, 8, 8, 1), "none", {}),
 )
+# Under PPO, whose reward and value models are like the policy unless they are `rewarded`.
+PURE = {"weights": "bf16"}
+PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 64, 1, 1), "none", {}),
+    ("llama", "full", PURE, (2, 512, 16, 1, 2), "none", {}),
+    ("llama", "full", FP32, (2, 256, 8, 1, 2), "none", {}),
+    ("llama", "full", PURE, (1, 1024, 24, 1, 1), "none", {}),
+    ("llama", "lora", BF16, (4, 256, 16, 1, 1), "none", {}),
+    ("llama", "lora", PURE, (2, 512, 12, 1, 4), "none", {}),
+    ("llama", "lora", FP32, (2, 256, 16, 1, 2), "copy", {}),
+    ("llama", "lora", PURE, (12, 32, 4, 1, 6), "none", {}),
+    ("llama", "qlora", PURE, (4, 512, 16, 1, 1), "none", {}),
+    ("llama", "qlora", PURE, (4, 256, 8, 1, 2), "none", {}),
+    ("tied", "full", BF16, (4, 128, 16, 1, 2), "none", {}),
+    ("tied", "lora", FP32, (2, 256, 12, 1, 1), "none", {}),
+    ("qwen2", "full", PURE, (2, 512, 16, 1, 1), "none", {}),
+    ("qwen2", "lora", BF16, (8, 256, 16, 1, 1), "none", {}),
+    ("qwen2", "qlora", PURE, (1, 1024, 16, 1, 4), "none", {}),
+    ("mistral", "full", BF16, (4, 512, 16, 1, 1), "none", {}),
+    ("mistral", "lora", PURE, (8, 512, 8, 1, 1), "none", {}),
+    ("gemma2", "full", BF16, (2, 256, 16, 1, 2), "none", {}),
+    ("gemma2", "lora", BF16, (4, 256, 12, 1, 1), "none", {}),
+    ("blocks", "full", BF16, (8, 512, 16, 1, 1), "none", {}),
+    ("blocks", "full", FP32, (4, 512, 16, 1, 1), "none", {}),
+    ("blocks", "lora", PURE, (16, 512, 16, 1, 1), "none", {}),
+    ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
+)
+# With a teacher on a server.
+SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
+    ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
+)
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -76,30 +108,42 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
+    if trainer == "ppo":
+        cases = [
+            *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
+            *((case, "rewarded") for case in REWARDED),
+        ]
     if trainer in DISTILLING:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
+        cases += [(case, "server") for case in SERVED]
         cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
-    for (family, method, precision, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
+    for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
+        precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         distills = trainer in DISTILLING
-        if distills and (reference != "none" or strategy.startswith("fsdp")):
+        if distills and reference != "none":
             continue
         batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "accumulation": parts}
-        batch |= {"generations": 1 if distills else group}
+        batch |= {"generations": 1 if distills or trainer == "ppo" else group}
         shape = f"{micro}x({prompt}+{new}) {parts} parts"
-        name = f"{profile} {trainer} {family} {method} {precision['weights']} {shape} {' '.join(words)}"
+        dtype = precision["weights"] if precision.get("autocast") else f"pure {precision['weights']}"
+        name = f"{profile} {trainer} {family} {method} {dtype} {shape} {' '.join(words)}"
         yield (
             name.strip(),
             RunSpec.model_validate(
                 {
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
-                    "reference": None if distills else reference,
-                    "roles": teachers(family, method, strategy == "experts")
+                    "reference": None if distills or (trainer, reference) == ("ppo", "none") else reference,
+                    "roles": {"teacher": {"model": {"config": CONFIGS[family]}, "location": "server"}}
+                    if strategy == "server"
+                    else teachers(family, method, strategy == "experts")
                     if distills
                     else scorer(family)
                     if strategy == "rewarded"
+                    else {"reward": {"model": {"config": CONFIGS[family]}}}
+                    if trainer == "ppo"
                     else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,

@@ -160,6 +160,7 @@ SEEN: tuple[dict[str, Any], ...] = (  # mllama, whose layers attend to images in
 REAL_ACROSS: tuple[dict[str, Any], ...] = (
     {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
     {"model": "t5-base", "batch": {"micro": 4, "sequence": 1001, "new_tokens": 3}, "kernels": {"attention": "eager"}},
+    {"model": "t5-base", "batch": {"micro": 2, "sequence": 300, "new_tokens": 2}, "precision": "fp16"},
     {"model": "whisper-large-v3", "batch": {"micro": 4, "new_tokens": 8}, "precision": "fp16"},
     {"model": "whisper-large-v3-turbo", "batch": {"micro": 16, "new_tokens": 4}, "generation": {"num_beams": 5}},
     {"model": "llama-3.2-11b-vision", "batch": {"micro": 2, "sequence": 600, "images": 1, "new_tokens": 4}},

@@ -35,9 +35,17 @@ VECTORS: dict[str, Any] = {"options": {"vector_length": 128}}
 # Settings of each method that change its parameters or operations.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 8, "dropout": 0.1},),
+    "adaption_prompt": (
+        {"options": {"adapter_len": 10, "adapter_layers": 1}},
+        {"options": {"adapter_len": 16, "adapter_layers": 2}},
+    ),
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
     "beft": ({},),
     "c3a": ({"options": {"block_size": 64}},),
+    "cartridge": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 33, "num_frozen_tokens": 0}},
+    ),
     "deft": ({"rank": 4, "dropout": 0.1}, {"options": {"para": True}}),
     "delora": ({"rank": 4},),
     "fourierft": ({"options": {"n_frequency": 300}},),
@@ -73,6 +81,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"num_virtual_tokens": 20}},
         {"options": {"num_virtual_tokens": 20, "encoder_hidden_size": 128}},
     ),
+    "prefix_tuning": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 33, "prefix_projection": True}},
+        {"options": {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 128}},
+    ),
     "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
     "randlora": ({"rank": 64, "dropout": 0.1},),
     "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),
@@ -88,12 +101,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def one(
-    kind: str, model: str = "qwen2", checkpointing: str = "none", precision: Any = BF16, **method: Any
+    kind: str, model: str = "qwen2", checkpointing: str = "none", precision: Any = BF16, words: int = 0, **method: Any
 ) -> tuple[str, RunSpec]:
-    shown = [str(value) for value in method.values()]
+    """Return a named run; with few words in the vocabulary a block is the largest moment, not the loss."""
+    shown = [*([f"{words} words"] if words else []), *map(str, method.values())]
+    sizes = {**SIZES, **({"vocab_size": words} if words else {})}
     name = " ".join([kind, model, checkpointing, *map(str, precision.values()), *shown])
     fields = {
-        "model": model if "-" in model else {"config": {"model_type": model, **SIZES}},
+        "model": model if "-" in model else {"config": {"model_type": model, **sizes}},
         "method": {"kind": kind, **method},
         "precision": precision,
         "optimizer": "adamw_torch_fused",
@@ -105,13 +120,26 @@ def one(
 
 def other_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, RunSpec]]:
     """Yield runs of methods that adapt no linear layers, of which each has one of the `settings`."""
-    first = settings[0]
-    for i, model in enumerate(("qwen2", "gemma2", "llama", "gpt2")):
+    first, row = settings[0], PEFT_METHODS[kind]
+    wrapped = tuple(row.targets) if row.on == "attention" else ()
+    # peft refuses to checkpoint a prefix, and takes the number of its heads from any config that has SIZES' name of it
+    last, checkpointing = ("mistral", "none") if row.on == "prefix" else ("gpt2", "full")
+    for i, model in enumerate(wrapped or ("qwen2", "gemma2", "llama", last)):
         yield one(kind, model, precision=(AUTOCAST, FP32)[i % 2], **first)
-        yield one(kind, model, "full", precision=(FP32, AUTOCAST)[i % 2], **first)
+        yield one(kind, model, checkpointing, precision=(FP32, AUTOCAST)[i % 2], **first)
     for more in settings[1:]:
-        yield one(kind, **more)
-    yield one(kind, "qwen2", "full", AUTOCAST, quantization={"format": "nf4"}, **first)
+        yield one(kind, "llama" if wrapped else "qwen2", **more)
+    for model, precision in (
+        ("llama", AUTOCAST),
+        ("mistral", BF16),
+        ("qwen2", BF16),
+        ("gemma2", FP32),
+        ("qwen3", BF16),
+    ):
+        if row.on in ("prefix", "attention") and model in (wrapped or (model,)):
+            yield one(kind, model, precision=precision, words=512, **first)
+    if row.formats:
+        yield one(kind, "qwen2", checkpointing, AUTOCAST, quantization={"format": "nf4"}, **first)
 
 
 QV = ["q_proj", "v_proj"]
@@ -135,8 +163,13 @@ def lora_runs() -> Iterator[tuple[str, RunSpec]]:
     for settings in CHOSEN[:3]:
         yield one("qlora", checkpointing="full", **settings)
         yield one("dora", **settings)
-    for kind, more in (("qlora", {}), ("qlora", {"quantization": {"format": "int8"}}), ("dora", {"dropout": 0.1})):
-        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **more)
+    more: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("qlora", {}),
+        ("qlora", {"quantization": {"format": "int8"}}),
+        ("dora", {"dropout": 0.1}),
+    )
+    for kind, settings in more:
+        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **settings)
 
 
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:

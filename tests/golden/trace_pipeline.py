@@ -3,7 +3,7 @@
 python tests/golden/trace_pipeline.py > tests/golden/traced_pipeline.jsonl
 python tests/golden/trace_pipeline.py gpt2 >> tests/golden/traced_pipeline.jsonl
 
-With the argument gpt2 only GPT-2's stages are traced, with another one only the stages sharded by FSDP2.
+With the argument gpt2 or frozen only those stages are traced, with another one only the stages sharded by FSDP2.
 
 The schedules are torch's own, on a fake process group: a stage receives whatever is in its buffers. Each stage is given
 the shapes of its inputs. tests/program/test_pipeline.py compares with the lines. Takes a few
@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,8 @@ class Stage(nn.Module):
         self.rotary_emb = model.model.rotary_emb
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.embed_tokens is not None:
-            x = self.embed_tokens(x)
-        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        x = embeds = x if self.embed_tokens is None else self.embed_tokens(x)  # a frame of transformers' holds them
+        positions = torch.arange(embeds.shape[1]).unsqueeze(0)
         tables = self.rotary_emb(x, position_ids=positions)
         for layer in self.layers:
             x = layer(x, attention_mask=None, position_embeddings=tables, position_ids=positions)
@@ -189,6 +189,9 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
     if "lora" in asked:
         kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         get_peft_model(whole, LoraConfig(r=asked["lora"], target_modules=kinds, task_type="CAUSAL_LM"))
+    if "trainable" in asked:
+        whole.requires_grad_(False)
+        whole.model.layers[-asked["trainable"] :].requires_grad_(True)
     if asked["checkpoint"]:
         whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers, tokens, width = asked["layers"], asked["tokens"], config.hidden_size
@@ -232,7 +235,8 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
         own = [t for s in made for t in (*s.submod.parameters(), *s.submod.buffers())]
         for tensor in own:
             counted.watch(tensor)
-        optimizer = torch.optim.AdamW([t for s in made for t in s.submod.parameters()], foreach=True)
+        trained = [t for s in made for t in s.submod.parameters() if t.requires_grad]
+        optimizer = torch.optim.AdamW(trained, foreach=True) if trained else None
         found: dict[str, int] = {}
         for step in (1, 2):
             ids = torch.zeros((m, tokens), dtype=torch.int64) if rank == 0 else None
@@ -241,10 +245,11 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
             given = (ids,) if rank == 0 else ()
             schedule.step(*given, target=labels, return_outputs=False)
             found[f"passes {step}"] = counted.peak
-            counted.peak = 0
-            optimizer.step()
+            counted.peak = counted.now
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
             found[f"step {step}"] = counted.peak
-            optimizer.zero_grad()
     dist.destroy_process_group()
     return found
 
@@ -281,6 +286,18 @@ def cases() -> Iterator[dict[str, Any]]:
                 }
     yield from _divided()
     yield from _learned()
+    yield from _frozen()
+
+
+def _frozen() -> Iterator[dict[str, Any]]:
+    """Yield every stage of a Llama whose last four layers train, of which the first two stages have none."""
+    for stage, (schedule, microbatches, checkpoint) in product(
+        range(4), (("1f1b", 8, False), ("1f1b", 4, True), ("gpipe", 4, True))
+    ):
+        layers = (3, 4, 3, 2)
+        plain = {"stages": 4, "chunks": 1, "stage": stage, "schedule": schedule, "layers": layers}
+        more = {"microbatches": microbatches, "tokens": 256, "checkpoint": checkpoint, "trainable": 4}
+        yield {**plain, **more, "config": _config(layers)}
 
 
 def _learned() -> Iterator[dict[str, Any]]:
@@ -343,7 +360,8 @@ if __name__ == "__main__":
     trace_titan.leave_out()
     trace_titan.norms_of_one_kernel()
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    some = _learned() if wanted == "gpt2" else [c for c in _divided() if wanted in ("sharded", c["reduces"])]
+    named = {"gpt2": _learned, "frozen": _frozen}
+    some = named[wanted]() if wanted in named else [c for c in _divided() if wanted in ("sharded", c["reduces"])]
     for case in some if wanted else cases():
         sys.stdout.write(json.dumps({**case, "peaks": peaks(case)}) + "\n")
         sys.stdout.flush()

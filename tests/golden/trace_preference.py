@@ -129,7 +129,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         micro = max(examples, 2) if (profile, trainer) == (FACTORY, "kto") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
-        if trainer in DISTILLING and (strategy == "fsdp2" or said == "precomputed"):
+        if trainer in DISTILLING and said == "precomputed":
             continue
         if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
             continue  # it casts trained weights to fp32, and runs gemma2 with other attention

@@ -120,6 +120,8 @@ UNEQUAL: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("gemma-3-4b", {**ON_TEXT, "method": "lora"}, {}),
     ("gemma-3-4b", {**ON_TEXT, "method": {"kind": "full", **LANGUAGE}}, {}),
     ("gemma-3-4b", {"batch": {"sequence": 600, "images": 1}}, {}),
+    ("gemma-3-4b", ON_TEXT, {}),
+    ("qwen3-vl-2b", ON_TEXT, {}),
     ("ministral-3-3b", {**ON_TEXT, "method": "lora"}, {}),
     ("ministral-3-3b", {**WITH_IMAGE, "method": {"kind": "full", **LANGUAGE}}, {}),
     ("qwen2.5-vl-3b", {**ON_TEXT, "method": "lora"}, {}),

@@ -134,7 +134,7 @@ def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
         }
         for step in (1, 2)
     }
-    for phase, word in (("generate", "gen"), ("reward", "reward")):
+    for phase, word in (("generate", "gen"), ("rollout", "rollout"), ("reward", "reward")):
         for step, peaks in steps.items() if any(p.phase == phase for p in traced.phases) else ():
             peaks[word] = traced.peak_of(phase, int(step)) or 0
     if any(p.phase == "eval" for p in traced.phases):

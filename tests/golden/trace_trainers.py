@@ -111,12 +111,23 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
     ("mistral", "lora", BF16, 2, 4096, {}),
     ("tied", "qlora", BF16, 2, 2048, {}),
 )
+# Of Unsloth, whose CASES are fewer: it trains no weights in full, and nothing in fp32.
+OF_UNSLOTH: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
+    ("llama", "qlora", BF16, 8, 1024, {"checkpointing": "full"}),
+    ("tied", "lora", BF16, 1, 8192, {}),
+    ("qwen2", "lora", BF16, 2, 4096, {"checkpointing": "none"}),
+    ("qwen2", "qlora", BF16, 2, 8192, {}),
+    ("qwen3", "lora", BF16, 8, 1024, {"checkpointing": "full"}),
+    ("qwen3", "qlora", BF16, 4, 4096, {}),
+    ("qwen3", "dora", BF16, 2, 2048, {}),
+    ("blocks", "qlora", BF16, 2, 4096, {"checkpointing": "none"}),
+)
 
 
 def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile, as transformers' Trainer runs them."""
-    for family, method, precision, micro, tokens, changes in CASES:
-        framework = profile.rpartition("-")[0]
+    framework = profile.rpartition("-")[0]
+    for family, method, precision, micro, tokens, changes in (*CASES, *(OF_UNSLOTH if framework == "unsloth" else ())):
         if (framework, method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
         if framework in ("axolotl", "ms-swift", "unsloth") and precision == FP32:

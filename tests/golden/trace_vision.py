@@ -3,6 +3,7 @@
 python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1120 --sequence 1608 qwen2_vl >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --frames 4 --size 224x160 qwen3_vl internvl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
 
 A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
@@ -47,14 +48,16 @@ def method(name: str, kind: str) -> dict[str, Any]:
     return {"kind": kind, **({"targets": LLAMA4} if named else {})}
 
 
-def runs(names: list[str], images: int, size: Any, sequence: int = 0) -> Iterator[tuple[str, RunSpec]]:
-    """Yield runs; with a `sequence` as short as the images only full and LoRA, whose peak is then in the tower."""
+def runs(names: list[str], images: int, size: Any, sequence: int = 0, frames: int = 0) -> Iterator[tuple[str, RunSpec]]:
+    """Yield runs; with a video, or a `sequence` as short as the images, whose peak is then in the tower, only full and
+    LoRA."""
     for name in names:
         model: Any = {"config": {"model_type": name, **TINY[name]}} if name in TINY else name
         length = sequence or (640 if name in TINY else 2048)
-        seen = {"images": images, **({"image_size": size} if size else {})}
+        seen = {"frames": frames} if frames else {"images": images}
+        seen = {**seen, **({"image_size": size} if size else {})}
         ways = [(kind, checkpointing, {}, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
-        if sequence:
+        if sequence or frames:
             ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
         elif images:
             ways += [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
@@ -78,12 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", help="model_types of tests/tiny_vision.py, or cards")
     parser.add_argument("--images", type=int, default=2, help="0: text alone")
+    parser.add_argument("--frames", type=int, default=0, help="of a video, instead of images")
     parser.add_argument("--size", default="300x420", help="pixels: a side, or height x width; empty for the tower's")
     parser.add_argument("--sequence", type=int, default=0, help="tokens, where only the images matter")
     asked = parser.parse_args()
     sides = [int(side) for side in asked.size.split("x") if side]
     size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
-    wanted = list(runs(asked.names, asked.images, size, asked.sequence))
+    wanted = list(runs(asked.names, asked.images, size, asked.sequence, asked.frames))
     write(wanted)
 
 

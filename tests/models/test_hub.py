@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -391,3 +392,24 @@ def test_the_command_asks_the_hub(tiny: str, served: Served, capsys: pytest.Capt
         2,
         "memplan: revision (--revision): only applies to a Hugging Face id that has no @revision itself\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({}, Path.home() / ".cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, Path("/x/huggingface/hub")),
+        ({"HF_HOME": "$XDG_CACHE_HOME/h", "XDG_CACHE_HOME": "/x"}, Path("/x/h/hub")),
+        ({"HF_HUB_CACHE": "~/c"}, Path.home() / "c"),
+    ],
+)
+def test_the_caches_folder_is_known_without_huggingface_hub(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], folder: Path
+) -> None:
+    assert hub.cache_folder() == Path(huggingface_hub.constants.HF_HUB_CACHE)
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hub.cache_folder() == folder

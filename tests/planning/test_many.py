@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,14 @@ def test_answers_are_those_of_estimate_in_order(processes: int | None) -> None:
 
 
 def test_a_bad_run_is_its_error() -> None:
-    found = estimate_many([BAD, {"model": "gpt2", "batch": {"micro": 0}}, RUNS[0], {"modle": "gpt2"}], 2)
+    runs: list[Any] = [BAD, {"model": "gpt2", "batch": {"micro": 0}}, RUNS[0], {"modle": "gpt2"}, "gpt2", None]
+    found = estimate_many(runs, 2)
     codes = [answer.code if isinstance(answer, MemplanError) else answer.verdict.answer for answer in found]
-    assert codes == ["unknown_name", "invalid_value", "fits", "unknown_field"]
+    assert codes == ["unknown_name", "invalid_value", "fits", "unknown_field", "invalid_value", "invalid_value"]
+    alone: list[Any] = [BAD, RUNS[0], "gpt2", None]
+    for runs in alone:
+        with pytest.raises(MemplanError, match="runs: must be a list"):
+            estimate_many(runs)
     assert estimate_many([]) == []
     with pytest.raises(MemplanError, match="processes: must be at least 1, not 0"):
         estimate_many(RUNS, 0)

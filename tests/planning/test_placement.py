@@ -183,6 +183,17 @@ def test_a_placement_is_written_as_json() -> None:
         ([RUN], ["309"], "tightest", "pool: unknown name '309'"),
         ([RUN], [{"gpu": "a100", "mig": ["9g.9gb"]}], "tightest", "mig: unknown name '9g.9gb'"),
         ([RUN], [{"gpu": "a100", "mig": ["7g.80gb"] * 2}], "tightest", "mig: 7g.80gb and 7g.80gb need more memory"),
+        (
+            [RUN],
+            [{"gpu": "a100", "mig": ["4g.40gb", "2g.20gb", "1g.10gb", "1g.10gb"]}],
+            "tightest",
+            "mig: 4g.40gb and 2g",
+        ),
+        ([RUN], [{"gpu": "a100", "count": 2**30}], "tightest", "pool: must have at most 1,048,576 GPUs, not 1,073,741"),
+        ([RUN], [3], "tightest", "pool: must be a mapping, not 3"),
+        ([RUN], "3090", "tightest", "pool: must be a list, not '3090'"),
+        ([RUN], None, "tightest", "pool: must be a list, not None"),
+        (RUN, ["3090"], "tightest", "jobs: must be a list, not RunSpec(model="),
     ],
 )
 def test_malformed_pools_are_refused_in_a_line(asked: Any, nodes: Any, policy: Any, line: str) -> None:
@@ -202,6 +213,14 @@ def test_malformed_pools_are_refused_in_a_line(asked: Any, nodes: Any, policy: A
         RunSpec(model="llama-3-8b", task="generate"),
         RunSpec(model="llama-3-8b", task="generate", profile="vllm"),
         RunSpec(model="qwen2-7b", method="lora", kernels={"attention": "flash_attention_2"}),
+        RunSpec(
+            model="qwen2.5-1.5b",
+            method="lora",
+            batch={"micro": 8},
+            trainer="grpo",
+            rollout="colocate",
+            profile="trl-1.15",
+        ),
     ],
     ids=str,
 )
@@ -225,5 +244,12 @@ def test_a_pool_is_answered_in_its_order() -> None:
 
 
 def test_a_run_that_no_gpu_allows_is_an_error() -> None:
-    with pytest.raises(MemplanError, match="unknown name"):
-        fits(RunSpec(model="qwen2-7c"))
+    wrong: list[tuple[Any, Any, str]] = [
+        ({"model": "qwen2-7c"}, None, "model: unknown name"),
+        ("qwen2-7b", None, "run: must be a mapping"),
+        (RUN, "3090", "pool: must be a list"),
+        (RUN, [3], "pool: unknown name '3'"),
+    ]
+    for run, gpus, line in wrong:
+        with pytest.raises(MemplanError, match=line):
+            fits(run, gpus)

@@ -360,7 +360,7 @@ def test_towers_unused_by_text_are_noted(traces: Traces) -> None:
     traces()
     notes = memplan.estimate(xglm(config={"vision_config": {"hidden_size": 32}}), via="auto").notes
     assert any("traced on text alone" in note for note in notes)
-    assert list(_architecture_notes({"vision_config": {"hidden_size": 32}}, "", images=1)) == []
+    assert list(_architecture_notes({"vision_config": {"hidden_size": 32}}, "", sees=True)) == []
 
 
 def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(traces: Traces) -> None:

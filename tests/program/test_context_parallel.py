@@ -137,7 +137,7 @@ REFUSED = {
     "dtype": (run(2, precision="fp32"), "not with efficient attention"),
     "family": (
         RunSpec(model="gpt2", parallelism={"world": 2, "cp": 2, "strategy": "fsdp2"}, batch={"sequence": 512}),
-        "parallelism.cp: 2 is not supported yet for gpt2; supported: cohere",
+        "parallelism.cp: 2 is not supported yet for gpt2; supported: decoders whose",
     ),
     "both": (
         run(2, parallelism={"world": 4, "tp": 2}),

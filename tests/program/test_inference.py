@@ -329,9 +329,15 @@ def test_more_of_a_decoder_over_sources_never_takes_less(drawn: dict[str, Any], 
     assert sum(line.bytes for line in before.ledger) == before.bytes.allocated <= before.bytes.reserved
 
 
+def test_a_prompt_in_parts_is_that_of_the_decoder() -> None:
+    whole, parts = (estimate(over_source("t5", generation=g)) for g in ({}, {"prefill_chunk_size": 4}))
+    assert parts.phases == whole.phases
+    assert parts.run.generation.prefill_chunk_size is None
+    assert any(note.startswith("generation.prefill_chunk_size only divides") for note in parts.notes)
+
+
 OVER_SOURCE_REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("whisper", {"batch": {"new_tokens": 93}}, "93 new tokens after a decoder prompt of 4 exceed"),
-    ("t5", {"precision": "fp16"}, "because transformers then keeps wo in fp32"),
     ("t5", {"kernels": {"attention": "flash_attention_2"}}, "which adds its positions to the attention scores"),
     ("whisper", {"profile": "transformers-4.51"}, "not supported yet for seq2seq_lm"),
     ("t5", {"generation": {"cache_implementation": "legacy"}}, "supported: dynamic, static"),

@@ -396,7 +396,10 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
         {"pp": 2, "dp": 2, "strategy": "fsdp2", "virtual_stages": 4},
         *(2, TITAN, "parallelism.virtual_stages", ("4", "fsdp2", "3")),
     ),
-    ({"pp": 2}, 2, {"method": "freeze"}, "method.kind", ("freeze", "pp 2")),
+    (
+        {"pp": 2, "dp": 2, "strategy": "zero1"},
+        *(2, {"method": "freeze"}, "parallelism.strategy", ("zero1", "nothing trains", "fsdp2")),
+    ),
     ({"pp": 2}, 2, {"loop": {"hold_outputs": True}}, "loop.hold_outputs", ("pp 2",)),
     ({"pp": 2}, 2, {"model": "roberta-base"}, "parallelism.pp", ("masked_lm",)),
     ({"pp": 2, "schedule": "1f1b"}, 2, {"model": "gemma-3n-e4b"}, "parallelism.pp", ("gemma3n",)),
@@ -463,7 +466,7 @@ def test_a_step_waits_while_a_pipeline_fills_and_drains() -> None:
     TRACED,
     ids=lambda c: (
         f"{c['schedule']}-{c['chunks']}-{c['stage']}-{c['microbatches']}-{c['checkpoint']}-"
-        f"{c.get('replicas', '')}-{c.get('lora', '')}-{c.get('reduces', '')}-{c['tokens']}"
+        f"{c.get('replicas', '')}-{c.get('trainable', '')}-{c.get('lora', '')}-{c.get('reduces', '')}-{c['tokens']}"
     ),
 )
 def test_a_stage_holds_the_microbatches_of_torchs_schedule(case: dict[str, Any]) -> None:
@@ -472,7 +475,11 @@ def test_a_stage_holds_the_microbatches_of_torchs_schedule(case: dict[str, Any])
         model={"config": case["config"]},
         profile="torchtitan" if case.get("reduces") else "transformers-5",
         precision="amp" if case.get("reduces") else "fp32",
-        method={"kind": "lora", "rank": case["lora"]} if "lora" in case else "full",
+        method={"kind": "lora", "rank": case["lora"]}
+        if "lora" in case
+        else {"kind": "freeze", "trainable_layers": case["trainable"]}
+        if "trainable" in case
+        else "full",
         optimizer="adamw_torch",
         batch={"sequence": case["tokens"], "accumulation": case["microbatches"]},
         kernels={"checkpointing": "full" if case["checkpoint"] else "none"},
@@ -495,7 +502,7 @@ def test_a_stage_holds_the_microbatches_of_torchs_schedule(case: dict[str, Any])
         if p.phase != "load":
             for step in (1, 2) if p.step is None else (p.step,):
                 name = f"{'step' if p.phase == 'step' else 'passes'} {step}"
-                handles = 1 if step == 1 and p.phase in ("forward", "loss") else 2
+                handles = 1 if p.step == 1 and p.phase in ("forward", "loss") else 2
                 mine[name] = max(mine.get(name, 0), p.peak - handles * workspace)
     counters = 512 * sum(p.copies for p in sharding_of(structure).trained())  # AdamW's counters, on the host
     for name, on_host in (("passes 1", 0), ("passes 2", counters), ("step 2", counters)):

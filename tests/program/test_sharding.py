@@ -371,9 +371,12 @@ def test_two_units_are_gathered_at_once_in_backward(strategy: str) -> None:
 def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
     run: dict[str, Any] = {"model": "llama-3.2-1b", "batch": {"accumulation": 4, "sequence": 64}}
     plain = answer(run, "fsdp2", 8)
-    waiting = answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
+    waiting, synced = (
+        answer({**run, "loop": {"trainer": True, "sync_each_batch": syncs}}, "fsdp2", 8) for syncs in (False, True)
+    )
     parameters = plain.parameters.total
-    peaks = [{p.phase: p.peak for p in found.phases}["forward"] for found in (plain, waiting)]
+    peaks = [{p.phase: p.peak for p in found.phases}["forward"] for found in (plain, waiting, synced)]
+    assert peaks[2] == peaks[0]
     whole, parts = 2 * parameters, 2 * parameters / 8
     assert peaks[1] - peaks[0] == pytest.approx(whole - parts, rel=1e-4)
     assert any(line.what.endswith(".grad, whole") for line in waiting.ledger)

@@ -513,6 +513,40 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
 
 
 @pytest.mark.parametrize(
+    ("strategy", "checkpointing", "field"),
+    [
+        ("zero1", "full", None),
+        ("zero2", "full", None),
+        ("zero3", "full", None),
+        ("ddp", "none", None),
+        ("ddp", "full", "parallelism.find_unused_parameters"),
+        ("fsdp", "none", "parallelism.strategy"),
+    ],
+)
+def test_a_tower_without_images_is_divided_but_gets_no_gradients(
+    strategy: str, checkpointing: str, field: str | None
+) -> None:
+    """DeepSpeed's partitions and DDP's buckets are of all trainable weights; DDP leaves the others' gradients None."""
+    parallelism = {"world": 2, "dp": 2, "strategy": strategy}
+    run = RunSpec(model="qwen3-vl-2b", parallelism=parallelism, kernels={"checkpointing": checkpointing})
+    if field is not None:
+        with pytest.raises(SpecError) as caught:
+            estimate(run)
+        assert caught.value.field == field
+        return
+    structure = decide(run).structure
+    trainable, sharding = program(structure).counts.trainable, sharding_of(structure)
+    if strategy == "ddp":
+        held = sum(h.bytes * h.copies for h in sharding.reduction_buffers())
+        assert 0 <= held - 2 * trainable < 512 * 200
+        assert not any("visual" in h.what for h in sharding.gradients())
+    else:
+        assert 0 <= 2 * zero_of(structure).partition - trainable < 1000
+        images = RunSpec(**{**run.model_dump(), "batch": {"images": 1, "image_size": 448}})
+        assert zero_of(decide(images).structure).partition == zero_of(structure).partition
+
+
+@pytest.mark.parametrize(
     ("fields", "field"),
     [
         ({"method": "dora"}, "method.kind"),

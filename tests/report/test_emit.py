@@ -108,6 +108,9 @@ def test_gpus_are_named_and_only_those_that_hold_the_run() -> None:
     for product in products["values"]:
         assert estimate(RUN, gpu=product).verdict.answer == "fits", product
     assert memory["operator"] == "Gt"
+    for system, share in (("hami", False), ("volcano", False), ("dra", False), ("kai", True), ("runai", True)):
+        text = " ".join(emit(system, [estimate(RUN)], share=share).split()).replace("-", " ")
+        assert all(product.replace("-", " ") in text for product in products["values"]), system
     big = [RunSpec(model="qwen2-7b", method="lora", batch={"micro": 8}).model_copy(update={"gpu": "a100-80gb"})]
     assert safe_load(emit("skypilot", [estimate(big[0])]))["resources"]["accelerators"] == {"A100-80GB": 1}
 
@@ -116,7 +119,7 @@ def test_a_label_names_its_gpu() -> None:
     known = {gpu.name for gpu in all_gpus()}
     for name, row in PRODUCTS.items():
         assert name in known
-        assert find_gpu(row.label).name == name
+        assert find_gpu(row.label).name == find_gpu(row.nvml).name == name
         assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])", row.label)
 
 

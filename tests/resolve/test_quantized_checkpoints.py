@@ -179,6 +179,31 @@ def test_stating_the_decided_fields_gives_the_same_answer(stored: dict[str, Any]
         assert answer.phases == ask(stored, "lora").phases
 
 
+def test_a_bundled_model_runs_as_it_is_published() -> None:
+    """Its card holds the `quantization_config` of the checkpoint that has its name."""
+
+    def asked(model: str, gpu: str, **method: Mapping[str, Any]) -> Estimate:
+        fields: dict[str, Any] = {"model": model, "task": "generate", "gpu": gpu, "method": method}
+        return estimate(RunSpec(**fields))
+
+    for model in ("deepseek-r1", "deepseek-v3", "deepseek-v3.2", "kimi-k2", "mimo-v2-flash", "devstral-small-2-24b"):
+        stored = asked(model, "h200").run.method.quantization
+        assert stored is not None
+        assert stored.format == "fp8"
+    older, other = asked("devstral-small-2-24b", "a100"), asked("devstral-small-2-24b", "h200", quantization={})
+    assert older.run.method.quantization is None
+    assert other.run.method.quantization is not None
+    assert other.run.method.quantization.format == "nf4"
+    assert any("runs dequantised: its kernels need" in note for note in older.notes)
+    assert any("another format only of a copy in 16 bits" in note for note in other.notes)
+    assert any("counted in fp8, twice as large" in note for note in asked("deepseek-v4-flash", "h200").notes)
+    fields: dict[str, Any] = {"model": "devstral-small-2-24b", "method": {"kind": "lora"}, "gpu": "h200"}
+    lora, zero3 = RunSpec(**fields), {"world": 2, "dp": 2, "strategy": "zero3"}
+    sharded = estimate(RunSpec(**fields, parallelism=zero3))
+    assert any("where GPUs divide the weights" in note for note in sharded.notes)
+    assert "method_qlora" in {key for lever in levers_of(lora) for key in lever.keys}
+
+
 def test_modules_that_are_left_out_are_whole() -> None:
     answer = ask({**AWQ, "modules_to_not_convert": ["down_proj", "model.layers.0.self_attn.q_proj"]})
     assert weights(answer, "mlp.down_proj") == {"": rounded(2 * 64 * 192)}

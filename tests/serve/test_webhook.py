@@ -123,9 +123,12 @@ def test_the_cards_that_a_pod_may_run_on_are_those_it_selects(client: httpx.Clie
     assert answered(client, pod(FULL, nodeSelector={product: "NVIDIA-B200"}))["allowed"]
     terms = [{"matchExpressions": [{"key": product, "operator": "In", "values": ["NVIDIA-L4", "NVIDIA-B200"]}]}]
     required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
-    response = answered(client, pod(FULL, affinity={"nodeAffinity": required}))
-    assert response["allowed"]
-    assert ["does not fit l4" in warning and "fits on b200" in warning for warning in response["warnings"]] == [True]
+    by_type = pod(FULL)
+    by_type["metadata"]["annotations"]["nvidia.com/use-gputype"] = "NVIDIA L4,NVIDIA B200"
+    for asked in (pod(FULL, affinity={"nodeAffinity": required}), by_type):
+        response = answered(client, asked)
+        assert response["allowed"]
+        assert ["does not fit l4" in text and "fits on b200" in text for text in response["warnings"]] == [True]
 
 
 @pytest.mark.parametrize(

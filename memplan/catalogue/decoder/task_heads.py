@@ -73,9 +73,17 @@ def without_head(stack: Stack) -> Stack:
     return stack._replace(before=before, after=stack.after[:start], loss=mean_loss(stack.after[start].reads[0]))
 
 
-def mean_loss(x: str) -> tuple[Op, ...]:
-    """Return the script's own loss for a model without a head, in its smallest form: the mean of the model's output."""
-    return (Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean"), ops.release_names(x, "x"))
+def mean_loss(x: str, *others: str) -> tuple[Op, ...]:
+    """Return the script's own loss for a model without a head, in its smallest form: the mean of the model's output.
+
+    `others` are the model's other outputs.
+    """
+    returned = (
+        ops.view(f"returned {name}", name, f"{name}.returned", "b s h")._replace(holds="forward")
+        for name in (x, *others)
+    )
+    mean = Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean")
+    return (*returned, mean, ops.release_names(x, "x", *others))
 
 
 def first_token(name: str, x: str, y: str) -> Op:

@@ -179,13 +179,24 @@ def _self_attention(m: ModelSpec, row: _Row, wiring: Wiring) -> tuple[Op, ...]:
     return (*begun, *_attention(m, wiring, "self_attn", n, "ao"), *_added(row, norm, "x", "ao", "x1"))
 
 
+def _seen_finite(x: str, y: str) -> Op:
+    """Look whether all numbers are finite, as those of a model that trains are: BART only clamps others."""
+    masks = tuple(Tensor(name, "b s h", "bool") for name in ("numbers", "not infinite", "finite"))
+    seen = (*masks, Tensor("magnitudes", "b s h", f"={x}"))
+    return ops.view("isfinite", x, y, "b s h")._replace(scratch=seen)
+
+
 def _encoder(m: ModelSpec, row: _Row, wiring: Wiring) -> Block:
     return Block(
         f"{_ENCODER}.layers",
         (
             *_self_attention(m, row, wiring),
-            *_mlp(m, row, "x1", "y", "f"),
-            ops.release_names("x1", *returned(wiring)),
+            *_mlp(m, row, "x1", "y.sum", "f"),
+            ops.release_names("x1"),
+            (ops.clamp("clamp", "y.sum", "y", "b s h", 2) if row.before else _seen_finite("y.sum", "y"))._replace(
+                only_dtype="fp16"
+            ),
+            ops.release_names(*returned(wiring)),
         ),
     )
 

@@ -33,8 +33,8 @@ def bert(m: ModelSpec, wiring: Wiring, *, name: str = "bert", roberta: bool = Fa
     """
     wiring = wiring._replace(causal=False, caching=False)
     body = "" if m.objective == "feature_extraction" else f"{name}."
-    head, loss = _head(m, wiring, body, roberta)
-    return Stack(_before(m, wiring, body, roberta), (Run((_block(m, wiring, body),), "L"),), head, loss)
+    head, loss = heads(m, wiring, body, roberta)
+    return Stack(embeddings(m, wiring, body, roberta), (Run((_block(m, wiring, body),), "L"),), head, loss)
 
 
 def electra(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -42,7 +42,7 @@ def electra(m: ModelSpec, wiring: Wiring) -> Stack:
     wiring = wiring._replace(causal=False, caching=False)
     body = "" if m.objective == "feature_extraction" else "electra."
     drop = drops(m, "hidden_dropout_prob" if m.config.get("classifier_dropout") is None else "classifier_dropout")
-    before = _before(m, wiring, body, False)
+    before = embeddings(m, wiring, body, False)
     if m.axes()["p"] != m.hidden_size:
         plain = tuple(op for op in before if not any(t.name.startswith("mask") for t in op.writes))
         project = ops.linear(f"{body}embeddings_project", "narrow", "embeds", "h", "p", "embedding", bias=True)
@@ -75,7 +75,7 @@ def electra(m: ModelSpec, wiring: Wiring) -> Stack:
             )
             loss = class_loss(m)
         case "token_classification":
-            head, loss = _head(m, wiring, body, False)
+            head, loss = heads(m, wiring, body, False)
         case _:
             head, loss = (release,), mean_loss("x")
     return Stack(before, (Run((_block(m, wiring, body),), "L"),), head, loss)
@@ -87,7 +87,7 @@ def inputs(m: ModelSpec, padded: bool) -> Op:
     return Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), *labels), holds="step")
 
 
-def _before(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op, ...]:
+def embeddings(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op, ...]:
     """Embeddings and masks.
 
     BERT's positions and token types are buffers that all sequences share; RoBERTa makes them for the batch.
@@ -98,6 +98,23 @@ def _before(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op,
         Weight(f"{name}.{n}", f"{longest}", "buffer", "int64", False) for n in ("position_ids", "token_type_ids")
     )
     rows = "b s" if roberta else "s"
+    types = m.config_int("type_vocab_size", 2, 0)
+    held = buffers[: 2 if types else 1] if roberta else ()
+    kinds = (
+        Op(
+            "token_type_ids",
+            ("position_ids",),
+            (Tensor("token_type_ids", rows if types else "0", "int64"),),
+            held,
+            gradient="none",
+            source=_SOURCE,
+        ),
+    )
+    typed = (
+        table(f"{name}.token_type_embeddings", "token_type_ids", "types", str(types), "b s"),
+        ops.add("add_types", "tokens", "types", "typed", "b s h"),
+    )
+    typed = typed if types else (ops.view("untyped", "tokens", "typed", "b s h"),)
     counted = (
         Op(
             "position_ids.mask",
@@ -121,26 +138,16 @@ def _before(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op,
     return (
         inputs(m, wiring.padded),
         *(counted if roberta else (Op("position_ids", (), (Tensor("position_ids", "", "int64"),), buffers),)),
-        Op(
-            "token_type_ids",
-            ("position_ids",),
-            (Tensor("token_type_ids", rows, "int64"),),
-            buffers if roberta else (),
-            gradient="none",
-            source=_SOURCE,
-        ),
+        *kinds,
         ops.embedding(f"{name}.word_embeddings", "ids", "tokens", "v", "h"),
-        table(
-            f"{name}.token_type_embeddings", "token_type_ids", "types", str(m.config_int("type_vocab_size", 2)), "b s"
-        ),
-        ops.add("add_types", "tokens", "types", "typed", "b s h"),
+        *typed,
         table(f"{name}.position_embeddings", "position_ids", "places", str(longest), rows),
         ops.add("add_positions", "typed", "places", "summed", "b s h"),
         ops.release_names("typed"),
         ops.layer_norm(f"{name}.LayerNorm", "summed", "normed", "b s h", "h"),
         ops.release_names("summed"),
         *dropped(f"{name}.dropout", "normed", "embeds", "b s h", drop),
-        ops.release_names("tokens", "types", "places", "position_ids", "token_type_ids"),
+        ops.release_names("tokens", *(("types",) if types else ()), "places", "position_ids", "token_type_ids"),
         *masks(wiring, "embeds"),
     )
 
@@ -249,7 +256,7 @@ def after_attention(m: ModelSpec, *held: str) -> tuple[Op, ...]:
     )
 
 
-def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+def heads(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     release = ops.release_names("embeds", *(op.name for op in masks(wiring, "embeds")))
     drop = drops(m, "hidden_dropout_prob" if m.config.get("classifier_dropout") is None else "classifier_dropout")
     match m.objective:
@@ -282,7 +289,7 @@ def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple
                 ops.release_names("pooled", "dropped"),
             ), class_loss(m)
         case _:
-            return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled")
+            return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled", "x")
 
 
 def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...]:
@@ -304,6 +311,7 @@ def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...
         *act,
         ops.layer_norm(norm, "act", "n", "b s h", "h"),
         vocabulary_projection(names[0], "n", tied, names[1]),
+        ops.release_names("x"),  # the model's own output refers to it
     )
 
 

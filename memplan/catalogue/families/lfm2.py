@@ -46,12 +46,12 @@ def _short_convolution(m: ModelSpec, wiring: Wiring, name: str = "conv") -> tupl
         *unpadded(wiring, "n1", "real", "b s h"),
         ops.linear(f"{name}.in_proj", "real", "gated.flat", "3 h", "h", "mixer", bias),
         ops.view(f"{name}.by_channel", "gated.flat", "gated", "b 3 h s", gradient="new"),
-        ops.split(f"{name}.chunk", "gated", tuple(Tensor(t, shape) for t in ("gate.in", "gate.out", "channels"))),
-        ops.mul(f"{name}.open", "gate.in", "channels", "mixed.in", shape),
+        ops.split(f"{name}.chunk", "gated", tuple(Tensor(t, shape) for t in ("opens", "closes", "channels"))),
+        ops.mul(f"{name}.open", "opens", "channels", "mixed.in", shape),
         ops.release_names("real", "n1"),
         *causal_conv(f"{name}.conv", "mixed.in", "mixed", "h", bias, wiring, activates=False),
         ops.release_names("mixed.in"),
-        ops.mul(f"{name}.product", "gate.out", "mixed", "mixed.out", shape),
+        ops.mul(f"{name}.product", "closes", "mixed", "mixed.out", shape),
         ops.linear(f"{name}.out_proj", "mixed.out", "ao", "h", "h", "mixer", bias),
         ops.release_names("gated", "mixed", "mixed.out"),
     )
@@ -73,7 +73,7 @@ def lfm2(m: ModelSpec, wiring: Wiring) -> Stack:
     mlps = {"dense": gated_mlp("n2", "mo", "feed_forward", projections=("w1", "w3", "w2")), "experts": _mixture(m)}
 
     def block(layer: Layer) -> Block:
-        held = returned(wiring) if layer.mixer == "attention" else ()
+        held = returned(wiring) if layer.mixer == "attention" else ("cos", "sin")  # convolutions get them too
         norms = ("operator_norm", "", "ffn_norm", "")
         return decoder_block(bodies[layer.mixer], mlps[layer.ffn], norms=norms, held=held)
 

@@ -46,7 +46,7 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
             *_masks(decoder_wiring, "mask"),
             *_masks(encoder_wiring, "cross_mask"),
             "decoder_bias",
-            "cross_bias",
+            *_cross_biases(wiring, cross_wiring),
         ),
     )
     encoder = (Run((_encoder(m, encoder_wiring, True),), "L1"), Run((_encoder(m, encoder_wiring, False),), "L2"))
@@ -80,6 +80,12 @@ def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
     return (name,) if wiring.has_mask() else ()
 
 
+def _cross_biases(wiring: Wiring, cross_wiring: Wiring) -> tuple[str, ...]:
+    """Names of the biases for the encoder's tokens. A kernel that pads rows keeps its padded copy, not the bias."""
+    is_kept = wiring.records and not wiring.checkpoints and wiring.backend != "eager" and not cross_wiring.has_mask()
+    return ("cross_bias", "cross_bias.uneven") if is_kept else ("cross_bias",)
+
+
 def norm(name: str, x: str, y: str) -> tuple[Op, ...]:
     return ops.rms_norm(name, x, y, "b s h", "h", of_x=True)
 
@@ -91,7 +97,7 @@ def _shared_embedding(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def _bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
+def relative_bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
     """One number per head for each distance of two tokens. The first block makes it, and all blocks of its stack add
     it.
     """
@@ -336,24 +342,44 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
             else ()
         ),
         *dropped(f"{inner}.dropout", product, "dropped.ff", shape, drop),
-        ops.cast(f"{inner}.cast", "dropped.ff", "wide.ff", shape, "=n.ff"),
+        ops.cast(f"{inner}.cast", "dropped.ff", "wide.ff", shape, f"={inner}.wo.weight"),
         ops.linear(f"{inner}.wo", "wide.ff", "mo.whole", "h", "f", "mlp"),
         ops.release_names("n.ff", *(("act", "up") if gated else ())),
         *dropped(f"{name}.dropout", "mo.whole", "mo", "b s h", drop),
-        ops.add(f"{name}.residual", x, "mo", y, "b s h"),
+        ops.add(f"{name}.residual", x, "mo", f"{y}.sum", "b s h"),
+        *_clamped(f"{name}.clamp", f"{y}.sum", y),
     )
+
+
+def _clamped(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """Clamp the sum after a layer if it is fp16, to a bound that depends on whether a number is infinite."""
+    bound, least = f"{y}.bound", f"{y}.least"
+    seen = (Tensor("magnitudes", "b s h", f"={x}"), Tensor("infinite", "b s h", "bool"), Tensor("any", "", "bool"))
+    source = f"{_SOURCE} T5Block.forward"
+    clamp = ops.clamp(name, x, y, "b s h", 2)
+    operations = (
+        Op(bound, (x,), (Tensor(bound, "", "fp32"),), scratch=seen, gradient="none", source=source),
+        Op(least, (x, bound), (Tensor(least, "", "fp32"),), gradient="none", source=source),
+        clamp._replace(
+            reads=(x, least, bound),
+            writes=(Tensor(y, "b s h", f"={x}"),),
+            keeps=(*clamp.keeps, Keep(least, x), Keep(bound, x)),
+        ),
+    )
+    return (*(op._replace(only_dtype="fp16") for op in operations), ops.release_names(x, least))
 
 
 def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
     name = "layer.0"
     # a static cache has room for more keys; without a mask, attention reads only some of them
     keys = "kv_static" if wiring.static else "kv" if wiring.decodes else "s"
-    bias_ops = _bias(f"{name}.SelfAttention", bias, keys) if first else ()
+    bias_ops = relative_bias(f"{name}.SelfAttention", bias, keys) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, bias_ops=bias_ops),
-        ops.add(f"{name}.residual", "x", "ao", "x1", "b s h"),
+        ops.add(f"{name}.residual", "x", "ao", "x1.sum", "b s h"),
         ops.release_names("n1"),
+        *_clamped(f"{name}.clamp", "x1.sum", "x1"),
     )
 
 
@@ -370,11 +396,13 @@ def _encoder(m: ModelSpec, wiring: Wiring, first: bool) -> Block:
 def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) -> Block:
     """A decoder block. The biases for the encoder's tokens are all 0; under checkpointing they require a gradient."""
     name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
-    self_bias, cross_bias = "decoder_bias", "cross_bias"
+    self_bias, biases = "decoder_bias", _cross_biases(wiring, cross_wiring)
+    cross_bias, *uneven = biases
+    whole, padded = Tensor(cross_bias, "a s s_even" if uneven else "a s s", "=q"), Tensor("", "a s s_uneven", "=q")
     zeros = Op(
         cross_bias,
         ("q",),
-        (Tensor(cross_bias, "a s s", "=q"),),
+        (whole, *(padded._replace(name=other) for other in uneven)),
         gradient="none",
         requires_gradient=wiring.checkpoints,
         source=f"{_SOURCE} T5Attention.forward",
@@ -386,17 +414,18 @@ def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) ->
     before = (*_self_attention(m, wiring, self_bias, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2"))
     after = (
         ops.release_names("probs") if wiring.backend == "eager" else ops.release_names("x1"),
-        ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),
+        ops.add(f"{name}.residual", "x1", "co", "x2.sum", "b s h"),
         ops.release_names("n2"),
+        *_clamped(f"{name}.clamp", "x2.sum", "x2"),
         *_mlp(m, "layer.2", "x2", "y"),
-        ops.release_names(self_bias, cross_bias, *held),
+        ops.release_names(self_bias, *biases, *held),
     )
     operations = (
         *decoding(before, wiring),
-        *attend_to_encoder(cross, wiring, "co", cross_bias),
+        *attend_to_encoder(cross, wiring, "co", *biases),
         *decoding(after, wiring),
     )
-    return Block("decoder.block", operations, (self_bias, cross_bias) if first else (), returned=True)
+    return Block("decoder.block", operations, (self_bias, *biases) if first else (), returned=True)
 
 
 BUILDERS = {"mt5": t5, "t5": t5}

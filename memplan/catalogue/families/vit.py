@@ -23,7 +23,7 @@ def vit(m: ModelSpec, wiring: Wiring) -> Stack:
     if m.objective == "feature_extraction":
         after, loss = (
             (*last, *pooler(f"{body}pooler", "n", "pooled"), release),
-            (*mean_loss("pooled"), ops.release_names("n")),
+            mean_loss("pooled", "n"),
         )
     else:
         head = (first_token("classifier.first", "n", "first"), dense("classifier", "first", "logits", "c", "h"))
@@ -89,7 +89,7 @@ def _block(m: ModelSpec, wiring: Wiring, body: str) -> Block:
             ops.linear("mlp.fc1", "n2", "up", "f", "h", "mlp", bias=True),
             *activation(m, "mlp.activation_fn", "up", "act", "b s f"),
             ops.linear("mlp.fc2", "act", "mo.whole", "h", "f", "mlp", bias=True),
-            ops.release_names("n2"),
+            ops.release_names("n2", "act"),
             *dropped("dropout_2", "mo.whole", "mo", "b s h", drop),
             ops.add("residual_2", "mo", "x1", "y", "b s h"),
             ops.release_names(*returned(wiring)),

@@ -209,7 +209,9 @@ def _encoder(m: ModelSpec, wiring: Wiring) -> Block:
             ops.add("residual_1", "x", "ao", "x1", "b s h"),
             ops.layer_norm("final_layer_norm", "x1", "n2", "b s h", "h"),
             *_mlp(m, "n2", "mo", "f"),
-            ops.add("residual_2", "x1", "mo", "y", "b s h"),
+            ops.add("residual_2", "x1", "mo", "y.sum", "b s h"),
+            ops.release_names("mo", "x1"),
+            ops.clamp("clamp", "y.sum", "y", "b s h", 2)._replace(only_dtype="fp16"),
             ops.release_names(*returned(wiring)),
         ),
     )

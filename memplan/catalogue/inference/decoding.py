@@ -22,7 +22,7 @@ from memplan.catalogue.inference import offloaded_caches, quantized_caches
 from memplan.catalogue.inference.next_token import GENERATE, OF_PART, looked_up, named_before, next_token
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import once_each
+from memplan.catalogue.kernels.rewriting import once_each, rewrite_lists
 from memplan.core.ir import Op, Run, Stack, Tensor, outside
 
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_even", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
@@ -41,17 +41,17 @@ def inference(stack: Stack, now: Pass) -> Stack:
 
     @once_each
     def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-        return tuple(_without_grad(_cached(tuple(batched(operations)) if now.batches else operations, now)))
+        return tuple(_without_grad(with_cache(tuple(batched(operations)) if now.batches else operations, now)))
 
     runs = tuple(
         Run(
             tuple(b._replace(ops=changed(b.ops)) for b in run.blocks),
             run.times,
-            tuple(_without_grad(_masked(run.before, now))),
+            tuple(_without_grad(with_keys(run.before, now))),
         )
         for run in stack.runs
     )
-    before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(_masked(stack.before, now)))
+    before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(with_keys(stack.before, now)))
     if now.has_row_positions:
         before = tuple(map(_of_rows_each, before))
     previous = tuple(named_before(now)) if now.extends or now.verifies else ()
@@ -80,7 +80,7 @@ def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
 
     The model's outputs live until its caller has received them, if it `returns` them.
     """
-    changed = once_each(lambda operations: tuple(_without_grad(_cached(operations, now))))
+    changed = once_each(lambda operations: tuple(_without_grad(with_cache(operations, now))))
     runs = tuple(
         Run(tuple(b._replace(ops=changed(b.ops)) for b in run.blocks), run.times, tuple(_without_grad(run.before)))
         for run in stack.runs
@@ -89,6 +89,13 @@ def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
     returned = returned_by(stack, now.casts_logits) if returns else None
     after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
     return Stack(tuple(_without_grad(stack.before)), runs, tuple(_without_grad(after)))
+
+
+def with_caches(stack: Stack) -> Stack:
+    """Return the stack as training runs it with a cache, if it has one, and positions for each sequence."""
+    now = Pass("train", "dynamic", last_only=False)
+    stack = stack._replace(before=tuple(map(_of_rows_each, stack.before)))
+    return rewrite_lists(stack, lambda operations: tuple(with_cache(operations, now)))
 
 
 RETURNED = "returned"  # value of `Op.holds` for what an evaluation's caller receives
@@ -149,14 +156,14 @@ def _inputs(op: Op, now: Pass) -> Op:
     return op._replace(writes=tuple(tensors), source=GENERATE if now.generates or now.encodes else op.source)
 
 
-def _masked(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
+def with_keys(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Yield masks built once for all layers, reduced to one token's row in decoding."""
     for op in operations:
         axis = now.keys("kv_window" if "window" in op.name else "kv")
         yield along(op, axis, op.name in _OF_ALL) if axis and not op.weights else op
 
 
-def _cached(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
+def with_cache(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Yield a block's operations with those of its caches."""
     tensors_by_name: dict[str, Tensor] = {}
     viewed: dict[str, str] = {}  # name of the tensor that a view aliases
@@ -164,7 +171,7 @@ def _cached(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     key_names: set[str] = set()
     axis = ""
     for source_op in operations:
-        op = _renamed(source_op, renames)
+        op = (_renamed_kept if now.phase == "train" else _renamed)(source_op, renames)
         if op.caches == "state":
             tensors_by_name |= {t.name: t for t in op.writes}
             (t,) = op.writes
@@ -258,6 +265,17 @@ def _renamed(op: Op, names: Mapping[str, str]) -> Op:
     if names.keys().isdisjoint(op.reads):
         return op
     return op._replace(reads=tuple(names.get(name, name) for name in op.reads))
+
+
+def _renamed_kept(op: Op, names: Mapping[str, str]) -> Op:
+    """Return the operation with what it keeps for backward renamed, too."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    keeps = tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps)
+    scratch = tuple(s._replace(of=new(s.of)) for s in op.scratch_back)
+    return _renamed(op, names)._replace(keeps=keeps, scratch_back=scratch)
 
 
 def _update(

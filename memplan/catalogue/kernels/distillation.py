@@ -7,25 +7,27 @@ its own (`memplan.catalogue.kernels.own_axes`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.policy_gradient import with_generated
-from memplan.catalogue.kernels.preference import RETURNED, begins_head, converted, with_masks
+from memplan.catalogue.kernels.preference import begins_head, returned, with_masks
 from memplan.catalogue.kernels.trl_losses import TILE_WIDTH
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 
 _GKD = "trl 1.16.0 experimental/gkd/gkd_trainer.py compute_loss, generalized_jsd_loss; the same since 0.24.0"
 _TILES = "trl 1.16.0 trainer/distillation_trainer.py _compute_loss, kernels/chunked_divergence.py"
+_SERVER = "trl 1.16.0 experimental/server_distillation/server_distillation_trainer.py compute_loss"
 _ROWS = "shifted_rows v"
 _WHO = ("student", "teacher")
 
 
 def attach(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: str | None) -> Stack:
     """Return the stack with the teacher's pass and the loss; that of a teacher itself, without them."""
-    return (
-        _of_logits(stack, trainer, teacher, autocast) if trainer.name == "gkd" else _in_tiles(stack, trainer, teacher)
-    )
+    if trainer.name == "gkd":
+        return _of_logits(stack, trainer, teacher, autocast)
+    return _in_tiles(stack, trainer, teacher) if trainer.calls_backbone else _of_server(stack, trainer, autocast)
 
 
 def _in_tiles(stack: Stack, trainer: Trainer, teacher: Stack | None) -> Stack:
@@ -77,15 +79,37 @@ def _in_tiles(stack: Stack, trainer: Trainer, teacher: Stack | None) -> Stack:
         Op("loss.distill", ("divergence",), (Tensor("loss", "", "fp32"),), source=_TILES),
         ops.release_names(rows, theirs, "n", "divergence", *vectors),
     )
-    before = tuple(with_generated(op) if op.name == "inputs" else op for op in stack.before)
-    return stack._replace(before=before, after=body, loss=loss)
+    return _generated(stack)._replace(after=body, loss=loss)
+
+
+def _generated(stack: Stack) -> Stack:
+    return stack._replace(before=tuple(with_generated(op) if op.name == "inputs" else op for op in stack.before))
+
+
+def _of_server(stack: Stack, trainer: Trainer, autocast: str | None) -> Stack:
+    """Compute the log-softmax of completions' logits. A server sends a few of the teacher's log-probabilities."""
+    logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
+    tail, outputs, _ = returned(logits, trainer, autocast)
+
+    def step(name: str, read: str, written: str, axes: str = "completion_rows v", **more: Any) -> Op:
+        return Op(f"loss.{name}", (read,), (Tensor(written, axes, f"={outputs}"),), source=_SERVER)._replace(**more)
+
+    loss = (
+        step("completions", outputs, "completion_logits", view=True),
+        step("temperature", "completion_logits", "scaled"),
+        step("log_softmax", "scaled", "log_probs", keeps=(Keep("log_probs", "scaled"),)),
+        ops.release_names("scaled"),
+        step("gather", "log_probs", "chosen", "completion_rows"),
+        Op("loss.distill", ("chosen",), (Tensor("loss", "", "fp32"),), source=_SERVER),
+        ops.release_names(outputs, "completion_logits", "log_probs", "chosen"),
+    )
+    return _generated(stack)._replace(loss=(*tail, *loss))
 
 
 def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: str | None) -> Stack:
     """Compute the divergence of all logits, which a teacher returns in fp32 under autocast, as the student does."""
     logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
-    outputs = "outputs" if autocast else logits
-    tail = (RETURNED, *((converted(logits),) if autocast else ()))
+    tail, outputs, _ = returned(logits, trainer, autocast)
     if trainer.is_reference:
         return stack._replace(after=(*stack.after, *tail))
     before = (new for op in stack.before for new in (with_masks(op) if op.name == "inputs" else (op,)))
@@ -98,14 +122,15 @@ def _divergence(outputs: str) -> Iterator[Op]:
     """Compute the Jensen-Shannon divergence of all logits.
 
     Variables of the function hold both models' logits divided by the temperature, the teacher's log-softmax and both
-    divergences from the mixture until it returns.
+    divergences from the mixture until it returns. FSDP2 returns a student's logits in another dtype than a teacher's.
     """
+    both = ("log_probs", "teacher_log_probs")
 
-    def tensor(name: str, axes: str = _ROWS) -> Tensor:
-        return Tensor(name, axes, f"={outputs}")
+    def tensor(name: str, axes: str = _ROWS, dtype: str = "=mixed") -> Tensor:
+        return Tensor(name, axes, dtype)
 
     def step(name: str, reads: tuple[str, ...], written: str, *keeps: Keep, **more: object) -> Op:
-        return Op(f"loss.{name}", reads, (tensor(written),), keeps=keeps, source=_GKD)._replace(**more)
+        return Op(f"loss.{name}", reads, (tensor(written, dtype=""),), keeps=keeps, source=_GKD)._replace(**more)
 
     for prefix, gradient in (("", "new"), ("teacher_", "none")):
         whole, shifted, scaled = "teacher_outputs" if prefix else outputs, f"{prefix}shifted", f"{prefix}scaled"
@@ -113,10 +138,9 @@ def _divergence(outputs: str) -> Iterator[Op]:
         yield step(f"{prefix}temperature", (shifted,), scaled, gradient=gradient)
     yield step("log_softmax", ("scaled",), "log_probs", Keep("log_probs", "scaled"))
     yield step("teacher_log_softmax", ("teacher_scaled",), "teacher_log_probs", gradient="none")
-    both = ("log_probs", "teacher_log_probs")
-    terms = tuple(tensor(f"weighted log-probabilities of the {who}") for who in _WHO)
+    terms = tuple(tensor(f"weighted {log_probs}", dtype=f"={log_probs}") for log_probs in both)
     pair = f"2 {_ROWS}"
-    yield Op("loss.stack", both, (tensor("mixed", pair),), scratch=terms, source=_GKD)
+    yield Op("loss.stack", both, (tensor("mixed", pair, ""),), scratch=terms, source=_GKD)
     exponents = tuple(tensor(f"{what} of both", pair) for what in ("exponents", "differences"))
     yield step("logsumexp", ("mixed",), "mixture", Keep("mixed", "mixed"), Keep("mixture", "mixed"))._replace(
         scratch=exponents[:1], scratch_back=tuple(map(Scratch, exponents))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.preference import begins_head, converted, selected_log_probs
+from memplan.catalogue.kernels.preference import RETURNED, begins_head, returned, selected_log_probs
 from memplan.catalogue.kernels.trl_losses import tiled_lm_head
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
@@ -22,6 +22,7 @@ _SOURCES = {
     "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
     "rolled": "ms-swift 4.6.0 rlhf_trainers/grpo_trainer.py _get_logps_via_local_forward",
+    "sliced": "trl 1.12.0 experimental/ppo/ppo_trainer.py train, the same in trl 0.24.0",
     "joined": "trl 0.24.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
     "overwritten": "verl 0.9.1 workers/engine/fsdp/transformer_impl.py prepare_model_outputs: inplace_backward",
 }
@@ -47,26 +48,23 @@ def attach(
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    returned = Op("return", releases="autocast")  # the model's own autocast context ends
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
         after, loss = (
             body,
-            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), returned),
+            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), RETURNED),
         )
     else:
         after = (*body, *(head if trainer.prompt_logits else _kept_tokens(head, trainer)))
         logits = next(op for op in reversed(after) if op.writes).writes[0].name
-        is_fp32 = trainer.widens(autocast)
-        outputs = "outputs" if is_fp32 else logits
-        cast = (converted(logits, "b kept v"),) if is_fp32 else ()
+        tail, outputs, is_fp32 = returned(logits, trainer, autocast, "b kept v")
         held: tuple[Tensor, ...] = ()
         if trainer.is_reference and trainer.has_parts and not trainer.prompt_logits:
             held = tuple(_held(trainer, "fp32" if is_fp32 else "=embeds"))
             stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
         released = ops.release_names(*(t.name for t in held))
-        loss = (returned, *cast, released, *_log_probs(outputs, trainer, is_fp32))
+        loss = (*tail, released, *log_probs_of_logits(outputs, trainer, is_fp32))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
     read = ("log_probs", *(t.name for op in scored for t in op.writes))
@@ -114,7 +112,7 @@ def _held(trainer: Trainer, dtype: str) -> Iterator[Tensor]:
         yield Tensor("divided logits of the part before", f"{_ROWS} v", dtype)
 
 
-def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
+def log_probs_of_logits(outputs: str, trainer: Trainer, is_fp32: bool, logits_shape: str = "b kept v") -> Iterator[Op]:
     """Compute log-probabilities and entropies from all logits, which the temperature divides first.
 
     A kernel divides, and computes the entropies, by itself. ms-swift computes no entropies unless it logs them.
@@ -128,10 +126,10 @@ def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
         yield Op("loss.log_probs", (outputs, "ids"), written, keeps=kept, gradient="own", source=source)
         yield ops.release_names(outputs, "log_probs.log_z")
         return
-    if trainer.divided_logits == "in_place" and trainer.log_probs in ("shifted", "rolled"):
+    if trainer.divided_logits == "in_place" and trainer.log_probs in ("shifted", "rolled", "sliced"):
         # backward of an operation in place on a view copies the gradient of all logits, and of the view twice
         parts = tuple(Scratch(Tensor(f"gradient of the view, {what}", shape, f"={outputs}")) for what in _COPIES)
-        divided = (Tensor("divided", "b kept v", f"={outputs}"),)
+        divided = (Tensor("divided", logits_shape, f"={outputs}"),)
         yield Op("loss.temperature", (outputs,), divided, view=True, scratch_back=parts, source=source)
         yield ops.release_names(outputs)
         outputs = "divided"
@@ -148,8 +146,8 @@ def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
         yield Op("loss.temperature", (logits,), (Tensor("scaled", shape, f"={outputs}"),), source=source)
         yield ops.release_names(*(() if trainer.divided_logits == "held" else (outputs,)), "shifted", logits)
         logits = "scaled"
-    yield selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
-    if not trainer.is_reference and trainer.log_probs != "rolled":
+    yield from selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
+    if not trainer.is_reference and trainer.log_probs not in ("rolled", "sliced"):
         names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
         chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)
         flat = (

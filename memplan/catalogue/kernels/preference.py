@@ -14,7 +14,7 @@ from memplan.catalogue.kernels.losses import nll
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.trl_losses import tiled_lm_head
 from memplan.catalogue.kernels.wiring import PAIRED, Trainer
-from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor
 
 _SOURCES = {
     "joined": "trl 0.24.0 trainer/dpo_trainer.py concatenated_forward, trainer/utils.py selective_log_softmax",
@@ -29,6 +29,7 @@ _SOURCES = {
     **dict.fromkeys(("cpo", "simpo"), "trl 1.16.0 experimental/cpo/cpo_trainer.py concatenated_forward"),
 }
 _SHIFTED = ("shifted", "kernel")
+_FSDP2 = "torch 2.13 distributed/fsdp/_fully_shard/_fsdp_state.py _post_forward (output_dtype)"
 _CASTS = "accelerate 1.15 utils/operations.py ConvertOutputsToFp32"
 
 
@@ -62,18 +63,16 @@ def attach(
         tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
     if trainer.log_probs == "joined":
-        stack = _returning_states(stack)
+        stack = returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
-    is_fp32 = trainer.widens(autocast)
-    outputs = "outputs" if is_fp32 else logits
-    tail = (RETURNED, *((converted(logits),) if is_fp32 else ()))
+    tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
         tail = (*tail, *_joined_log_probs(logits, outputs, is_fp32))
         return _finished(stack, trainer, tail, reference, ())
     if trainer.log_probs == "rolled":
         source = source_of(trainer)
         log_probs = selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
-        return _finished(stack, trainer, (*tail, log_probs, ops.release_names(outputs)), reference, ())
+        return _finished(stack, trainer, (*tail, *log_probs, ops.release_names(outputs)), reference, ())
     if trainer.log_probs == "gathered":
         tail = (*tail, *_gathered_log_probs(outputs))
         if first_pass is not None:
@@ -87,7 +86,7 @@ def attach(
     return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
 
 
-RETURNED = Op("return", releases="autocast")  # the model's own autocast context ends
+RETURNED = Op("return", releases="autocast", returns=MODEL)  # the model's own autocast context ends
 
 
 def _finished(
@@ -111,15 +110,19 @@ def _finished(
         written = [Tensor("ref_log_probs", "b s", "fp32")]
         returns_logits = trainer.log_probs in _SHIFTED
         scores_twice = trainer.log_probs == "gathered" and trainer.has_first_pass
+        is_lower = trainer.shards_copy and trainer.reference == "copy"  # nothing casts what it returns
         if returns_logits or scores_twice:
-            written = [*written[returns_logits:], Tensor("ref_outputs", "b s v", f"={held[0]}")]
+            written = [
+                *written[returns_logits:],
+                Tensor("ref_outputs", "b s v", "=embeds" if is_lower else f"={held[0]}"),
+            ]
         loss.append(Op("reference", (), tuple(written), gradient="none", model=reference, source=source_of(trainer)))
         if scores_twice:
             again = (Tensor("ref_kl_log_probs", "b s", "fp32"),)
             loss.append(Op("reference", (), again, gradient="none", model=reference, source=source_of(trainer)))
             loss += [*_halves("ref_", "ref_outputs"), ops.release_names("ref_halves")]
         if trainer.log_probs in _SHIFTED:
-            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32, trainer.log_probs)
+            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32 and not is_lower, trainer.log_probs)
             held = (*held, "ref_outputs")
         others = ("ref_log_probs",)
     others += ("kl_log_probs",) * trainer.has_first_pass + ("chosen_loss",) * trainer.likelihood
@@ -164,14 +167,14 @@ def with_masks(op: Op, *more: str) -> Iterator[Op]:
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
 
 
-def _returning_states(stack: Stack) -> Stack:
+def returning_states(stack: Stack) -> Stack:
     """Return the stack of a model that returns each layer's input and the last norm's output (`output_hidden_states`).
 
     A layer's input is the output of the one before, so all outputs are held until the last layer has returned.
     """
     stack = rewrite(stack, _with_held_state)
     last = (op._replace(holds="states") if any(t.name == "n" for t in op.writes) else op for op in stack.after)
-    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="state")
+    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="last states")
     return stack._replace(after=(dtype, *last))
 
 
@@ -182,26 +185,49 @@ def _with_held_state(op: Op) -> tuple[Op, ...]:
 
 def converted(logits: str, shape: str = "b s v") -> Op:
     """Cast the model's outputs to fp32, as accelerate does."""
-    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, source=_CASTS)
+    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, returns=MODEL, source=_CASTS)
 
 
-def selected_log_probs(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
-    """Return the operation that computes log-probabilities of the tokens, one sequence after the other.
+def returned(
+    logits: str, trainer: Trainer, autocast: str | None, shape: str = "b s v"
+) -> tuple[tuple[Op, ...], str, bool]:
+    """Return what happens to the logits until the trainer has them, their name then, and whether they are fp32."""
+    if not trainer.widens(autocast):
+        return (RETURNED,), logits, False
+    widened = (RETURNED._replace(returns=""), converted(logits, shape))
+    if not (trainer.casts_back and autocast):
+        return widened, "outputs", True
+    lower = (Tensor("lower_outputs", shape, autocast),)
+    cast = Op("loss.lower_outputs", ("outputs",), lower, cast=True, source=_FSDP2)
+    return (*widened, cast, ops.release_names("outputs")), "lower_outputs", False
 
-    From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax.
-    Backward makes every sequence's gradient, and joins them.
+
+def converted_states(logits: str) -> Iterator[Op]:
+    """Cast the states that the model returns with its logits to fp32, as accelerate does."""
+    embeds, states = Tensor("embeds32", "b s h", "fp32"), Tensor("states32", "L b s h", "fp32")
+    yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
+    read = ("state", logits)
+    yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
+
+
+def selected_log_probs(
+    name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str
+) -> Iterator[Op]:
+    """Compute log-probabilities of the tokens, one sequence after the other.
+
+    From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax until
+    the sequence's gradient is there. Backward makes every sequence's gradient, and joins them.
     """
-    kept = x if is_fp32 else f"{log_probs}.all"
-    written = () if is_fp32 else (Tensor(kept, shape, f"={x}"),)
-    return Op(
-        name,
-        (x, "ids"),
-        (Tensor(log_probs, "b s", f"={x}"), *written),
-        keeps=(Keep(kept, x),),
-        scratch=(Tensor("exponents of a sequence", f"{row} v", f"={x}"),) if is_fp32 else (),
-        scratch_back=(Scratch(Tensor("gradients by sequence", shape, f"={x}")),),
-        source=source,
-    )
+    written = Tensor(log_probs, "b s", f"={x}")
+    if is_fp32:
+        exponents = Tensor("exponents of a sequence", f"{row} v", f"={x}")
+        gradients = Scratch(Tensor("gradients by sequence", shape, f"={x}"))
+        kept = (Keep(x, x),)
+        yield Op(name, (x, "ids"), (written,), (), kept, (exponents,), (gradients,), source=source)
+        return
+    rows, all_ = f"{x} by sequence", Tensor(f"{log_probs}.all", shape, f"={x}")
+    yield Op(f"{name}.sequences", (x,), (Tensor(rows, shape, f"={x}"),), view=True, source=source)
+    yield Op(name, (rows, "ids"), (written, all_), keeps=(Keep(all_.name, rows),), source=source)
 
 
 def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
@@ -209,16 +235,12 @@ def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
 
     The model returned its hidden states too, which accelerate casts with the logits.
     """
-    source = _SOURCES["joined"]
-    embeds, states = Tensor("embeds32", "b s h", "fp32"), Tensor("states32", "L b s h", "fp32")
-    if is_fp32:
-        yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
-        read = ("state", logits)
-        yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
-    yield selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
+    source, cast = _SOURCES["joined"], tuple(converted_states(logits)) if is_fp32 else ()
+    yield from cast
+    yield from selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
     half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
     yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
-    yield Op("return", (outputs, *((embeds.name, states.name) if is_fp32 else ())), releases="states")
+    yield Op("return", (outputs, *(t.name for op in cast for t in op.writes)), releases="states")
 
 
 def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> Iterator[Op]:
@@ -230,7 +252,7 @@ def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> I
     yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
     name = f"loss.{result}"
     if kind == "shifted":
-        yield selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
+        yield from selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
         return
     numbers = tuple(f"{result}.{what}" for what in ("entropy", "log_z", "expected_logit"))
     written = tuple(Tensor(what, "shifted_rows", "fp32") for what in (result, *numbers))
@@ -250,12 +272,14 @@ def _gathered_log_probs(outputs: str) -> Iterator[Op]:
 
 
 def _likelihood(outputs: str, source: str) -> Iterator[Op]:
-    """Compute the cross-entropy of the chosen half. Several sequences are copied without their last logits."""
+    """Compute the cross-entropy of the chosen half, outside of autocast. Several sequences are copied without their
+    last logits."""
     chosen, rows = Tensor("chosen", "half_tokens v", f"={outputs}"), Tensor("chosen_rows", "chosen_copied v", "=chosen")
     yield Op("loss.chosen", (outputs,), (chosen,), view=True, source=source)
     yield Op("loss.shift_chosen", ("chosen",), (rows,), source=source)
     yield Op("loss.shift_labels", ("labels",), (Tensor("targets", "half_rows", "int64"),), gradient="none")
-    yield from nll("chosen_loss", "chosen_rows", "chosen_log_probs", "targets", "half_rows v")
+    losses = nll("chosen_loss", "chosen_rows", "chosen_log_probs", "targets", "half_rows v")
+    yield from (op._replace(autocast="") for op in losses)
     yield ops.release_names("chosen", "chosen_rows")
 
 

@@ -57,6 +57,7 @@ class Wiring(NamedTuple):
     Inference
 
     caching               keys and values are joined with those of earlier tokens, head by head in memory
+    prefixed              in training, earlier tokens are a trained prefix, which needs a mask
     keeps_cache_layout    the cache returns keys and values in the layout in which they came
     decodes               one new token per sequence, which attends to all earlier tokens
     decodes_several       with `decodes`: more than one new token per sequence
@@ -101,6 +102,7 @@ class Wiring(NamedTuple):
     drops: bool = False
     records: bool = True
     caching: bool = False
+    prefixed: bool = False
     keeps_cache_layout: bool = False
     decodes: bool = False
     generates: bool = False
@@ -141,16 +143,16 @@ class Wiring(NamedTuple):
         """
         if self.backend == "flash_2" or self.is_varlen:
             return False
-        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
+        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes) or self.prefixed)
         return causal or self.masks_rows or (sliding and self.windowed)
 
 
 DividedLogits = Literal["in_place", "held", "released"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
 # Trainers that generate, and how many completions of a prompt by default.
-GENERATING = {"grpo": 8, "rloo": 2, "distill": 1}
+GENERATING = {"grpo": 8, "rloo": 2, "ppo": 1, "distill": 1}
 DISTILLING = ("gkd", "distill")  # trainers that learn a teacher's distribution
 
 
@@ -168,10 +170,11 @@ class Trainer(NamedTuple):
     shards_copy   FSDP shards a copy, which nothing wraps in autocast
     logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
                   or stay as they are (`model`)
+    casts_back    FSDP2 then casts them to the dtype that it computes in
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
-    teacher_dtype dtype of what a teacher returns; empty without one
+    teacher_dtype dtype of what a teacher returns; empty without one on this GPU
 
     For trainers that generate:
 
@@ -191,6 +194,7 @@ class Trainer(NamedTuple):
     copy_dtype: str = "weights"
     shards_copy: bool = False
     logits_dtype: LogitsDtype = "autocast"
+    casts_back: bool = False
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
@@ -201,6 +205,11 @@ class Trainer(NamedTuple):
     old_log_probs: bool = False
     prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
+
+    @property
+    def calls_backbone(self) -> bool:
+        """Whether the step calls the model without its head, past the forward that accelerate wraps in autocast."""
+        return self.name == "distill" and bool(self.teacher_dtype)
 
     @property
     def has_reference_pass(self) -> bool:

@@ -28,7 +28,7 @@ from memplan.catalogue.quantization.inference_formats import (
 from memplan.catalogue.quantization.quantization import experts_fp8, family_of, quantised_linear, stored
 from memplan.core.ir import Block, Op, Stack, Weight, operations, outside
 from memplan.core.records import NamedTuple
-from memplan.models.peft_methods import PEFT_METHODS, Value
+from memplan.models.peft_methods import PEFT_METHODS, Value, trains_prefix
 
 if TYPE_CHECKING:
     from memplan.catalogue.methods.selection import Selection
@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     double_quant   whether bitsandbytes' scales are quantised too
     block_size     weights per scale
     skip           modules that are not quantised
+    wide           modules whose weights are loaded in fp32 though the others are not
     experts        whether stacked experts are quantised too, by bitsandbytes' parametrization
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
@@ -87,6 +88,7 @@ class Recipe(NamedTuple):
     double_quant: bool = True
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
+    wide: tuple[str, ...] = ()
     experts: bool = False
     preparation: str = ""
     fused: str = ""
@@ -110,6 +112,11 @@ class Recipe(NamedTuple):
     def virtual_tokens(self) -> int:
         """Number of trained tokens before each sequence."""
         return next((int(value or 0) for name, value in self.options if name == "num_virtual_tokens"), 0)
+
+    @property
+    def prefix(self) -> int:
+        """Number of virtual tokens of which only keys and values exist, in every layer."""
+        return self.virtual_tokens if trains_prefix(self.kind) else 0
 
     @property
     def is_dora(self) -> bool:
@@ -222,6 +229,8 @@ def apply(
     axes         sizes of the model's axes, which some methods' adapters depend on
     keeps_casts  an earlier pass ran the operations that this one skips, and autocast keeps their weights' casts
     """
+    if recipe.wide:
+        stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
     return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
 
 
@@ -314,10 +323,11 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     if recipe.saved:
         dtype = recipe.adapter_dtype if recipe.kind == "ln_tuning" else ""
         stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved, dtype),))
-    if recipe.tokens or recipe.virtual_tokens:
+    if recipe.tokens or recipe.virtual_tokens or recipe.kind == "adaption_prompt":
         from memplan.catalogue.methods.prompts import with_trained_inputs
 
-        stack = with_trained_inputs(stack, recipe.tokens, recipe.adapter_dtype, dict(recipe.options))
+        dtypes = recipe.adapter_dtype, recipe.weights
+        stack = with_trained_inputs(stack, recipe.kind, recipe.tokens, dtypes, dict(recipe.options))
     stood_for = represented_layers(operations(stack)) if recipe.kind in LORA else frozenset[str]()
     all_linear = recipe.targets == ("all-linear",) and recipe.selection is None
 

@@ -1,7 +1,7 @@
-"""peft's methods that train virtual tokens before each sequence: prompt tuning and p-tuning.
+"""peft's methods that train virtual tokens before each sequence: prompt tuning, p-tuning, prefix tuning and cartridges.
 
 Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
-tuners/p_tuning/model.py.
+tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cartridge/model.py.
 """
 
 from __future__ import annotations
@@ -9,18 +9,91 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memplan.catalogue.inference.decoding import with_cache, with_keys
+from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import once_each, rewrite_blocks
+from memplan.catalogue.methods.adaption_prompt import with_adaption_prompts
 from memplan.catalogue.methods.trained_tokens import with_trained_tokens
 from memplan.core.ir import Op, Stack, Tensor, Weight
+from memplan.models.peft_methods import trains_prefix
 
 _SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
 TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s` includes
 
 
-def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any]) -> Stack:
-    """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`."""
-    stack = with_trained_tokens(stack, tokens, dtype) if tokens else stack
+def with_trained_inputs(
+    stack: Stack, kind: str, tokens: int, dtypes: tuple[str, str], options: Mapping[str, Any]
+) -> Stack:
+    """Return the stack with trained rows of the embeddings, or with the virtual tokens of a method of this `kind`.
+
+    dtypes  of adapters, and of the model
+    """
+    stack = with_trained_tokens(stack, tokens, dtypes[0]) if tokens else stack
+    if kind == "adaption_prompt":
+        return with_adaption_prompts(stack, int(options["adapter_len"]), dtypes[1])
+    if trains_prefix(kind):
+        return with_prefix(stack, options)
     return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
+
+
+def with_prefix(stack: Stack, options: Mapping[str, Any]) -> Stack:
+    """Return the stack whose layers attend to trained keys and values too, which a cache joins with the tokens' own."""
+    now = Pass("forward", "dynamic", follows_passes=True)
+
+    @once_each
+    def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(
+            op._replace(holds="forward", gradient="part" if op.past else op.gradient) if op.holds == "cache" else op
+            for op in with_cache(operations, now)
+            if not op.name.endswith(".window")  # its length is a number in training
+        )
+
+    stack = rewrite_blocks(stack, lambda block: block._replace(ops=changed(block.ops)))
+    at = next(i for i, op in enumerate(stack.before, 1) if any(t.name == "embeds" for t in op.writes))
+    before = tuple(with_keys(stack.before, now))
+    return stack._replace(before=(*before[:at], *_prefix(options), *before[at:]))
+
+
+def _prefix(options: Mapping[str, Any]) -> Iterator[Op]:
+    """The keys and values of all layers' virtual tokens, projected from embeddings if asked for."""
+    n, number = "prompt_encoder", str(options["num_virtual_tokens"])
+    every, lead = "L 2 k d", f"b {number}"
+    yield Op(f"{n}.tokens", (), (Tensor("prefix.ids", lead, "int64"),), gradient="none", source=_SOURCE)
+    if "num_frozen_tokens" in options:
+        yield from _cartridge(int(options["num_virtual_tokens"]), int(options["num_frozen_tokens"]), every)
+    else:
+        yield from _encoded(options, number, every, lead)
+    yield ops.cast(f"{n}.cast", "prefix.wide", "prefix", f"{lead} {every}", "=embeds")
+    joined = Tensor("prefixes", f"{lead} {every}", "=prefix")
+    yield Op(f"{n}.split", ("prefix",), (joined,), holds="past", source=_SOURCE)
+    yield Op(f"{n}.dealt", releases="past")
+
+
+def _cartridge(number: int, frozen: int, every: str) -> Iterator[Op]:
+    """The rows of a cartridge, of which the first are `frozen`: the gradient of the others is a part of that of all."""
+    n, rows = "prompt_encoder", f"{number} {every}"
+    train = Weight(f"{n}.trainable_embedding", f"{number - frozen} {every}", "adapter", "fp32", rows=1, gradient=rows)
+    first = Weight(f"{n}.frozen_embedding", f"{frozen} {every}", "adapter", "fp32", trains=False, rows=1)
+    yield Op(f"{n}.cat", (), (Tensor("prefix.rows", rows, "fp32"),), (*((first,) if frozen else ()), train))
+    yield ops.view(f"{n}.expand", "prefix.rows", "prefix.wide", f"b {rows}", "new")
+
+
+def _encoded(options: Mapping[str, Any], number: str, every: str, lead: str) -> Iterator[Op]:
+    """The rows of a prefix, looked up or projected from embeddings."""
+    n, projected = "prompt_encoder", bool(options["prefix_projection"])
+    rows = Weight(f"{n}.embedding.weight", f"{number} {'k d' if projected else every}", "adapter", "fp32", rows=1)
+    prefix = "prefix.embedded" if projected else "prefix.wide"
+    yield ops.lookup(f"{n}.embedding", "prefix.ids", prefix, f"{lead} {'k d' if projected else every}", rows)
+    if projected:
+        width = str(options["encoder_hidden_size"] or "k d")
+        for i, (out, into) in enumerate(((width, "k d"), (every, width))):
+            y = ("prefix.0", "prefix.wide")[i]
+            layer = ops.linear(f"{n}.transform.{2 * i}", prefix, y, out, into, "adapter", True, lead)
+            yield layer._replace(weights=tuple(w._replace(dtype="fp32", matrix=False) for w in layer.weights))
+            if i == 0:
+                prefix = "prefix.tanh"
+                yield ops.keeping_output(f"{n}.transform.1", y, prefix, f"{lead} {width}", "tanh")
 
 
 def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:

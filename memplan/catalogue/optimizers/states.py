@@ -27,6 +27,7 @@ __all__ = [
     "clipping",
     "optimizer_memory",
     "optimizer_names",
+    "row_of",
     "spares_embeddings",
     "takes_foreach",
 ]
@@ -97,6 +98,18 @@ def spares_embeddings(name: str) -> bool:
     return row is not None and any(rule.of is large_no_embedding for rule in row.states)
 
 
+def row_of(name: str) -> OptimizerRow:
+    """Return the row of the optimizer `name`.
+
+    Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
+    """
+    if name in REFUSED:
+        raise refused("optimizer.name", f"{name}: {REFUSED[name]}")
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
+    return OPTIMIZERS[name]
+
+
 def optimizer_memory(
     name: str,
     parameters: Sequence[Parameter],
@@ -118,14 +131,9 @@ def optimizer_memory(
     in_backward  every parameter has its own optimizer, which steps in a hook as soon as the gradient is ready
     on_host      states are in host memory, and the update is computed there (see `_offloaded`)
 
-    Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
+    Raises the errors of `row_of`.
     """
-    if name in REFUSED:
-        raise refused("optimizer.name", f"{name}: {REFUSED[name]}")
-    row = OPTIMIZERS.get(name)
-    if row is None:
-        raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
-    row = _with_options(row, foreach, momentum, bool(master))
+    row = _with_options(row_of(name), foreach, momentum, bool(master))
     if in_backward and not row.frees_gradients:
         row = stepped_in_backward(row)
     masters: list[State] = []

@@ -18,7 +18,6 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.core.errors import refused
 from memplan.core.ir import Op, Scratch, Stack, Tensor
-from memplan.models.configs import families
 from memplan.models.model import ModelSpec
 
 _SOURCE = "torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py _templated_ring_attention"
@@ -31,8 +30,11 @@ def check(model: ModelSpec, backend: str, masked: bool, degrees: Degrees) -> Non
     """Raise SpecError if the family or the attention kernel does not support context parallelism."""
     field = "parallelism.cp"
     if not model.family.parallel.context:
-        known = ", ".join(name for name, row in families().items() if row.parallel.context)
-        raise refused(field, f"{degrees.cp} is not supported yet for {model.model_type}; supported: {known}")
+        raise refused(
+            field,
+            f"{degrees.cp} is not supported yet for {model.model_type}; supported: decoders whose attention is one "
+            "causal call without windows, such as llama, qwen3 and mixtral",
+        )
     if masked or backend != "flash":
         why = "a mask" if masked else f"{backend} attention"
         raise refused(

@@ -16,7 +16,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.catalogue.parallelism import megatron_parallel
 from memplan.catalogue.parallelism.expert_parallel import local_parameters
-from memplan.core.errors import refused
+from memplan.core.errors import nearest, refused
 from memplan.core.ir import Op, Scratch, Stack, Tensor, Weight, operations
 from memplan.models.configs import families
 from memplan.models.configs.megatron import padded
@@ -97,8 +97,11 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
         fails = model.family.parallel.fails
         if degrees.style != "megatron" and fails:
             raise refused(field, f"transformers 5.24 does not run {model.model_type} on {t}: {fails}")
-        known = ", ".join(name for name, row in families().items() if plan_of(name, row, degrees.style))
-        raise refused(field, f"{t} is not supported yet for {model.model_type}; supported: {known}")
+        known = [name for name, row in families().items() if plan_of(name, row, degrees.style)]
+        near = ", ".join(nearest(model.model_type, known))
+        raise refused(
+            field, f"{t} is not supported yet for {model.model_type}; supported: {len(known)} families, such as {near}"
+        )
     axes = model.axes()
     width = axes.get("m", 0) if plan.experts and degrees.ep == 1 else 0
     counted = {

@@ -156,12 +156,14 @@ class GenerationBehaviour(NamedTuple):
 
     cache             what keeps keys and values in generation (`memplan.catalogue.inference.decoding`)
     further_caches    generate has quantised and offloaded caches and prefills prompts in chunks, as in 5.24
+    evaluation_caches transformers' Trainer evaluates the model with a cache, which its nested `text_config` asks for
     last_logits       generation asks the model only for the last token's logits
     casts_all_logits  the model's code casts all logits to fp32, even without labels
     """
 
     cache: Cache
     further_caches: bool
+    evaluation_caches: bool
     last_logits: bool
     casts_all_logits: bool
 

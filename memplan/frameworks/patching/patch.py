@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import unified_diff
+from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Value, differing, field, value_of
 from memplan.frameworks.patching.json_text import edited_json
+from memplan.frameworks.patching.manifest_text import edited_manifest
 from memplan.frameworks.patching.script_text import edited_script, with_processes
 from memplan.frameworks.patching.yaml_text import edited_yaml
 from memplan.frameworks.reading import shell
 from memplan.frameworks.reading.config import defaults_of, shown
 from memplan.frameworks.reading.document import parsed
-from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in
+from memplan.frameworks.reading.manifests import Container
+from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in, is_manifest, manifest_command
 from memplan.frameworks.reading.run_format import format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_text, spec_with_lines
@@ -67,7 +70,7 @@ def patched(original: Original, wanted: RunSpec, fields: Iterable[str]) -> Patch
     """
     edits, exports = _edits(original, wanted)
     world, before = wanted.parallelism.world, original.run.parallelism.world
-    if world != before and is_script(original.name) and format_named(original.file.framework).trains:
+    if world != before and is_command(original) and format_named(original.file.framework).trains:
         original = original._replace(text=with_processes(original.text, world, before))
     new = _read(original, edits, exports)
     length, longest = new.run.batch.sequence, wanted.batch.sequence
@@ -112,10 +115,10 @@ def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
         if key.place != "yaml" or not {key.key, key.key.partition(".")[0]} & known:
             continue
         name = old_names.get(key.key, key.key)
-        path = (name,) if name in values or is_script(original.name) else tuple(name.split("."))
+        path = (name,) if name in values or is_command(original) else tuple(name.split("."))
         is_default = new is not None and new == defaults.get(key.key)
         value = _at(values, path)
-        if is_default and value is None and not is_script(original.name):
+        if is_default and value is None and not is_command(original):
             continue
         edits |= _leaves(path, old, new, value, original)
         edits |= {(other,): None for other in form.replaces.get(key.key, ()) if other in values}
@@ -130,14 +133,22 @@ def _at(values: Mapping[str, Any], path: _Path) -> Any:
     return value
 
 
-def is_script(name: str) -> bool:
-    return name.lower().endswith(shell.SUFFIXES)
+def is_command(original: Original) -> bool:
+    """Whether the file has a command whose flags are the run's keys: a script or a manifest."""
+    return original.name.lower().endswith(shell.SUFFIXES) or is_manifest(original.name)
+
+
+def _command(original: Original, text: str) -> tuple[shell.Launched, Container | None]:
+    """Return the command in a script, or in a container of a manifest."""
+    if original.name.lower().endswith(shell.SUFFIXES):
+        return command_in(text, original.file.name, Path(original.name).parent), None
+    return manifest_command(text, original.file.name, Path(original.name).parent)
 
 
 def _values(original: Original) -> Mapping[str, Any]:
     """Return the file's values; of a script, its flags."""
-    if is_script(original.name):
-        flags = command_in(original.text, original.file.name).flags
+    if is_command(original):
+        flags = _command(original, original.text)[0].flags
         return {key: parsed(value) if isinstance(value, str) else value for key, value in flags.items()}
     return spec_with_lines(original.text, original.name)[0]
 
@@ -175,12 +186,15 @@ def _own_edits(values: Mapping[str, Any], asked: RunSpec, changed: RunSpec) -> I
 
 def _read(original: Original, edits: _Edits, exports: list[str]) -> Patched:
     """Return the file with the edits, and the run that it gives. Raises SpecError if other values have changed."""
-    if is_script(original.name):
-        command = command_in(original.text, original.file.name)
+    if is_command(original):
+        command, container = _command(original, original.text)
         sections = _with(_values(original), edits)
         flags = {path[0]: cast(Value, sections.get(path[0])) for path in edits}
-        text = edited_script(original.text, command, flags, exports)
-        expected, new = {**command.flags, **flags}, command_in(text, original.file.name).flags
+        if container is None:
+            text = edited_script(original.text, command, flags, exports)
+        else:
+            text = edited_manifest(original.text, command, container, flags)
+        expected, new = {**command.flags, **flags}, _command(original, text)[0].flags
     else:
         text = (edited_json if original.name.lower().endswith(".json") else edited_yaml)(original.text, edits)
         expected, new = _with(_values(original), edits), spec_with_lines(text, original.name)[0]

@@ -34,27 +34,51 @@ def edited_script(text: str, command: Launched, edits: Mapping[str, Value], expo
 
 # Where a command or the script around it says how many processes a node has.
 _PROCESSES = re.compile(
-    r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =]|\\\r?\n)+|\bNPROC_PER_NODE=)[\"']?)"
-    r"(?:(\d+)|\$\{?(\w+))"
+    r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =\"',]|\\\r?\n|\r?\n\s*- )+"
+    r"|\bNPROC_PER_NODE=)[\"']?)(?:(\d{1,9})|\$\{?(\w+))"
 )
-_SLURM_GPUS = r"(#SBATCH\s+--(?:gres|gpus-per-node|gpus)[=\s]+(?:[\w.]+:)*)(\d+)"
+_SLURM_GPUS = r"(#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*)(\d{1,9})"
+_VISIBLE = r"(\bCUDA_VISIBLE_DEVICES=[\"']?)(\d{1,9}(?:,\d{1,9})*)"
+_LIMITS = r"(nvidia\.com/gpu[\"']?\s*:\s*[\"']?)(\d{1,9})"
+_DEVICES = r"(\bcount\s*:\s*[\"']?)(\d{1,9})"
+_ACCELERATE = re.compile(r"\baccelerate\s+launch\b")
 
 
 def with_processes(text: str, times: int, per: int) -> str:
-    """Return the script with `times` processes in each node for every `per` that it has: where its launcher says the
-    number, a variable is assigned, or Slurm is asked for GPUs. Raises SpecError if it does not say a number."""
+    """Return the script or manifest with `times` processes in each node for every `per` that it has: where its launcher
+    says the number or a variable is assigned, and where Slurm or Kubernetes is asked for as many GPUs, or they are made
+    visible. A launcher whose config file says the number is given a flag. Raises SpecError if it does not say it."""
     found = _PROCESSES.search(text)
     if found is not None and found[2] is None:
-        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d+)", text)
-    if found is None or int(found[2]) * times % per:
-        raise SpecError("the script does not say how many processes train")
-    return f"{text[: found.start(2)]}{int(found[2]) * times // per}{text[found.end(2) :]}"
+        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d{{1,9}})", text)
+    count = int(found[2]) if found is not None else None
+    places = {found.span(2): found[2]} if found is not None else {}
+    for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES):
+        for match in re.finditer(pattern, text):
+            gpus = match[2].count(",") + 1 if pattern == _VISIBLE else int(match[2])
+            count = gpus if count is None else count
+            if gpus == count:
+                places[match.span(2)] = match[2]
+    launch = _ACCELERATE.search(text)
+    if not places and launch is not None and "--config_file" in text[launch.end() :]:
+        return f"{text[: launch.end()]} --num_processes {times}{text[launch.end() :]}"
+    for (start, end), number in sorted(places.items(), reverse=True):
+        is_list = text[:start].rstrip("\"'").endswith("CUDA_VISIBLE_DEVICES=")
+        old = number.count(",") + 1 if is_list else int(number)
+        if old * times % per:
+            break
+        new = old * times // per
+        text = text[:start] + (",".join(map(str, range(new))) if is_list else str(new)) + text[end:]
+    else:
+        if places:
+            return text
+    raise SpecError("the script does not say how many processes train")
 
 
 def _edited(text: str, start: int, command: Launched, name: str, value: Value) -> str:
     words = list(_words(text, start, command.program))
     begin, end, written = _place(text, words, name)
-    values = "" if value is None else _values(command, name, value)
+    values = "" if value is None else values_of(command, name, value)
     if written:
         if value is None:
             return text[:begin].rstrip(" \t") + text[end:]
@@ -66,7 +90,7 @@ def _edited(text: str, start: int, command: Launched, name: str, value: Value) -
     before = text[line:begin]
     indent = before[: len(before) - len(before.lstrip())] or "    "
     gap = f" \\\n{indent}" if "\n" in text[start:end] else " "
-    return f"{text[:end]}{gap}{_new_flag(command, name)}{values}".rstrip("= ") + text[end:]
+    return f"{text[:end]}{gap}{new_flag(command, name)}{values}".rstrip("= ") + text[end:]
 
 
 def _place(text: str, words: Sequence[tuple[int, int]], name: str) -> tuple[int, int, str]:
@@ -103,7 +127,7 @@ def _words(text: str, position: int, program: str) -> Iterator[tuple[int, int]]:
                 return
 
 
-def _new_flag(command: Launched, name: str) -> str:
+def new_flag(command: Launched, name: str) -> str:
     """Return a flag as the program takes it: with dashes for Axolotl; over LLaMA-Factory's files, `key=`."""
     if command.program.startswith("axolotl"):
         return f"--{name.replace('_', '-')} "
@@ -111,7 +135,7 @@ def _new_flag(command: Launched, name: str) -> str:
     return f"{name}=" if takes_pairs else f"--{name} "
 
 
-def _values(command: Launched, name: str, value: Value) -> str:
+def values_of(command: Launched, name: str, value: Value) -> str:
     """Return a flag's words; empty for one of Axolotl's switches. Raises SpecError if the program cannot take it."""
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else None
     if command.program.startswith("axolotl"):

@@ -77,7 +77,7 @@ def _set(text: str, section: Any, name: str, value: Value, before: str) -> str:
         return _inserted(text, section, f"{yaml(name)}: {yaml(value)}", before)
     _refuse_alias(pair, name)
     node = pair[1]
-    start, end = node.start_mark.index, _end(node, text)
+    start, end = node.start_mark.index, end_of(node, text)
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if node.id == "sequence" and is_list and node.value:
         return _with_items(text, node, cast("Sequence[Value]", value))
@@ -97,7 +97,7 @@ def _quoted(style: str | None, value: Value) -> str:
 
 def _with_items(text: str, node: Any, items: Sequence[Value]) -> str:
     """Return the text with the items of a list replaced; if it only grows, the old ones stay as they are."""
-    start, end = node.start_mark.index, _end(node, text)
+    start, end = node.start_mark.index, end_of(node, text)
     old = [item.value for item in node.value]
     grows = old == [*items[: len(old)]]
     new = [yaml(item) for item in (items[len(old) :] if grows else items)]
@@ -105,7 +105,7 @@ def _with_items(text: str, node: Any, items: Sequence[Value]) -> str:
         return (
             f"{text[: end - 1]}, {', '.join(new)}]{text[end:]}" if grows else f"{text[:start]}{yaml(items)}{text[end:]}"
         )
-    dash = f"{_newline(text)}{' ' * node.start_mark.column}- "
+    dash = f"{newline_of(text)}{' ' * node.start_mark.column}- "
     if grows:
         return text[:end] + "".join(f"{dash}{item}" for item in new) + text[end:]
     return f"{text[:start]}- {dash.join(new)}{text[end:]}"
@@ -119,16 +119,18 @@ def _inserted(text: str, section: Any, written: str, before: str) -> str:
         comma = "" if not section.value or head.endswith(",") else ","
         return f"{head}{comma}{' ' if section.value else ''}{written}{text[len(head) : end]}{text[end:]}"
     pair = _pair(section, before) or section.value[-1]
-    end = text.find("\n", max(pair[0].end_mark.index, _end(pair[1], text)))
+    end = text.find("\n", max(pair[0].end_mark.index, end_of(pair[1], text)))
     line = f"{' ' * section.start_mark.column}{written}"
-    return f"{text}{_newline(text)}{line}" if end < 0 else f"{text[: end + 1]}{line}{_newline(text)}{text[end + 1 :]}"
+    return (
+        f"{text}{newline_of(text)}{line}" if end < 0 else f"{text[: end + 1]}{line}{newline_of(text)}{text[end + 1 :]}"
+    )
 
 
 def _removed(text: str, section: Any, name: str) -> str:
     pair = _pair(section, name)
     if pair is None:
         return text
-    start, end = pair[0].start_mark.index, max(pair[0].end_mark.index + 1, _end(pair[1], text))
+    start, end = pair[0].start_mark.index, max(pair[0].end_mark.index + 1, end_of(pair[1], text))
     if section.flow_style:
         after = text[end:].lstrip()
         head = text[:start].rstrip()
@@ -141,14 +143,15 @@ def _removed(text: str, section: Any, name: str) -> str:
     return text[:start] + (text[stop + 1 :] if stop >= 0 else "")
 
 
-def _end(node: Any, text: str) -> int:
+def end_of(node: Any, text: str) -> int:
     """Return the position after the last character of a value; a block's own end is that of the space below it."""
     if node.id != "scalar" and not node.flow_style and node.value:
         last = node.value[-1]
-        return max(last[0].end_mark.index, _end(last[1], text)) if node.id == "mapping" else _end(last, text)
+        return max(last[0].end_mark.index, end_of(last[1], text)) if node.id == "mapping" else end_of(last, text)
     start, end = node.start_mark.index, node.end_mark.index
     return start + len(text[start:end].rstrip()) if node.id == "scalar" and node.style in ("|", ">") else end
 
 
-def _newline(text: str) -> str:
+def newline_of(text: str) -> str:
+    """The end of the text's lines."""
     return "\r\n" if "\r\n" in text else "\n"

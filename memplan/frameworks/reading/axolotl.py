@@ -232,6 +232,8 @@ def _kernels(config: Config) -> None:
             config.leave("plugins", f"{plugin.rpartition('.')[2][:60]} is not counted")
     if config.flag("chunked_cross_entropy"):
         config.set("kernels.loss", "chunked", "chunked_cross_entropy")
+    if config.value("trainer") not in (None, "sft"):  # TRL calls the model without labels, and takes its own loss
+        config.found.pop("kernels.loss", None)
     set_kernels = [key for key in _LORA_KERNELS if config.said(key) is not None]
     if any(config.flag(key) for key in set_kernels) and (
         _is_at_least_0_21(config) or not config.number("lora_dropout")
@@ -265,7 +267,7 @@ def _is_at_least_0_21(config: Config) -> bool:
 def _checkpointing(config: Config) -> None:
     offloads = config.get("activation_offloading")
     value = config.get("gradient_checkpointing")
-    if value in ("offload", "offload_disk"):
+    if value in ("offload", "offload_disk", "unsloth"):  # unsloth: as in 0.8.1
         config.set("kernels.checkpointing", "offload", "gradient_checkpointing")
         config.get("activation_offloading")
         return

@@ -8,11 +8,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading.shell import entry_point, resolved, variables_of
+from memplan.frameworks.reading.shell import (
+    Launched,
+    Programs,
+    entry_point,
+    launched,
+    resolved,
+    variables_of,
+    visible,
+)
+from memplan.spec.file import documents_of
 
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
-_GPU = "nvidia.com/gpu"
+_GPU = "/gpu"  # nvidia.com/gpu, amd.com/gpu
+_TRAIN_JOB = ("spec", "trainer")
 
 
 class Container(NamedTuple):
@@ -21,11 +32,33 @@ class Container(NamedTuple):
     text       its command, as a shell's
     variables  its environment
     line       line of the command
+    path       path of the container in its document
+    document   number of the document in its file
     """
 
     text: str
     variables: Mapping[str, str]
     line: int
+    path: tuple[str, ...] = ()
+    document: int = 0
+
+
+def command_of(text: str, name: str, programs: Programs, folder: Path | None = None) -> tuple[Launched, Container]:
+    """Return the first command in a file that trains or serves, and its container. Raises SpecError if there is none.
+
+    name    the file's name in messages
+    folder  where `.env` and other files of variables are
+    """
+    skipped: SpecError | None = None
+    for document, (values, lines) in enumerate(documents_of(text, name)):
+        for container in containers(values, lines, folder):
+            try:
+                command = launched(container.text, name, programs, container.variables, container.line)
+            except SpecError as error:
+                skipped = skipped or error
+                continue
+            return command, container._replace(document=document)
+    raise skipped or SpecError(f"spec: {name} has no container with a command, or with an image that is known", "spec")
 
 
 def containers(
@@ -35,7 +68,11 @@ def containers(
     shared: dict[str, str] | None = None
     for path, inner in _mappings(values, ()):
         is_service = len(path) > 1 and path[-2] == "services"
-        is_pod = len(path) > 1 and path[-2] == "containers"
+        is_pod = (len(path) > 1 and path[-2] == "containers") or (
+            path == _TRAIN_JOB and values.get("kind") == "TrainJob"
+        )
+        if path == ("spec",) and values.get("kind") == "RayJob":
+            yield Container(_text(inner.get("entrypoint")), {}, lines.get((*path, "entrypoint"), 0), path)
         if not (is_service or is_pod):
             continue
         entry = inner.get("entrypoint" if is_service else "command")
@@ -46,7 +83,28 @@ def containers(
         if text:
             shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
             own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}
-            yield Container(text, {**(shared or {}), **own}, line)
+            yield Container(text, {**(shared or {}), **_of_operator(values), **own}, line, path)
+
+
+def _of_operator(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that Kubeflow sets in each pod of a job for torchrun.
+
+    Source: Kubeflow's training-operator for PyTorchJob; its trainer's torch plugin, EnforceMLPolicy, for TrainJob.
+    """
+    spec = _section(values, "spec")
+    trainer = _section(spec, "trainer" if values.get("kind") == "TrainJob" else "")
+    replicas = _section(spec, "pytorchReplicaSpecs")
+    counts: list[Any] = [_section(replicas, name).get("replicas", 1) for name in replicas]
+    counts += [trainer.get("numNodes", 1)] if trainer else []
+    if not counts or not all(isinstance(count, int) for count in counts):
+        return {}
+    pods, ranks = str(sum(counts)), str(spec.get("nprocPerNode", trainer.get("numProcPerNode", "auto")))
+    return {"PET_NNODES": pods, "PET_NPROC_PER_NODE": ranks, "NNODES": pods, "WORLD_SIZE": pods}
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value: object = values.get(name)
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
 def _mappings(inner: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -85,17 +143,17 @@ def _environment(container: Mapping[str, Any], folder: Path | None) -> dict[str,
         else:
             name, equals, value = str(item).partition("=")
             out |= {name: value} if equals else {}
-    gpus = next((count for count in _gpus(container) if count > 0), 0)
-    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
-    return {**seen, **out}
+    ids = out.get("NVIDIA_VISIBLE_DEVICES", "").split(",")
+    gpus = next((count for count in _gpus(container) if count > 0), len(ids) * all(map(str.isdecimal, ids)))
+    return {**visible(gpus), **out}
 
 
 def _gpus(container: Mapping[str, Any]) -> Iterator[int]:
     """Yield how many GPUs a container gets, as a manifest and as a Compose file write it."""
     for path, inner in _mappings(container, ()):
-        if path[-1:] in (("limits",), ("requests",)) and str(inner.get(_GPU, "")).isdecimal():
-            yield int(inner[_GPU])
-        if len(path) > 1 and path[-2] == "devices":
+        if path[-1:] in (("limits",), ("requests",)):
+            yield from (int(count) for key, count in inner.items() if key.endswith(_GPU) and str(count).isdecimal())
+        if len(path) > 1 and path[-2] in ("devices", "gpus"):
             ids: object = inner.get("device_ids")
             yield len(cast("list[Any]", ids)) if isinstance(ids, list) else 0
             yield int(inner["count"]) if str(inner.get("count", "")).isdecimal() else 0

@@ -22,7 +22,7 @@ _PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "train_ppo_ray": ("ppo", {"train.micro_batch_size": 1}),
 }
 _ESTIMATORS = {"group_norm": "grpo", "dr_grpo": "grpo"} | dict.fromkeys(
-    ("rloo", "reinforce", "reinforce_baseline", "flash_reinforce"), "rloo"
+    ("rloo", "reinforce", "reinforce_baseline", "flash_reinforce", "gae"), "rloo"
 )
 
 
@@ -50,6 +50,8 @@ def _generation(config: Config) -> None:
     estimator = str(config.get(key))
     if estimator not in _ESTIMATORS:
         raise config.refuse(key, ", ".join(_ESTIMATORS))
+    if estimator == "gae":
+        _critic(config)
     config.set("trainer", _ESTIMATORS[estimator], key)
     total, answer = config.whole("data.max_len") or 0, config.whole("rollout.max_new_tokens")
     why = "" if answer else "assumed: prompts and completions take half each"
@@ -66,8 +68,17 @@ def _generation(config: Config) -> None:
             config.leave("ref.offload", "the reference is counted on the GPU")
     else:
         config.set("reference", "none", why="the reference has GPUs of its own: train.colocate_all is not set")
-    if together and config.text("reward.model_name_or_path") is not None and config.said("reward.remote_url") is None:
-        config.leave("reward.model_name_or_path", "the reward model on the same GPU is not counted")
+    rewards = _reward_models(config)
+    if together and rewards and not config.flag("reward.offload"):
+        if len(rewards) > 1 or config.whole("ds.zero_stage") == 3:  # divided among the GPUs
+            config.leave(
+                "reward.model_name_or_path", "reward models on the same GPU are counted alone and undivided only"
+            )
+        else:
+            trainer.role(config, "reward", rewards[0], "reward.model_name_or_path")
+            if config.value("roles.reward.model") is not None:
+                key = "rollout.micro_batch_size"
+                config.set("roles.reward.micro", config.whole(key), key)
     if not config.whole("vllm.num_engines"):
         return
     shares = together and not config.flag("train.async_enable")
@@ -79,6 +90,25 @@ def _generation(config: Config) -> None:
         trainer.engine_ranks(config, "vllm.tensor_parallel_size")
         if config.flag("ds.enable_sleep"):
             config.set("serving.trainer_offload", ["optimizer"], "ds.enable_sleep")
+
+
+def _reward_models(config: Config) -> list[str]:
+    return [] if config.said("reward.remote_url") is not None else config.names("reward.model_name_or_path") or []
+
+
+def _critic(config: Config) -> None:
+    """The critic of PPO, like the reward model unless it is named. It shares the GPUs if all models do."""
+    key, rewards = "critic.model_name_or_path", _reward_models(config)
+    name = config.text(key)
+    if name is None and rewards:
+        key, name = "reward.model_name_or_path", rewards[0]
+    if name is not None:
+        trainer.role(config, "value", name, key)
+    if config.value("roles.value.model") is None:
+        why = "the policy's model, without another" if name is None else "assumed: as large as the policy"
+        config.set("roles.value.model", config.value("model"), why=why)
+    if not config.flag("train.colocate_all"):
+        config.set("roles.value.location", "server", why="it has GPUs of its own: train.colocate_all is not set")
 
 
 def _method(config: Config) -> None:

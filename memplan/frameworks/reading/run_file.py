@@ -28,7 +28,7 @@ from memplan.frameworks.reading.document import (
 )
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
-from memplan.spec.file import read_documents, read_text
+from memplan.spec.file import read_text
 from memplan.spec.run import NEWEST, RunSpec
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ class RunFile(NamedTuple):
                 value = _inside(value, part)
             value = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
             is_as_read = isinstance(value, Part) or str(value) == str(origin.value)
-            out.append(origin if is_as_read else FieldOrigin(origin.field, value, TYPED))
+            why = origin.why if value == origin.value else TYPED  # 2e8 is 200000000
+            out.append(origin if is_as_read else FieldOrigin(origin.field, value, why))
         return tuple(out)
 
 
@@ -159,8 +160,10 @@ def read_run(
         from memplan.frameworks.reading import modelfile
 
         return read_as(modelfile.read_modelfile(name), format_named("ollama"), None, (), others, typed)
-    if name.lower().endswith((".yaml", ".yml")) and _MANIFEST.search(read_text(name)):
-        return _read_manifest(name, framework, others, typed)
+    if is_manifest(name):
+        shown = printable(Path(name).name, 60)
+        command, _ = manifest_command(read_text(name) if text is None else text, shown, Path(name).parent)
+        return _read_launched(command, shown, Path(name), framework, others, typed)
     document = _read_toml(name) if name.lower().endswith(".toml") else read_document(name, text)
     if framework is not None:
         return read_as(document, *_named(framework), (), others, typed)
@@ -223,23 +226,11 @@ def _read_python(
     return file._replace(unread=(*file.unread, *run.unread))
 
 
-def _read_manifest(
-    name: str, framework: str | None, companions: dict[str, Document], typed: Mapping[str, Any] | None
-) -> RunFile:
-    """Return the run of the first container, of a Compose file or a Kubernetes manifest, that trains or serves."""
-    from memplan.frameworks.reading.manifests import containers
+def manifest_command(text: str, name: str, folder: Path | None = None) -> tuple[shell.Launched, Container]:
+    """Return the first command of a Compose file's or a Kubernetes manifest's containers that trains or serves."""
+    from memplan.frameworks.reading.manifests import command_of
 
-    shown = printable(Path(name).name, 60)
-    skipped: SpecError | None = None
-    for values, lines in read_documents(name):
-        for container in containers(values, lines, Path(name).parent):
-            try:
-                command = shell.launched(container.text, shown, _subcommands(), container.variables, container.line)
-            except SpecError as error:
-                skipped = skipped or error
-                continue
-            return _read_launched(command, shown, Path(name), framework, companions, typed)
-    raise skipped or SpecError(f"spec: {shown} has no container with a command, or with an image that is known", "spec")
+    return command_of(text, name, _subcommands(), folder)
 
 
 def read_container(container: Container, name: str) -> RunFile | None:
@@ -251,12 +242,15 @@ def read_container(container: Container, name: str) -> RunFile | None:
     return _read_launched(command, name, None, None, {}, None)
 
 
+def is_manifest(name: str) -> bool:
+    """Whether a file is a Compose file or a Kubernetes manifest."""
+    return name.lower().endswith((".yaml", ".yml")) and bool(_MANIFEST.search(read_text(name)))
+
+
 def has_own_keys(name: str) -> bool:
-    """Whether a file has a run's keys or its command, so that they can be changed there: no folder, Modelfile,
-    manifest, TOML or Python."""
-    if Path(name).is_dir() or is_modelfile(name) or name.lower().endswith((*SCRIPTS, ".toml")):
-        return False
-    return name.lower().endswith(shell.SUFFIXES) or not _MANIFEST.search(read_text(name))
+    """Whether a file has a run's keys or its command, so that they can be changed there: no folder, Modelfile, TOML or
+    Python."""
+    return not (Path(name).is_dir() or is_modelfile(name) or name.lower().endswith((*SCRIPTS, ".toml")))
 
 
 def command_in(text: str, name: str, folder: Path | None = None) -> shell.Launched:
@@ -302,7 +296,8 @@ def _read_launched(
         launch = shell.launcher_document(launcher, command.line, name)
         if "config_file" in launcher:
             file = named_document(str(launcher["config_file"]), document, "config_file")
-            launch = file._replace(values={**file.values, **launcher})
+            names = {key: f"{key}, replaced by the command" for key in launch.values if key in file.values}
+            launch = file._replace(values={**file.values, **launch.values}, names=names)
         companions.setdefault("accelerate", launch)
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
@@ -352,8 +347,7 @@ def _flags(command: shell.Launched, form: RunFormat | None) -> tuple[dict[str, A
     if form is not None and form.environment is not None:
         known = defaults_of(form.defaults[0]).keys
         for name, value in command.variables.items():
-            key = name.removeprefix(form.environment).lower()
-            if name.startswith(form.environment) and key in known:
+            if name.startswith(form.environment) and (key := name.removeprefix(form.environment).lower()) in known:
                 flags.setdefault(key, value)
     config = str(flags.pop("config", flags.pop("job.config_file", "")) or command.config)
     others = [word for word in command.words if not shell.is_config(word)]
@@ -383,7 +377,8 @@ def _processes(command: shell.Launched, form: RunFormat | None) -> dict[str, Any
         nodes = command.variables.get("NNODES", "1")
         count *= int(nodes) if name == "NPROC_PER_NODE" and nodes.isdecimal() else 1
         if count and value:
-            return {"distributed_type": "MULTI_GPU", "num_processes": count} if count > 1 else {}
+            several = {"distributed_type": "MULTI_GPU", "num_processes": count, shell.COUNTED: name}
+            return several if count > 1 else {}
     return {}
 
 
@@ -504,8 +499,8 @@ def read_as(
             raise config.refuse(key)
     if "model" in config.options:
         config.set("model", config.options["model"], why=TYPED)
-    elif config.text(form.model) is not None:
-        config.set("model", config.text(form.model), form.model)
+    elif (name := config.text(form.model)) is not None:
+        trainer.checkpoint(config, name, form.model, form.trains)
     config.read_same(form.table)
     profile = form.profile or profile_of(form.defaults[0], asked or version)
     nearness = "" if profile.endswith(f"-{version}") else "nearest "

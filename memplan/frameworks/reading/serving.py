@@ -100,7 +100,10 @@ def _quantization(config: Config, key: str = "quantization") -> None:
 def _is_stored_so(config: Config, name: str) -> bool:
     """Whether the checkpoint is in that format already, so that its own layout holds."""
     model = trainer.model_of(config)
-    return model is not None and str(model.card.get("stored", "")).startswith(name.partition("_")[0])
+    if model is None:
+        return False
+    published: Any = model.config.get("quantization_config") or {"quant_method": model.card.get("stored", "")}
+    return str(published.get("quant_method", "")).startswith(name.partition("_")[0])
 
 
 def _ranks(config: Config, replicas: str = "") -> None:

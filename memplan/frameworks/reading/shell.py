@@ -10,6 +10,8 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
@@ -21,7 +23,8 @@ from memplan.spec.file import read_text
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
 _LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "tune")
-_SBATCH = re.compile(r"^#SBATCH\s+--([\w-]+)[=\s]+(\S+)", re.MULTILINE)
+_SBATCH = re.compile(r"^#SBATCH\s+(?:--([\w-]+)[=\s]+|-([A-Za-z])\s*)(\S+)", re.MULTILINE)
+_SHORT = {"N": "nodes", "n": "ntasks", "G": "gpus"}  # of sbatch
 # Variable -> the directive that it repeats.
 _SLURM = {
     "SLURM_NNODES": "nodes",
@@ -32,8 +35,15 @@ _SLURM = {
     "SLURM_CPUS_PER_TASK": "cpus-per-task",
 }
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]{0,1000}))?\})")  # bounded: braces may never be closed
+# $((A * B)), $(expr 16 / $A)
+_ARITHMETIC = re.compile(r"\$(?:\(\(([^()]{1,200})\)\)|\(expr +([^()]{1,200})\))")
+_FACTOR = re.compile(r"\s*([*/]?)\s*(?:\$?\{?([A-Za-z_]\w{0,99})\}?|(\d{1,9}))\s*")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
+_ALL = "every GPU that it sees"
+COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
+_MOST_GPUS = 1024  # of a machine
+_MOST_DIGITS = 10
 _LONGEST_QUOTE = 200  # lines
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
@@ -45,6 +55,7 @@ _WITHOUT_VALUE = frozenset(
     )
 )
 _CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun", "ray")
+_MPI = ("mpirun", "mpiexec", "horovodrun")
 _SHELLS = ("sh", "bash", "zsh")
 # Beginning of an image's name -> the program that its entry point runs.
 _IMAGES = {
@@ -92,8 +103,8 @@ class Launched(NamedTuple):
 
     @property
     def config(self) -> str:
-        """The first word that is a file with a run's keys; empty if there is none."""
-        return next(filter(is_config, self.words), "")
+        """The first word, or the short flag, that is a file with a run's keys; empty if there is none."""
+        return next(filter(is_config, (*self.words, str(self.flags.get("c", "")))), "")
 
 
 def is_config(word: str) -> bool:
@@ -129,16 +140,28 @@ def launched(
 
 def launcher_document(launcher: Mapping[str, Any], line: int, name: str) -> Document:
     """Return what a command's launcher says as accelerate's config."""
-    keys = [*((key,) for key in launcher), *(tuple(path.split(".")) for path, _ in paths(launcher))]
-    return Document(name, None, launcher, dict.fromkeys(keys, line) if line else {})
+    names = {"num_processes": launcher[COUNTED]} if COUNTED in launcher else {}
+    values = {key: value for key, value in launcher.items() if key != COUNTED}
+    keys = [*((key,) for key in values), *(tuple(path.split(".")) for path, _ in paths(values))]
+    return Document(name, None, values, dict.fromkeys(keys, line) if line else {}, names)
 
 
 def _directives(text: str) -> dict[str, str]:
-    """Return the variables that Slurm sets by a script's `#SBATCH` lines."""
-    said = dict(_SBATCH.findall(text))
+    """Return the variables that Slurm sets by a script's `#SBATCH` lines: the GPUs of a node among them."""
+    said = {long or _SHORT.get(short, short): value for long, short, value in _SBATCH.findall(text)}
     variables = {name: said[key] for name, key in _SLURM.items() if said.get(key, "").isdecimal()}
-    gpus = said.get("gres", said.get("gpus-per-node", said.get("gpus", ""))).rpartition(":")[2]
-    return {**variables, **({"SLURM_GPUS_ON_NODE": gpus} if gpus.isdecimal() else {})}
+    nodes = _number(variables.get("SLURM_NNODES", "1")) or 1
+    tasks = _number(variables.get("SLURM_NTASKS_PER_NODE", "")) * nodes
+    variables = {"SLURM_NTASKS": str(tasks), **variables} if tasks else variables
+    gpus = _number(said.get("gres", said.get("gpus-per-node", "")).partition(",")[0].rpartition(":")[2])
+    gpus = gpus or _number(said.get("gpus", "").rpartition(":")[2]) // nodes  # --gpus is of all nodes
+    return {**variables, "SLURM_GPUS_ON_NODE": str(gpus), **visible(gpus)} if gpus else variables
+
+
+def visible(gpus: int) -> dict[str, str]:
+    """Return the variable that says which GPUs a program sees: the first ones; nothing if there are none, or too many
+    to be those of one machine."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if 0 < gpus <= _MOST_GPUS else {}
 
 
 def variables_of(name: str, folder: Path | None) -> dict[str, str]:
@@ -163,7 +186,7 @@ def _commands(
     variables = dict(variables)
     for line, joined in _joined_lines(text):
         try:
-            words = shlex.split(joined, comments=True)
+            words = shlex.split(_ARITHMETIC.sub(partial(_product, variables), joined), comments=True)
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
         for simple in _simple(words):
@@ -242,19 +265,45 @@ def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
+def _product(variables: Mapping[str, str], match: re.Match[str]) -> str:
+    """Return the product or quotient of numbers and variables that a shell would compute, as text; else what it is."""
+    text, value, end = (match[1] or match[2]).replace("\\*", "*"), 1, 0
+    while (factor := _FACTOR.match(text, end)) is not None and bool(factor[1]) == bool(end):
+        number = _number(factor[3] or variables.get(factor[2], ""))
+        if not number or value > 2**53:
+            return match[0]
+        value, end = value // number if factor[1] == "/" else value * number, factor.end()
+    return str(value) if end == len(text) else match[0]
+
+
+def _number(text: str) -> int:
+    """Return the number that a text of at most nine digits is; 0 for any other."""
+    return int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else 0
+
+
+def _of_mpi(words: list[str]) -> dict[str, Any]:
+    """Return what the flags of an MPI launcher say as accelerate's config."""
+    ranks = next((_number(value) for flag, value in pairwise(words) if flag in ("-np", "-n", "--np")), 0)
+    return {"distributed_type": "MULTI_GPU"} | ({"num_processes": ranks, COUNTED: "np"} if ranks else {})
+
+
 def _launched(words: list[str], variables: Mapping[str, str], line: int, programs: Programs) -> Launched | str | None:
     """Return the command if it trains or serves; why it is not read, if its program is known; else None."""
     launcher: dict[str, Any] = {}
     while words:
         program, rest = PurePath(words[0]).name, words[1:]
         if program == "accelerate" and rest[:1] == ["launch"]:
-            words, launcher = _launcher(rest[1:], launcher, "num_processes", "num_machines_")
+            words, launcher = _launcher(rest[1:], launcher, "num_processes", "num_machines_", variables)
         elif program == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
-            words, launcher = _launcher(rest[2 * (program != "torchrun") :], launcher, "nproc_per_node", "nnodes")
+            own = rest[2 * (program != "torchrun") :]
+            words, launcher = _launcher(own, launcher, "nproc_per_node", "nnodes", variables)
         elif program == "tune" and rest[:1] == ["run"]:
-            words, launcher = _launcher(rest[1:], launcher, "nproc_per_node", "nnodes")
+            words, launcher = _launcher(rest[1:], launcher, "nproc_per_node", "nnodes", variables)
         elif program == "deepspeed":
-            words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes")
+            words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes", variables)
+        elif program in _MPI:
+            words = _inside(rest, programs)
+            launcher = _of_mpi(rest[: max(len(rest) - len(words), 0)])
         elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
             inner = (_launched(each, own, line, programs) for _, each, own in _commands(rest[1], program, variables))
             return next((each for each in inner if each), None)
@@ -285,7 +334,7 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
     overrides = [word.lstrip("+") for word in own if _OVERRIDE.match(word)] if program.startswith(_HYDRA) else []
     positional, flags = flags_of([*overrides, *(word for word in own if word.lstrip("+") not in overrides)])
     if after:  # axolotl train run.yml --launcher torchrun -- --nproc_per_node=2
-        launcher = _launcher([*after, ""], launcher, "nproc_per_node", "nnodes")[1]
+        launcher = _launcher([*after, ""], launcher, "nproc_per_node", "nnodes", variables)[1]
     flags |= dict(word.split("=", 1) for word in positional if "=" in word)
     positional = [word for word in positional if "=" not in word]
     return Launched(program, subcommand, tuple(positional), flags, launcher, variables, words[0], line)
@@ -312,8 +361,11 @@ def _partition(words: list[str], end: str) -> tuple[list[str], list[str], list[s
     return words[:index], words[index : index + 1], words[index + 1 :]
 
 
-def _launcher(words: list[str], before: dict[str, Any], per_node: str, nodes: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the words after a launcher's flags, and the flags as accelerate's config."""
+def _launcher(
+    words: list[str], before: dict[str, Any], per_node: str, nodes: str, variables: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the words after a launcher's flags, and the flags as accelerate's config. Unset, torchrun's are variables,
+    and accelerate and DeepSpeed start a process for every GPU that they see."""
     index = 0
     taken: list[str] = []
     while index < len(words) and words[index].startswith("-") and words[index] not in ("-m", "--module"):
@@ -330,9 +382,18 @@ def _launcher(words: list[str], before: dict[str, Any], per_node: str, nodes: st
         out["distributed_type"] = kind or "MULTI_GPU"
     if "config_file" in flags:
         out["config_file"] = flags["config_file"]
-    ranks, machines = str(flags.get(per_node, "")), str(flags.get(nodes, "1"))
+    ranks, machines = (
+        str(flags.get(name, variables.get(f"PET_{name.upper()}", default)))
+        for name, default in ((per_node, ""), (nodes, "1"))
+    )
+    seen = str(flags.get("include", "")).rpartition(":")[2] or variables.get("CUDA_VISIBLE_DEVICES", "")
+    takes_all = not ranks and per_node in ("num_processes", "num_gpus") and "config_file" not in flags
+    if seen and (takes_all or ranks in ("gpu", "auto")):
+        ranks = str(seen.count(",") + 1)
     if ranks.isdecimal() and machines.isdecimal():
         out["num_processes"] = int(ranks) * int(machines)
+        out[COUNTED] = per_node if ranks == str(flags.get(per_node)) else _ALL
+        out[COUNTED] += f" x {nodes}" * (machines != "1")
     elif ranks:  # a variable, or a word such as `gpu`
         out["num_processes"] = ranks if machines == "1" else f"{ranks} x {machines}"
     if "mixed_precision" in flags:

@@ -82,9 +82,9 @@ def _settings(config: Config) -> None:
     checkpoints, offloads = config.flag("enable_activation_checkpointing"), config.flag("enable_activation_offloading")
     kind = "none" if not checkpoints else "offload" if offloads else "full"
     keys = ("enable_activation_checkpointing", *(["enable_activation_offloading"] if offloads else []))
-    config.set("kernels.checkpointing", kind, *keys)
     if offloads and not checkpoints:
-        config.set("parallelism.offload.activations", True, "enable_activation_offloading")
+        raise config.error("enable_activation_offloading", "torchtune needs enable_activation_checkpointing with it")
+    config.set("kernels.checkpointing", kind, *keys)
     config.set("loop.clip_grad_norm", config.number("clip_grad_norm"), "clip_grad_norm")
     name = config.text("dtype") or "bf16"
     if name not in trainer.DTYPES:

@@ -6,7 +6,9 @@ utils/fsdp_utils.py, commands/config/config_args.py; DeepSpeed 0.19.8 runtime/co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from memplan.catalogue.optimizers.states import optimizer_names
@@ -14,7 +16,7 @@ from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
 from memplan.frameworks.reading.document import Document, paths
-from memplan.models.cards import card_names, find_model
+from memplan.models.cards import card_names, find_config, find_model, other_format
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch
 
@@ -41,6 +43,9 @@ def loop(config: Config) -> None:
         config.found.pop("loop.clip_grad_norm", None)
         if config.said("max_grad_norm") is not None:
             config.set("loop.clip_grad_norm", None, "max_grad_norm")
+    sync = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+    if config.flag(sync):
+        config.set("loop.sync_each_batch", True, sync)
     if config.number("label_smoothing_factor") and config.value("trainer") in (None, "sft"):
         config.set("kernels.loss", "label_smoothing", "label_smoothing_factor")
 
@@ -291,6 +296,9 @@ def degrees(config: Config) -> None:
         config.set("parallelism.dp", max(world // model_ranks, 1), why=why.why)
         if world > model_ranks and "parallelism.strategy" not in config.found:
             config.set("parallelism.strategy", "ddp", why=f"{why.why}: replicas without another strategy")
+    key = "ddp_find_unused_parameters"
+    if config.value("parallelism.strategy") == "ddp" and config.said(key) is not None:
+        config.set("parallelism.find_unused_parameters", config.flag(key), key)
 
 
 def deepspeed(config: Config, document: Document) -> None:
@@ -420,6 +428,27 @@ def set_model(config: Config, name: str | None, *keys: str, why: str = "") -> No
     """Set the model that a file names, unless one is typed."""
     if name and "model" not in config.options:
         config.set("model", name, *keys, why=why)
+
+
+_FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16)")
+
+
+def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
+    """The model that a key names. A known one's checkpoint in AWQ, GPTQ or FP8 is that model in the format, unless its
+    own config is cached."""
+    card, options = other_format(name) or (name, "")
+    match = _FORMAT.search(options)
+    format = match[1] if match is not None and not (trains and "-int" not in match[1]) else ""
+    if format:
+        with suppress(MemplanError):
+            find_config(name)
+            format = ""
+    if not format:
+        config.set("model", name, key)
+        return
+    why = "by the checkpoint's name"
+    config.set("model", card, key, why=why)
+    config.set("method.quantization.format" if trains else "serving.weights", format, key, why=why)
 
 
 def card_of(family: str, version: str, size: str) -> str | None:

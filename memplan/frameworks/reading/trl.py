@@ -17,6 +17,7 @@ _OTHER_TRAINERS = {
     "distillation": ("teacher_model_name_or_path",),
     "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm"),
     "PPO": ("reward_model_path",),
+    "KTO": ("desirable_weight", "undesirable_weight"),
     "DPO or KTO": (
         "max_prompt_length",
         "beta",
@@ -26,7 +27,9 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
-_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "DPO or KTO": "dpo", "reward modelling": "reward"}
+_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"} | {
+    "reward modelling": "reward"
+}
 _REWARD = "reward_model_name_or_path"
 _SFT_LOSSES = ("nll", "chunked_nll")
 

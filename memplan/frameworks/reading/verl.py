@@ -14,7 +14,7 @@ from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-_ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo"} | dict.fromkeys(
+_ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo", "gae": "rloo"} | dict.fromkeys(
     ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
 )
 _OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
@@ -52,6 +52,8 @@ def _program(config: Config) -> None:
     _model(config, _MODEL)
     _micro_batch(config)
     _rollout(config)
+    if estimator == "gae":
+        _critic(config)
     if config.flag(f"{_ACTOR}.calculate_entropy") or config.number(f"{_ACTOR}.entropy_coeff"):
         config.leave(f"{_ACTOR}.entropy_coeff", "the entropy of all logits is not counted")
     if (config.whole(f"{_ACTOR}.ulysses_sequence_parallel_size") or 1) > 1:
@@ -74,6 +76,31 @@ def _micro_batch(config: Config) -> None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
     config.set("batch.micro", micro, key)
     config.set("batch.accumulation", -(-each // max(micro, 1)), mini)
+
+
+_CRITIC_TOKENS = 32768  # trainer/config/critic/critic.yaml ppo_max_token_len_per_gpu
+
+
+def _critic(config: Config) -> None:
+    """The critic of PPO, which is divided among the same GPUs and has micro-batches and an optimizer of its own."""
+    name = config.text("critic.model.path")
+    if name is not None:
+        trainer.role(config, "value", name, "critic.model.path")
+    if config.value("roles.value.model") is None:
+        config.set("roles.value.model", config.value("model"), why="assumed: as large as the policy")
+    length = sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
+    rows = (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1)
+    key, own = "critic.ppo_micro_batch_size_per_gpu", "critic.use_dynamic_bsz"
+    micro = config.whole(key)
+    if config.flag(f"{_ACTOR}.use_dynamic_bsz" if config.said(own) is None else own):
+        key = "critic.ppo_max_token_len_per_gpu"
+        micro = trainer.largest_micro_batch(config, (config.whole(key) or _CRITIC_TOKENS) // max(length, 1), rows)
+    if micro is not None:
+        config.set("roles.value.micro", micro, key)
+    for name in _OFFLOADS.values():
+        for key in (f"critic.fsdp.{name}", f"critic.model.fsdp_config.{name}"):
+            if config.said(key) is not None and config.flag(key):
+                config.leave(key, "the critic's is counted on the GPU")
 
 
 def _rollout(config: Config) -> None:

@@ -49,8 +49,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",
-        "bart bert camembert deberta-v2 distilbert electra m2m_100 mbart modernbert mt5 pegasus roberta xlm-roberta t5 "
-        "whisper vit",
+        "bart bert camembert deberta-v2 distilbert electra m2m_100 mbart modernbert mpnet mt5 pegasus roberta "
+        "xlm-roberta t5 whisper vit",
     ),
 }
 MODULES: dict[str, str] = {

@@ -129,7 +129,7 @@ _GLM = _DENSE._replace(
         "partial_rotary_factor": 0.5,
     },
     checkpoint=CheckpointFacts(gguf_fuses=True),
-    parallel=ParallelFacts(plans.GLM, megatron=plans.GLM_MEGATRON),
+    parallel=ParallelFacts(plans.GLM, megatron=plans.GLM_MEGATRON, context=True),
 )
 
 _UNGATED_PLAN = TensorParallelPlan((*plans.QKV, "up_proj"), ("o_proj", "down_proj"))
@@ -140,14 +140,14 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
         acts=(*WRITTEN_OUT, "xielu"),
         stack="neox",
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
     ),
     "arcee": _DENSE._replace(
         defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
         gated=False,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="arcee"),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
     ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
@@ -302,7 +302,9 @@ FAMILIES: dict[str, Family] = {
         stack="neox",
         attention=AttentionFacts(single_sequence="views"),
         checkpoint=CheckpointFacts(gguf="gptneox"),
-        parallel=ParallelFacts(TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h"))),
+        parallel=ParallelFacts(
+            TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")), context=True
+        ),
     ),
     "gptj": _GPT_LIKE._replace(
         defaults={"rotary_dim": 64, "activation_function": "gelu_new", "n_positions": 2048},
@@ -316,7 +318,8 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
     ),
     "hunyuan_v1_dense": _NO_MLP_BIAS._replace(
-        checkpoint=CheckpointFacts(gguf="hunyuan-dense", gguf_keys={}), parallel=ParallelFacts(TensorParallelPlan())
+        checkpoint=CheckpointFacts(gguf="hunyuan-dense", gguf_keys={}),
+        parallel=ParallelFacts(TensorParallelPlan(), context=True),
     ),
     "internlm2": Family(
         {"bias": True, "intermediate_size": 11008},
@@ -338,7 +341,7 @@ FAMILIES: dict[str, Family] = {
         gated=False,
         objectives=("causal_lm",),
         stack="neox",
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
         serving=ServingFacts(is_modelled=False),
     ),
     "llama": _LLAMA_ROW,
@@ -388,7 +391,7 @@ FAMILIES: dict[str, Family] = {
         objectives=CLASSIFIER,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="nemotron", gguf_keys={}),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
         serving=ServingFacts(adapts_tables=True),
     ),
     "nemotron-nas": Family(
@@ -428,7 +431,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"partial_rotary_factor": 0.5, "intermediate_size": 8192, "hidden_act": "gelu_new"},
         training=TrainingFacts(late_dropout=True),
         checkpoint=CheckpointFacts(gguf="phi2", gguf_keys={}, gguf_switches={"qk_layernorm": "attn_q_norm.weight"}),
-        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "fc1"), ("dense", "fc2"))),
+        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "fc1"), ("dense", "fc2")), context=True),
     ),
     "phi3": _DENSE._replace(
         defaults={"partial_rotary_factor": 1.0, "intermediate_size": 8192, "sliding_window": None},
@@ -437,6 +440,7 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(
             TensorParallelPlan((), (), ("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
             megatron=TensorParallelPlan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
+            context=True,
         ),
         serving=ServingFacts(llama_cpp_window=False),
     ),
@@ -525,7 +529,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "gelu_pytorch_tanh",
         },
         checkpoint=CheckpointFacts(gguf="starcoder2", gguf_keys={}, gguf_switches={"use_bias": "attn_q.bias"}),
-        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "c_fc"), ("o_proj", "c_proj"))),
+        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "c_fc"), ("o_proj", "c_proj")), context=True),
         serving=ServingFacts(llama_cpp_window=False),
     ),
 }

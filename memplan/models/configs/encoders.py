@@ -48,6 +48,17 @@ def _deberta(m: ModelFacts) -> Mapping[str, int]:
     return {**_classes(m), "spans": 2 * span}
 
 
+def _mpnet(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes with the buckets of relative distances."""
+    return {**_classes(m), **_buckets(m)}
+
+
+def _buckets(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of a bias of relative positions."""
+    buckets = m.config_int("relative_attention_num_buckets", 32)
+    return {"buckets": buckets, "a32": -(-m.num_attention_heads // 32) * 32}
+
+
 def _half_window(m: ModelFacts) -> int:
     """Return the tokens on one side that ModernBERT's sliding layers attend to."""
     return m.config_int("local_attention") // 2
@@ -218,8 +229,7 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
         "L2": m.num_hidden_layers - 1,
         "D1": 1,
         "D2": decoders - 1,
-        "buckets": m.config_int("relative_attention_num_buckets", 32),
-        "a32": -(-m.num_attention_heads // 32) * 32,
+        **_buckets(m),
     }
 
 
@@ -352,6 +362,13 @@ FAMILIES: dict[str, Family] = {
     "pegasus": _BART,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "mpnet": _ROBERTA._replace(
+        defaults={**_BERT, "vocab_size": 30527, "pad_token_id": 1, "type_vocab_size": 0},
+        axes=_mpnet,
+        stack="mpnet",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        training=TrainingFacts(no_checkpoints=True),
+    ),
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
     "t5": _T5_ROW,
     "whisper": Family(

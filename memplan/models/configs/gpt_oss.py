@@ -6,7 +6,14 @@ from collections.abc import Mapping
 
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, window_everywhere_but
 from memplan.models.facts import Family, ModelFacts
-from memplan.models.family_facts import AttentionFacts, CheckpointFacts, GenerationFacts, ParallelFacts, ServingFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    CheckpointFacts,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer
 from memplan.models.tensor_plans import TensorParallelPlan
 
@@ -66,6 +73,7 @@ FAMILIES = {
         axes=_gpt_oss_axes,
         stack="gpt_oss",
         attention=AttentionFacts(no_flash_2="it does not support attention sinks"),
+        training=TrainingFacts(never_quantised=("post_attention_layernorm", "input_layernorm", "norm")),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(
             runs_mxfp4=True,

@@ -16,7 +16,7 @@ from functools import partial
 from math import ceil, floor, sqrt
 from typing import Any, cast
 
-from memplan.core.errors import ConfigError, SpecError
+from memplan.core.errors import ConfigError, SpecError, refused
 from memplan.models.configs.towers import llama4, merged_patches, rows, size
 from memplan.models.facts import ImageFacts, ModelFacts
 from memplan.models.family_facts import Picture
@@ -25,7 +25,7 @@ from memplan.models.layers import as_json
 _VISION = "vision_config"
 
 
-def _qwen(least: int, most: int, m: ModelFacts, height: int, width: int) -> Picture:
+def _qwen(least: float, most: float, m: ModelFacts, height: int, width: int) -> Picture:
     """Resize to whole merged patches, between `least` and `most` pixels.
 
     Source: transformers 5.24 models/qwen2_vl/image_processing_qwen2_vl.py smart_resize. Raises SpecError if one side is
@@ -47,6 +47,27 @@ def _qwen(least: int, most: int, m: ModelFacts, height: int, width: int) -> Pict
         beta = sqrt(least / (height * width))
         h, w = (ceil(n * beta / factor) * factor for n in (height, width))
     return Picture(h // patch, w // patch, h * w // factor**2, merge)
+
+
+def _frames(m: ModelFacts, frames: int, height: int, width: int) -> tuple[int, Picture]:
+    """Return a video whose frames are images of one tile."""
+    return frames, _picture(m, height, width)
+
+
+def _pairs(least: float, most: float, m: ModelFacts, frames: int, height: int, width: int) -> tuple[int, Picture]:
+    """Return a video of which two frames make one picture, each resized as an image.
+
+    Source: transformers 5.24 models/qwen2_vl/video_processing_qwen2_vl.py.
+    """
+    return -(-frames // size(m, "temporal_patch_size")), _qwen(least, most, m, height, width)
+
+
+def _budgeted_pairs(least: int, most: int, m: ModelFacts, frames: int, height: int, width: int) -> tuple[int, Picture]:
+    """Return a video of which two frames make one picture, whose pixels are limited in all.
+
+    Source: transformers 5.24 models/qwen3_vl/video_processing_qwen3_vl.py smart_resize.
+    """
+    return _pairs(least / frames, most / frames, m, frames, height, width)
 
 
 def _gemma3(m: ModelFacts, height: int, width: int) -> Picture:
@@ -191,6 +212,23 @@ def picture_of(m: ModelFacts, pixels: int | tuple[int, int] | None) -> Picture:
     return _picture(m, height, width)
 
 
+def pictures_of(m: ModelFacts, images: int, frames: int, pixels: int | tuple[int, int] | None) -> tuple[int, Picture]:
+    """Return how many pictures the tower reads of a sequence's images or video, and one of them.
+
+    Raises SpecError if there are both, or the model takes no videos, and as `picture_of`.
+    """
+    picture = picture_of(m, pixels)
+    if not frames:
+        return images, picture
+    pictures = tower_of(m).pictures
+    if images or pictures is None:
+        other = f"a video is not supported yet for {m.model_type}; use batch.images"
+        why = "a sequence has images or a video, not both; leave batch.images out" if images else other
+        raise refused("batch.frames", why)
+    height, width = pixels if isinstance(pixels, tuple) else (pixels or 1, pixels or 1)
+    return pictures(m, frames, height, width)
+
+
 def takes_images(m: ModelFacts) -> bool:
     """Whether the model has a vision tower whose memory is estimated."""
     return m.family.images is not None and m.family.images.picture is not None
@@ -289,6 +327,9 @@ def _tiled(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
 # Qwen2.5-VL 3B to 72B; with Qwen3-VL, Qwen3.5 and Qwen3.6. (Without that file, transformers 5.24's
 # Qwen2VLImageProcessor takes 56 x 56 to 28 x 28 x 1280 for all.)
 _PIXELS_2, _PIXELS_3 = (56 * 56, 3584 * 3584), (256 * 256, 4096 * 4096)
+# Fewest and most pixels of all frames of a video. Source: video_preprocessor_config.json as published with Qwen3-VL.
+# (Qwen2-VL and Qwen2.5-VL publish none, and transformers then reads _PIXELS_2 for each frame.)
+_PIXELS_OF_VIDEO = (64 * 64, 2 * 3 * 2048 * 2048)
 
 _QWEN: dict[str, int | tuple[int, ...]] = {
     "num_heads": 16,
@@ -303,6 +344,7 @@ QWEN2_VL = ImageFacts(
     partial(_qwen, *_PIXELS_2),
     partial(_largest_merged, _PIXELS_2[1]),
     is_packed=True,
+    pictures=partial(_pairs, *_PIXELS_2),
     video="frames",
 )
 QWEN2_5_VL = QWEN2_VL._replace(
@@ -330,6 +372,7 @@ QWEN3_VL = ImageFacts(
     partial(_qwen, *_PIXELS_3),
     partial(_largest_merged, _PIXELS_3[1]),
     is_packed=True,
+    pictures=partial(_budgeted_pairs, *_PIXELS_OF_VIDEO),
     video="pixels",
 )
 QWEN3_5 = QWEN3_VL._replace(defaults={**QWEN3_VL.defaults, "deepstack_visual_indexes": ()})
@@ -414,11 +457,11 @@ CLIP = ImageFacts(
     has_eager=True,
     is_rotated=False,
 )
-INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=_internvl)
+INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=_internvl, pictures=_frames)
 PALIGEMMA = CLIP._replace(
     defaults={**CLIP.defaults, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 224}, picture=_fixed
 )
-SMOLVLM = CLIP._replace(
+IDEFICS3 = CLIP._replace(
     defaults={
         **CLIP.defaults,
         "hidden_size": 1152,
@@ -430,3 +473,4 @@ SMOLVLM = CLIP._replace(
     picture=_smolvlm,
     has_eager=False,
 )
+SMOLVLM = IDEFICS3._replace(pictures=_frames)

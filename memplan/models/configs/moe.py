@@ -205,7 +205,7 @@ _MOE = Family(
     axes=expert_axes("num_local_experts", width="intermediate_size"),
     stack="mixtures",
     checkpoint=CheckpointFacts(experts="split"),
-    parallel=ParallelFacts(plans.MIXTURE, experts=True),
+    parallel=ParallelFacts(plans.MIXTURE, experts=True, context=True),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -258,6 +258,7 @@ FAMILIES: dict[str, Family] = {
         axes=_glm,
         training=TrainingFacts(fuses_experts=True),
         serving=ServingFacts(is_modelled=False),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True),
     ),
     "ernie4_5_moe": _MOE._replace(
         defaults={
@@ -318,13 +319,13 @@ FAMILIES: dict[str, Family] = {
         axes=expert_axes("num_local_experts", width="intermediate_size"),
         stack="mixtures",
         checkpoint=CheckpointFacts(gguf="granitemoe", gguf_keys={"expert_count": "num_local_experts", **_GGUF_CHOSEN}),
-        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
         serving=ServingFacts(adapts_tables=True),
     ),
     "hunyuan_v1_moe": _MOE._replace(
         defaults={"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
         axes=_hunyuan,
-        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
     ),
     "minimax_m2": _MOE._replace(
         defaults={
@@ -336,7 +337,7 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": None,
         },
         checkpoint=CheckpointFacts(experts="split", gguf="minimax-m2"),
-        parallel=ParallelFacts(plans.GATHERED, experts=True),
+        parallel=ParallelFacts(plans.GATHERED, experts=True, context=True),
     ),
     "mixtral": _MOE._replace(
         defaults={
@@ -348,7 +349,7 @@ FAMILIES: dict[str, Family] = {
         },
         training=TrainingFacts(experts_were=True),
         checkpoint=CheckpointFacts(experts="split", gguf="llama"),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt=plans.GPT_EXPERTS),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, context=True, gpt=plans.GPT_EXPERTS),
         serving=ServingFacts(adapts_tables=True),
     ),
     "olmoe": _MOE._replace(
@@ -359,7 +360,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             experts="split", gguf="olmoe", gguf_keys={"expert_count": "num_experts", **_GGUF_CHOSEN}
         ),
-        parallel=ParallelFacts(plans.GATHERED, experts=True),
+        parallel=ParallelFacts(plans.GATHERED, experts=True, context=True),
     ),
     "phimoe": _MOE._replace(
         defaults={
@@ -371,7 +372,7 @@ FAMILIES: dict[str, Family] = {
         },
         axes=_phi,
         checkpoint=CheckpointFacts(experts="split", gguf="phimoe"),
-        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
         serving=ServingFacts(adapts_tables=True, llama_cpp_window=False),
     ),
     "qwen2_moe": _MOE._replace(
@@ -380,7 +381,7 @@ FAMILIES: dict[str, Family] = {
         axes=expert_axes(shared="shared_expert_intermediate_size"),
         training=TrainingFacts(experts_were=True),
         checkpoint=CheckpointFacts(experts="split", gguf="qwen2moe", gguf_keys=GGUF_BOTH_EXPERTS),
-        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_expert",)), experts=True),
+        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_expert",)), experts=True, context=True),
     ),
     "qwen3_moe": _MOE._replace(
         defaults={
@@ -399,7 +400,9 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             experts="split", gguf="qwen3moe", gguf_keys={"expert_count": "num_experts", **GGUF_EXPERTS}
         ),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt={**plans.GPT_EXPERTS, "qk_layernorm": True}),
+        parallel=ParallelFacts(
+            plans.MIXTURE, experts=True, context=True, gpt={**plans.GPT_EXPERTS, "qk_layernorm": True}
+        ),
         serving=ServingFacts(adapts_tables=True),
     ),
     "solar_open": _MOE._replace(
@@ -412,7 +415,7 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": 1,
         },
         axes=_glm,
-        parallel=ParallelFacts(TensorParallelPlan(plans.QKV, ("o_proj",), experts=True), experts=True),
+        parallel=ParallelFacts(TensorParallelPlan(plans.QKV, ("o_proj",), experts=True), experts=True, context=True),
         serving=ServingFacts(is_modelled=False),
     ),
 }

@@ -77,7 +77,7 @@ _QWEN2 = Family(
     checkpoint=CheckpointFacts(gguf="qwen2vl"),
     images=images.QWEN2_VL,
 )
-_SMOLVLM = _LLAVA._replace(axes=towers.smolvlm, images=images.SMOLVLM)
+_SMOLVLM = _LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
 
 FAMILIES: dict[str, Family] = {
     "gemma3": DENSE["gemma3_text"]._replace(
@@ -164,5 +164,5 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(gguf="qwen3vl"),
         images=images.QWEN3_VL,
     ),
-    "smolvlm": _SMOLVLM,
+    "smolvlm": _SMOLVLM._replace(images=images.SMOLVLM),
 }

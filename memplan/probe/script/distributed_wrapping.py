@@ -140,7 +140,8 @@ def _fsdp1_options(model: Any, run: RunSpec) -> dict[str, Any]:
 
 
 def prepare_reference(model: Any, run: RunSpec, device: torch.device) -> Any:
-    """Return a trainer's copy of the model as TRL's own function shards it under FSDP."""
+    """Return a trainer's copy of the model as TRL shards it under FSDP, without accelerate's autocast."""
+    model.forward = getattr(model, "_original_forward", model.forward)
     plugin = SimpleNamespace(
         fsdp_version=1 if run.parallelism.strategy == "fsdp" else 2,
         ignored_modules=None,

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from memplan.models.cards import find_model
-from memplan.models.configs.images import Picture, axes_of, picture_of, tower_of
+from memplan.models.configs.images import Picture, axes_of, pictures_of, tower_of
 from memplan.probe.libraries import library
 from memplan.resolve.batches import check_sees
 from memplan.spec.run import RunSpec
 
-_IMAGE = 1  # the value of image tokens in mm_token_type_ids and token_type_ids
+_IMAGE, _VIDEO = 1, 2  # the values of their tokens in mm_token_type_ids and token_type_ids
 
 
 class ImageGrid:
@@ -63,26 +63,31 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Return the model's image inputs, and write the images' placeholder tokens into `ids` [batch, sequence]."""
     model = find_model(run.model)
     check_sees(model)
-    picture = picture_of(model, run.batch.image_size)
-    each, device = run.batch.images, ids.device
+    batch, device = run.batch, ids.device
+    each, picture = pictures_of(model, batch.images, batch.frames, batch.image_size)
     axes = {**model.axes(), **axes_of(model, each, picture)}
-    images, merged = run.batch.micro * each, axes["merged"]
+    images, merged = batch.micro * each, axes["merged"]
     config = base.config
-    ids[:, :merged] = getattr(config, "image_token_id", None) or config.image_token_index
+    is_packed = tower_of(model).is_packed
+    has_video = is_packed and batch.frames > 0  # other processors return frames as images
+    names = ("video_token_id",) if has_video else ("image_token_id", "image_token_index")
+    ids[:, :merged] = next(filter(None, (getattr(config, name, None) for name in names)))
     kinds = torch.zeros_like(ids)
-    kinds[:, :merged] = _IMAGE
+    kinds[:, :merged] = _VIDEO if has_video else _IMAGE
     side = axes["patch"]
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     match model.model_type:
-        case _ if tower_of(model).is_packed:
-            rows = [(1, picture.rows, picture.columns)] * images
+        case _ if is_packed:
+            pairs = each if has_video else 1
+            rows = [(pairs, picture.rows, picture.columns)] * (images // pairs)
             grid = ImageGrid(rows, device)
             if _has_no_data(ids):
                 _patch_sizes(base, grid)
             pixels = torch.empty(images * picture.patches, axes["vin"], device=device).normal_()
             sizes = grid if _has_no_data(ids) else grid.tensor
-            return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
+            names = ("pixel_values_videos", "video_grid_thw") if has_video else ("pixel_values", "image_grid_thw")
+            return {names[0]: pixels, names[1]: sizes, "mm_token_type_ids": kinds}
         case "llama4":
             return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
         case "internvl" | "llava":
@@ -221,7 +226,7 @@ class _Features:
     def __init__(self, features: torch.Tensor, images: int) -> None:
         self.features, self.images = features, images
 
-    def split(self, _: list[int]) -> tuple[torch.Tensor, ...]:
+    def split(self, *_: Any) -> tuple[torch.Tensor, ...]:
         return torch.split(self.features, self.images)
 
 

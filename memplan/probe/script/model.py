@@ -100,6 +100,10 @@ def empty_model(run: RunSpec) -> Any:
             divide(model, run)
         elif run.parallelism.ep > 1:
             expert_parallel.divide_experts_for_fsdp2(model, run)
+        if run.precision.weights == "fp16":  # as loading does
+            for path, parameter in model.named_parameters():
+                if any(f".{name}." in f".{path}" for name in model._keep_in_fp32_modules or ()):
+                    parameter.data = parameter.data.float()
         model.tie_weights()  # as loading does: not every version has tied them by now
         _untie(model, fields)
         _add_output_field(model, model_type)
@@ -400,8 +404,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def base_of(model: Any) -> Any:
-    """Return transformers' model inside torch's and peft's wrappers, or the model itself."""
+    """Return transformers' model inside torch's, peft's and PPO's wrappers, or the model itself."""
     model = unwrapped(model)
+    model = getattr(model, "policy", model)
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

@@ -36,7 +36,20 @@ from memplan.resolve.batches import decoder_prompt_tokens
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "reward", "save", "merge")
+PHASES = (
+    "load",
+    "forward",
+    "backward",
+    "clip",
+    "step",
+    "metrics",
+    "eval",
+    "generate",
+    "rollout",
+    "reward",
+    "save",
+    "merge",
+)
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -52,7 +65,7 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     run = checked_run(run)
     if run.trainer == "sft":
         return Script(run, torch.device(device), phase)
-    from memplan.probe.script.trl_generation import script_of
+    from memplan.probe.script.trl_ppo import script_of
 
     return script_of(run)(run, device, phase)
 
@@ -198,13 +211,15 @@ class Script:
         options: dict[str, Any] = {}
         base = base_of(self.model)
         names = inspect.signature(base.forward).parameters
-        if "use_cache" in names or hasattr(
+        if self.run.loop.trainer and not self.model.training:  # transformers' Trainer sets the outer config alone
+            base.config.use_cache = bool(self.run.loop.use_cache)
+        elif "use_cache" in names or hasattr(
             base.config, "text_config"
         ):  # a decoder, or a model that passes it on to one
             options["use_cache"] = bool(self.run.loop.use_cache)
         elif hasattr(base.config, "use_cache"):  # it passes on keyword arguments, and reads its config
             base.config.use_cache = bool(self.run.loop.use_cache)
-        if self.run.batch.images:
+        if self.run.batch.sees:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])
         if self.run.loop.padded and "input_ids" in inputs:
             mask = torch.ones(inputs["input_ids"].shape, dtype=torch.int64)

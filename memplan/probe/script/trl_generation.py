@@ -6,18 +6,20 @@ log-probabilities of the reference, and rewards. The policy's passes follow, one
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING
+from memplan.catalogue.kernels.wiring import DISTILLING
+from memplan.core.errors import MemplanError
 from memplan.probe.fake import kernels
+from memplan.probe.libraries import library
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
-from memplan.probe.script.trl_trainers import TRAINERS, TrainerScript, always, trainer_module
+from memplan.probe.script.trl_trainers import TrainerScript, always, trainer_module, trainer_of
 from memplan.resolve.roles import scoring_run
 from memplan.spec.run import RunSpec
 
@@ -54,15 +56,18 @@ class GenerationScript(TrainerScript):
         return {"reward_funcs": [model], "reward_processing_classes": [_Texts(self.run.batch.tokens)]}
 
     def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
+        with suppress(MemplanError):  # older releases
+            library("trl.generation.vllm_client").VLLMClient = always(None)
         super().__init__(run, device, phase)
         tokens, completion = run.batch.sequence + run.batch.new_tokens, run.batch.new_tokens
         kernels.selections[run.batch.micro, tokens - 1] = run.batch.micro * completion
-        base = base_of(self.trainer.model)
-        self._left = 0
-        base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
+        self._generate_longest()
         self._in_phase(self.trainer, "_generate", "generate")
         if run.trainer in DISTILLING:
             kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
+            kernels.selections[run.batch.micro, completion] = run.batch.micro * completion
+            self.trainer._compute_prompt_length = always(run.batch.sequence)
+            self.trainer._get_teacher_token_logprobs_from_server = self._from_server
             return
         self._in_phase(self.trainer, "_calculate_rewards", "reward")
         self._score = self.trainer._get_per_token_logps_and_entropies
@@ -75,6 +80,21 @@ class GenerationScript(TrainerScript):
             name = "PreTrainedModel"  # any
             module.AutoConfig = SimpleNamespace(from_pretrained=always(SimpleNamespace(architectures=[name])))
             module.transformers = SimpleNamespace(**{name: SimpleNamespace(from_pretrained=self._copied(run))})
+
+    def _generate_longest(self) -> None:
+        """Have the model generate until all completions have their longest length."""
+        base = base_of(self.trainer.model)
+        self._left = 0
+        base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
+
+    def _from_server(self, *_: Any) -> dict[str, Any]:
+        """Return the log-probabilities that a server would send of the teacher."""
+        shape = self.run.batch.micro, self.run.batch.new_tokens
+        return {
+            "actual_logprobs": torch.zeros(shape, device=self.device),
+            "topk_logprobs": torch.zeros((*shape, 1), device=self.device),
+            "topk_token_ids": torch.zeros((*shape, 1), dtype=torch.int64, device=self.device),
+        }
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         self._left = self.run.batch.new_tokens
@@ -96,7 +116,7 @@ class GenerationScript(TrainerScript):
             parts = run.batch.accumulation
             return {"max_completion_length": run.batch.new_tokens, "gradient_accumulation_steps": parts}
         reference = run.reference or ("none" if run.trainer == "grpo" else "copy")
-        config = getattr(trainer_module(run), f"{TRAINERS[run.trainer].name}Config")
+        config = getattr(trainer_module(run), f"{trainer_of(run).name}Config")
         truncates = {"max_prompt_length": run.batch.sequence} if hasattr(config, "max_prompt_length") else {}
         return {
             **truncates,
@@ -119,8 +139,3 @@ class GenerationScript(TrainerScript):
         with self.phase("step"):
             self.optimizer.step()
             self.model.zero_grad()
-
-
-def script_of(run: RunSpec) -> type[TrainerScript]:
-    """Return the class of the script of a run under a trainer of TRL."""
-    return GenerationScript if run.trainer in GENERATING else TrainerScript

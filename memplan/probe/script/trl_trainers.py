@@ -56,15 +56,27 @@ TRAINERS = {
     "simpo": TrlTrainer("CPO", _CPO, (("loss_type", "simpo"), ("cpo_alpha", 0.0))),
     "grpo": TrlTrainer("GRPO", ("trl.trainer.grpo_trainer",)),
     "rloo": TrlTrainer("RLOO", ("trl.trainer.rloo_trainer",)),
+    "ppo": TrlTrainer("PPO", ("trl.experimental.ppo.ppo_trainer", "trl.trainer.ppo_trainer")),
     "gkd": TrlTrainer("GKD", ("trl.experimental.gkd.gkd_trainer", "trl.trainer.gkd_trainer"), (("lmbda", 0.0),)),
     "distill": TrlTrainer("Distillation", ("trl.trainer.distillation_trainer",)),
+    "distill from a server": TrlTrainer(
+        "ServerDistillation",
+        ("trl.experimental.server_distillation.server_distillation_trainer",),
+        (("teacher_model_server_url", "server"),),
+    ),
 }
+
+
+def trainer_of(run: RunSpec) -> TrlTrainer:
+    """Return the trainer of a run."""
+    teacher = run.roles.teacher
+    return TRAINERS["distill from a server" if teacher is not None and teacher.location == "server" else run.trainer]
 
 
 def trainer_module(run: RunSpec) -> Any:
     """Return the module of the run's trainer in the installed TRL. Raises ProbeError if it has none."""
     without_extras()
-    *others, last = TRAINERS[run.trainer].modules
+    *others, last = trainer_of(run).modules
     for name in others:
         try:
             return library(name)
@@ -195,7 +207,9 @@ class TrainerScript:
             model.warnings_issued = {}  # which TRL 0.24 writes to, and transformers 5 has no longer
             if filled.method.quantization is not None:  # which Trainer and Axolotl ask
                 config = SimpleNamespace(quant_method="bitsandbytes")
-                model.hf_quantizer = SimpleNamespace(is_trainable=True, quantization_config=config)
+                model.hf_quantizer = SimpleNamespace(
+                    is_trainable=True, is_compileable=False, quantization_config=config
+                )
             torch.cuda.is_available = lambda: True  # which transformers' arguments ask
             self.trainer: Any = self._trainer(model, filled)
             torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
@@ -257,7 +271,7 @@ class TrainerScript:
                 target_modules=target_modules(run, model),
                 use_dora="dora" in method.kind,
             )
-        module, trainer = trainer_module(run), TRAINERS[run.trainer]
+        module, trainer = trainer_module(run), trainer_of(run)
         self._copy_reference(module, run)
         kind: Any = getattr(module, f"{trainer.name}Trainer")
         for name in ("_prepare_dataset", "_precompute_ref_logps"):
@@ -275,7 +289,9 @@ class TrainerScript:
             **self.options(run),
         )
         others = {}
-        for role, other in run.roles.named if run.roles.reward is None else ():
+        for role, other in run.roles.named:
+            if role == "reward" or other.location == "server":
+                continue
             update = {"model": other.model, **fields_of_role(self.run.precision, other)}
             others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
         return kind(
@@ -367,8 +383,7 @@ class TrainerScript:
             **more,
         )
 
-    @staticmethod
-    def _dataset() -> Any:
+    def _dataset(self) -> Any:
         columns = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids")
         texts = {name: ["<pad>"] for name in ("prompt", "chosen", "rejected", "completion")}
         return library("datasets").Dataset.from_dict({**{name: [[0]] for name in columns}, **texts, "label": [True]})

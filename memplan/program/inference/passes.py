@@ -471,7 +471,7 @@ def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
     sizes = [size(key[0], key[1], fixed) for key in low.sizes]
     variables = tuple(sorted({variable for variable, _ in sizes}))
-    along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0
+    along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
     coefficients = rows(low.moments.unnamed, low.runs, fixed, sizes, variables)
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
     of_pass = PhaseTerms([terms], [*map(Variable, along)])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from memplan.catalogue.kernels.own_axes import own_shape
 from memplan.catalogue.optimizers.parameter_rules import Parameter
-from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
+from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory, row_of
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.core.ir import Division, Tensor, Weight
@@ -16,6 +16,7 @@ from memplan.core.records import NamedTuple
 from memplan.engine.storages import COMPUTING
 from memplan.engine.walk import size
 from memplan.program.graph import (
+    Graph,
     TensorGroup,
     operations_of,
     other_models,
@@ -81,7 +82,7 @@ class Sharding:
     def frees_gradients(self) -> bool:
         """Whether each gradient is consumed as soon as it is computed, by a fused optimizer or by stepping in
         backward."""
-        return self.run.in_backward or optimizer_memory(self.run.optimizer, ()).frees_gradients
+        return self.run.in_backward or row_of(self.run.optimizer).frees_gradients
 
     @property
     def leaves_no_gradients(self) -> bool:
@@ -119,20 +120,26 @@ class Sharding:
     def weights(self) -> Iterator[TensorGroup]:
         """Yield the weights and buffers that a rank holds, those of other models, and what an engine in the same
         process holds."""
-        yield from parameters_of(self.graph)
+        yield from self.stored(self.graph)
         copy = reference_copy(self.graph)
-        for held in parameters_of(copy) if copy is not None else ():
+        for held in self.stored(copy) if copy is not None else ():
             yield held._replace(what=f"reference.{held.what}")
         yield from self.weights_of_roles()
         yield from self.run.engine
 
+    def stored(self, graph: Graph) -> Iterable[TensorGroup]:
+        """Return the weights and buffers of the model, or of another one in its step, that a rank holds."""
+        return parameters_of(graph)
+
     def weights_of_roles(self) -> Iterator[TensorGroup]:
-        """Yield the weights of other models, which every rank holds whole.
+        """Yield the weights of other models, which every rank holds whole unless DeepSpeed prepares them for ZeRO 3.
 
         Source: accelerate 1.15 accelerator.py prepare_model: evaluation_mode.
         """
         for role, other in self.graph.roles:
-            for held in parameters_of(other):
+            if role == "value":  # whose weights are the graph's own
+                continue
+            for held in self.stored(other):
                 yield held._replace(what=f"{role}.{held.what}", shape=own_shape(held.shape, role))
 
     def gradients(self) -> Iterator[TensorGroup]:
@@ -346,7 +353,7 @@ class DataParallel(Sharding):
     def reduction_buffers(self) -> Iterable[TensorGroup]:
         return super().reduction_buffers() or [
             tensor_group("other", "bucket of gradients", bytes_, "uint8", BUCKETS_SOURCE, copies=count)
-            for bytes_, count in buckets(self.trained())
+            for bytes_, count in buckets(self._parameters(lambda w: w.requires_grad))
         ]
 
     def loading_peak(self) -> int:

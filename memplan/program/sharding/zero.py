@@ -49,10 +49,21 @@ class Reduction(NamedTuple):
 
 @lru_cache(maxsize=128)
 def weight_sizes(graph: Graph) -> tuple[int, ...]:
-    """Return the number of elements of each trained weight, in the model's order."""
+    """Return the number of elements of each trainable weight, in the model's order."""
     _, axes = operations_of(graph)
     cached: dict[int, int] = {}
-    return tuple(cached.setdefault(id(w), elements(w, axes)) for w in in_order(graph) if w.trains)
+    return tuple(cached.setdefault(id(w), elements(w, axes)) for w in in_order(graph) if w.requires_grad)
+
+
+@lru_cache(maxsize=128)
+def gradient_order(graph: Graph) -> tuple[int, ...]:
+    """Return the numbers of the weights that get a gradient among the trainable ones, the last weight first.
+
+    A group's flat partition has idle weights too, whose gradients are zeros at the end of backward.
+    Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py get_all_grad_tensors.
+    """
+    trainable = [w.trains for w in in_order(graph) if w.requires_grad]
+    return tuple(i for i, trains in enumerate(trainable) if trains)[::-1]
 
 
 @lru_cache(maxsize=256)
@@ -64,7 +75,7 @@ def _reduction(graph: Graph, ranks: Ranks, partition: int) -> Reduction:
         order = [i for rank in range(min(ranks.world, len(sizes))) for i in range(rank, len(sizes), ranks.world)]
     starts = dict(zip(order, (0, *accumulate(sizes[i] for i in order)), strict=False))
     of_flushes: list[tuple[int, int]] = []
-    for flush in fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket):
+    for flush in fills(gradient_order(graph), sizes, knobs.reduce_bucket):
         numbers = sum(sizes[i] for i in flush)
         is_oversized = numbers > knobs.reduce_bucket
         waits = numbers if STAGES[ranks.strategy] == 2 and (is_oversized or not knobs.contiguous) else 0
@@ -154,9 +165,9 @@ class ZeroSharding(Sharding):
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """The elements of each trained weight, and the number of layers that have one like it."""
+        """The elements of each trainable weight, and the number of layers that have one like it."""
         _, axes = operations_of(self.graph)
-        return [(elements(w, axes), copies) for w, copies, _ in weights_of(self.graph) if w.trains]
+        return [(elements(w, axes), copies) for w, copies, _ in weights_of(self.graph) if w.requires_grad]
 
     @cached_property
     def partition(self) -> int:
@@ -292,7 +303,7 @@ class ZeroSharding(Sharding):
     def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees: loaded trained weights are flattened."""
         tape = LoadingTape(operations_of(self.graph)[1])
-        whole = [number for number, w in load(self.graph, tape).items() if w.trains]
+        whole = [number for number, w in load(self.graph, tape).items() if w.requires_grad]
         tape.empty_cache()
         if self.knobs.flattens:
             tape.alloc(self.partition * self.ranks.world, self.dtype)

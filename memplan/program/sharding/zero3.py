@@ -23,14 +23,13 @@ from memplan.program.graph import (
     TensorGroup,
     operations_of,
     parameters_of,
-    reference_copy,
     tensor_group,
     weights_of,
 )
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.ranks import Ranks, is_scale, numbers_of
 from memplan.program.sharding.sharding import Gathering, Saved
-from memplan.program.sharding.zero import Reduction, ZeroSharding, fills, reduction_of, weight_sizes
+from memplan.program.sharding.zero import Reduction, ZeroSharding, fills, gradient_order, reduction_of, weight_sizes
 from memplan.program.sharding.zero3_prefetch import gathered, gathered_peak
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import elements
@@ -43,7 +42,7 @@ _SAVING = "DeepSpeed 0.19.8 runtime/engine.py _zero3_consolidated_16bit_state_di
 def _reduction(graph: Graph, ranks: Ranks) -> Reduction:
     """Return the memory for reducing gradients, by filling buckets with the gradients from the last weight on."""
     sizes = weight_sizes(graph)
-    flushes = fills(range(len(sizes))[::-1], sizes, ranks.knobs.reduce_bucket)
+    flushes = fills(gradient_order(graph), sizes, ranks.knobs.reduce_bucket)
     return reduction_of(0, [_scattered(flush, sizes, ranks) for flush in flushes])
 
 
@@ -98,21 +97,14 @@ class Zero3Sharding(ZeroSharding):
     def reduction(self) -> Reduction:
         return _reduction(self.graph, self.ranks)
 
-    def weights(self) -> Iterator[TensorGroup]:
-        """Yield the rank's parts of weights and of those of a copy that is the reference model, buffers and the fp32
-        partition of the weights.
+    def stored(self, graph: Graph) -> Iterator[TensorGroup]:
+        """Yield the rank's parts of a model's weights, and its buffers.
 
         Small weights stay whole in addition to their part. The scales of 4-bit weights are not parameters and stay
         whole too.
-        """
-        yield from self._weights(self.graph)
-        copy = reference_copy(self.graph)
-        for held in self._weights(copy) if copy is not None else ():
-            yield held._replace(what=f"reference.{held.what}")
-        yield from self.master()
-        yield from self.run.engine
 
-    def _weights(self, graph: Graph) -> Iterator[TensorGroup]:
+        Source: trl 1.16.0 models/utils.py prepare_deepspeed.
+        """
         _, axes = operations_of(graph)
         for w, copies, block in weights_of(graph):
             if w.group == "buffer":
@@ -149,14 +141,17 @@ class Zero3Sharding(ZeroSharding):
 
     def held_in(self, phase: str) -> Iterator[TensorGroup]:
         """Yield what exists during a phase of a pass: the weights in use and the prefetched ones are whole. Trainers
-        that generate gather all weights first.
+        that generate gather all weights first. A reward model has a pass of its own.
 
         Source: trl 1.16.0 models/utils.py _unwrap_model_for_generation (ds3_gather_for_generation).
         """
         if phase == "generate":
             yield from self.all_gathered()
             return
-        peak = gathered_peak(self.graph, self.ranks)[phase]
+        if phase == "reward":
+            peak = max(gathered_peak(dict(self.graph.roles)[phase], self.ranks).values(), key=sum)
+        else:
+            peak = gathered_peak(self.graph, self.ranks)[phase]
         yield self.group("parameter", "gathered weights", peak.weights, "uint8")
         yield self.group("temp", "weights as the all-gather writes them", peak.written, "uint8")
         yield from super().held_in(phase)
@@ -207,7 +202,7 @@ class Zero3Sharding(ZeroSharding):
             count, dtype = known[id(w)]
             if not knobs.parameters:
                 local = tape.alloc(self._part(count), dtype)
-                trained += [local] if w.trains else []
+                trained += [local] if w.requires_grad else []
             if count <= knobs.persistent:
                 tape.alloc(count, dtype)
             tape.free(whole)
@@ -244,7 +239,7 @@ class Zero3Sharding(ZeroSharding):
             yield self.on_host("buffers of parts on NVMe", buffers * buffer, self.dtype, True)
             return
         for w, copies, _ in weights_of(self.graph):
-            if not w.trains and w.group != "buffer":
+            if not w.requires_grad and w.group != "buffer":
                 what, local = f"{w.name}, one of {self.ranks.world} parts", self._part(elements(w, axes))
                 yield self.on_host(what, local, w.dtype, self.knobs.pins[1], copies)
 

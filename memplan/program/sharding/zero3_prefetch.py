@@ -20,7 +20,7 @@ from memplan.core.ir import Op, Stack
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.storages import COMPUTING, GATHERING
-from memplan.program.graph import Graph, operations_of, reference_copy
+from memplan.program.graph import Graph, operations_of, other_models
 from memplan.program.sharding.ranks import Ranks, numbers_of
 from memplan.program.sharding.sharding import Gathering
 
@@ -111,19 +111,19 @@ class _Order:
         forward += self._other_models(stack.loss)
         names = {w.name for op in loss for w in op.weights if w.group != "buffer"}
         self.of_loss = [self._outside[name] for name in names]
-        if graph.trainer is not None and graph.trainer.is_reference:
+        if graph.inference is not None or (graph.trainer is not None and graph.trainer.is_reference):
             backward.clear()
         self.visits = [*forward, *(visit for visits in reversed(backward) for visit in visits)]
 
     def _other_models(self, ops: Iterable[Op]) -> Iterator[_Visit]:
-        """Yield the visits of models that run without gradients: the model's own ones, in order, or those of a copy,
-        which has a coordinator of its own."""
+        """Yield the visits of models that run without gradients: the model's own ones, in order, or those of another
+        model, which has a coordinator of its own."""
+        others = dict(other_models(self._graph))
         for op in ops:
             if op.model is None:
                 continue
-            copy = reference_copy(self._graph) if op.name == "reference" else None
-            if copy is not None:
-                yield _Visit(op.name, (), copy)
+            if op.name in others:
+                yield _Visit(op.name, (), others[op.name])
                 continue
             for ops_, known, _ in self._in_order(op.model):
                 yield from (_Visit(op.name, tuple(weights)) for weights in self._modules(ops_, known))

@@ -76,6 +76,7 @@ def pass_options(structure: Structure, later: bool, opens: bool = False) -> Trai
     return options
 
 
+@lru_cache(maxsize=512)
 def recorded_options(structure: Structure, later: bool, opens: bool = False) -> TrainingPass:
     """Return the options of a pass whose allocations are recorded. Whole gradients of earlier passes, and outputs that
     the loop still references, are not among these."""
@@ -118,9 +119,13 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
     low, axes = lower_training(graph, options), operations_of(graph)[1]
     moments = (*low.moments.unnamed, low.kept, low.held)
     *coefficients, kept, held = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
-    of_phase = {phase: [i for i, name in enumerate(low.moments.phases) if name == phase] for phase in PHASES}
+    of_phase: dict[str, list[int]] = {phase: [] for phase in PHASES}
+    for i, phase in enumerate(low.moments.phases):
+        if phase in of_phase:
+            of_phase[phase].append(i)
+    along = chain(variables)
     terms = {
-        phase: prune(((coefficients[i], i) for i in indices), variables) if indices else ()
+        phase: prune(((coefficients[i], i) for i in indices), variables, along) if indices else ()
         for phase, indices in of_phase.items()
     }
     return PassTerms(terms, kept, held)

@@ -185,7 +185,7 @@ class PhaseOffset(NamedTuple):
     where: str = ""
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def phase_offsets(structure: Structure, workspace: int) -> tuple[PhaseOffset, ...]:
     """Return every phase after loading, in order. `workspace` is cuBLAS's for one handle."""
     p = program(structure)

@@ -20,7 +20,7 @@ from memplan.core.ir import Tensor
 from memplan.core.once import once
 from memplan.core.units import ITEMSIZE
 from memplan.engine.allocator import Allocator
-from memplan.engine.events import FREED
+from memplan.engine.events import FREED, RELEASED
 from memplan.engine.native import new_allocator
 from memplan.engine.record import AllocationTrace
 from memplan.engine.sized_events import SizedEvents, SizeInRun
@@ -232,13 +232,22 @@ def replayed_microbatches(structure: Structure) -> int:
 def append_loading(loading: Iterable[tuple[int, int]], events: SizedEvents) -> None:
     """Append the events of `memplan.program.loading.loading`."""
     live: dict[int, int] = {}
+    known: dict[int, int] = {}  # bytes -> key
+    numbers, keys, following = list[int](), list[int](), events.storages
     for number, bytes_ in loading:
         if bytes_:
-            live[number] = events.alloc(bytes_)
+            live[number] = following
+            numbers.append(following)
+            keys.append(known[bytes_] if bytes_ in known else known.setdefault(bytes_, events.key(bytes_)))
+            following += 1
         elif number == EMPTIED:
-            events.release()
+            numbers.append(0)
+            keys.append(RELEASED)
         elif number in live:  # an empty tensor has no block
-            events.free([live.pop(number)])
+            numbers.append(live.pop(number))
+            keys.append(FREED)
+    events.take_numbers(following - events.storages)
+    events.extend(numbers, keys)
 
 
 def _load(sharding: Sharding, events: SizedEvents) -> None:
@@ -247,8 +256,7 @@ def _load(sharding: Sharding, events: SizedEvents) -> None:
     append_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), events)
     buffers = sharding.gradients() if sharding.run.grads else ()
     for held in (*buffers, *sharding.reduction_buffers(), *sharding.run.engine):
-        for _ in range(held.copies):
-            events.alloc(held.bytes)
+        events.alloc_copies(held.bytes, held.copies)
 
 
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
@@ -373,7 +381,7 @@ def _update(program: Program, step: int, events: SizedEvents) -> None:
     scratch = program.optimizer.first if step == 1 else program.optimizer.later
     listed = program.optimizer.foreach_lists
     total = sum(bytes_ * count for bytes_, count in listed)
-    blocks = [events.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= total else []
+    blocks = [n for bytes_, count in listed for n in events.alloc_copies(bytes_, count)] if scratch >= total else []
     if scratch > total or (scratch and not blocks):
         blocks.append(events.alloc(scratch - total if blocks else scratch))
     events.free(blocks)
@@ -383,5 +391,4 @@ def _make_states(program: Program, events: SizedEvents) -> None:
     events.enter("states")
     for state in program.optimizer.states:
         if not state.host:
-            for _ in range(state.count):
-                events.alloc(state.bytes)
+            events.alloc_copies(state.bytes, state.count)

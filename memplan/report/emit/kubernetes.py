@@ -1,8 +1,10 @@
 """Kubernetes, and what schedules on it: a Job that asks for GPUs, or the patch of a workload's pod template.
 
 Sources, read at the commits named: kubernetes 1.37 (resource.k8s.io/v1); NVIDIA/k8s-dra-driver-gpu@22407113
-test/e2e (memory by CEL); Project-HAMi/HAMi@4707fb02 pkg/device/nvidia/device.go (plain integers of MiB);
-volcano-sh/devices docs (vgpu-memory in MB); kai-scheduler/KAI-Scheduler@72de64fc docs/gpu-sharing (annotation in MiB).
+test/e2e (memory and productName by CEL); Project-HAMi/HAMi@4707fb02 pkg/device/nvidia/device.go (plain integers of MiB,
+and GPUs whose name contains one of those listed); volcano-sh/devices docs (vgpu-memory in MB), volcano-sh/volcano
+pkg/scheduler/api/devices/nvidia/vgpu (the same list of GPUs); kai-scheduler/KAI-Scheduler@72de64fc docs/gpu-sharing
+(annotation in MiB).
 """
 
 from __future__ import annotations
@@ -30,14 +32,20 @@ def hami(asked: Ask) -> str:
     """A GPU's memory in whole MiB, which HAMi holds the container to."""
     if asked.limit > _MOST_INT32:
         raise refused("emit", f"nvidia.com/gpumem is at most {_MOST_INT32:,} MiB, not {asked.limit:,}")
-    return _written(asked, {"nvidia.com/gpu": asked.count, "nvidia.com/gpumem": asked.limit})
+    return _written(asked, {"nvidia.com/gpu": asked.count, "nvidia.com/gpumem": asked.limit}, notes=_types(asked))
 
 
 def volcano(asked: Ask) -> str:
     """A GPU's memory in MB."""
     megabytes = -(-asked.limit * MIB // 10**6)
     resources = {"volcano.sh/vgpu-number": asked.count, "volcano.sh/vgpu-memory": megabytes}
-    return _written(asked, resources, spec={"schedulerName": "volcano"})
+    return _written(asked, resources, notes=_types(asked), spec={"schedulerName": "volcano"})
+
+
+def _types(asked: Ask) -> dict[str, str]:
+    """Return the annotation that names the GPUs: another one may take more, and the container is held to the memory."""
+    names = names_in("nvml", asked.gpus)
+    return {"nvidia.com/use-gputype": ",".join(names)} if names else {}
 
 
 def kai(asked: Ask) -> str:
@@ -51,10 +59,10 @@ def runai(asked: Ask) -> str:
 
 
 def _by_annotation(asked: Ask, scheduler: str, labels: dict[str, str]) -> str:
-    spec = {"schedulerName": scheduler}
+    spec = {"schedulerName": scheduler, **_affinity(asked)}
     if asked.shared:
         return _written(asked, {}, notes={"gpu-memory": str(asked.limit)}, labels=labels, spec=spec)
-    return _written(asked, {"nvidia.com/gpu": asked.count}, labels=labels, spec={**spec, **_affinity(asked)})
+    return _written(asked, {"nvidia.com/gpu": asked.count}, labels=labels, spec=spec)
 
 
 def kueue(asked: Ask) -> str:
@@ -81,6 +89,8 @@ def dra(asked: Ask) -> str:
     else:
         memory = f"quantity('{asked.limit}Mi')"
         selectors = [f"device.capacity['gpu.nvidia.com'].memory.compareTo({memory}) >= 0"]
+        names = names_in("nvml", asked.gpus)
+        selectors += [f"device.attributes['gpu.nvidia.com'].productName in {list(names)}"] if names else []
         device = "gpu.nvidia.com"
     exactly = {
         "deviceClassName": device,

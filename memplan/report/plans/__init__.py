@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from memplan.core.version import __version__
 from memplan.estimate.answer import SCHEMA_VERSION, Estimate
 from memplan.report.assumptions import assumptions, question
 from memplan.report.blocks import Block, Facts, Fold, Heading, Text
-from memplan.report.csv import written
 from memplan.report.display import display
-from memplan.report.markdown import page, stamped, verdicts
-from memplan.report.plans.advice import AdviceReport
-from memplan.report.plans.changes import titles
-from memplan.report.plans.cluster import ClusterReport, grid_title
-from memplan.report.plans.inference import Places, QuestionsReport
-from memplan.report.plans.ladder import LadderReport
-from memplan.report.plans.levers import Levers
-from memplan.report.plans.offers import OffersReport, offer_title
-from memplan.report.plans.reach import ReachReport, value
 from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
 if TYPE_CHECKING:
     from memplan.frameworks.reading.config import FieldOrigin
+    from memplan.report.plans.advice import AdviceReport
+    from memplan.report.plans.cluster import ClusterReport
+    from memplan.report.plans.inference import Places, QuestionsReport
+    from memplan.report.plans.ladder import LadderReport
+    from memplan.report.plans.levers import Levers
+    from memplan.report.plans.offers import OffersReport
+    from memplan.report.plans.reach import ReachReport
 
-Planned: TypeAlias = (
-    Levers | ReachReport | LadderReport | OffersReport | AdviceReport | ClusterReport | QuestionsReport | Places
-)
+    InRows: TypeAlias = ReachReport | LadderReport | OffersReport | ClusterReport | Places
+    Planned: TypeAlias = InRows | Levers | AdviceReport | QuestionsReport
 
 FORMATS = ("table", "json", "markdown", "html", "svg")
 IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that have a CSV format
@@ -51,9 +47,12 @@ def render(
         case "json":
             return json.dumps(dump(planned, origins), indent=2, ensure_ascii=False) + "\n"
         case "csv":
-            assert not isinstance(planned, (Levers, AdviceReport, QuestionsReport)), "this mode has no CSV format"
-            return written(*planned.rows())
+            from memplan.report.csv import written
+
+            return written(*cast("InRows", planned).rows())
         case "markdown":
+            from memplan.report.markdown import page
+
             return page(_page(planned, explain, stamp or Stamp()))
         case "html":
             return _html(planned, explain, stamp)
@@ -70,6 +69,8 @@ _MOST_DRAWN = 12  # runs with a bar
 
 def _page(planned: Planned, explain: bool, stamp: Stamp) -> Iterator[Block]:
     """Yield the answer, a table of the run as given and of those found, and everything else in one fold."""
+    from memplan.report.markdown import stamped, verdicts
+
     first, *blocks = planned.blocks(explain)
     yield first
     yield verdicts(_named(planned), "run")
@@ -93,23 +94,7 @@ def _title(planned: Planned) -> str:
 
 def _named(planned: Planned) -> list[tuple[str, Estimate]]:
     """Return the run as given and those found, with what the report calls them."""
-    match planned:
-        case LadderReport():
-            found = [(rung.title, rung.answer) for rung in planned.every]
-        case Levers():
-            found = [(titles(proposal.levers), proposal.answer) for proposal in planned.plan.proposals]
-        case OffersReport():
-            found = [(offer_title(offer), offer.answer) for offer in planned.offers.offers]
-        case ClusterReport():
-            found = [(grid_title(placed.grid), placed.answer) for placed in planned.cluster.placed]
-        case ReachReport():
-            found = [(value(planned.reach), answer) for answer in planned.found]
-        case AdviceReport():
-            every = [choice for step in planned.advice.steps for choice in step.options if choice.fits]
-            found = [(choice.title, choice.answer) for choice in every]
-        case QuestionsReport() | Places():
-            found = [(str(answer.run.gpu), answer) for answer in planned.found if answer is not planned.answer]
-    return [("as asked", planned.answer), *found[:_MOST_DRAWN]]
+    return [("as asked", planned.answer), *planned.named[:_MOST_DRAWN]]
 
 
 def dump(planned: Planned, origins: Sequence[FieldOrigin] = ()) -> dict[str, Any]:

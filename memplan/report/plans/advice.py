@@ -29,7 +29,12 @@ class AdviceReport(NamedTuple):
 
     @property
     def found(self) -> list[Estimate]:
-        return [choice.answer for step in self.advice.steps for choice in step.options if choice.fits]
+        return [answer for _, answer in self.named]
+
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(choice.title, choice.answer) for step in self.advice.steps for choice in step.options if choice.fits]
 
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         run, best = self.answer.run, self.advice.best

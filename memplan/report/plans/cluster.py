@@ -45,6 +45,11 @@ class ClusterReport(NamedTuple):
     def found(self) -> list[Estimate]:
         return [placed.answer for placed in self.cluster.placed]
 
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(grid_title(placed.grid), placed.answer) for placed in self.cluster.placed]
+
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         found, condition = self.cluster, conditions(self.demand)
         grids = f"{found.grids:,} grid{'s' if found.grids > 1 else ''} of degrees and strategies on {_cluster(found)}"

@@ -43,6 +43,11 @@ class QuestionsReport(NamedTuple):
         choices = (*q.degrees, *q.placed, *q.formats, *q.caches)
         return [choice.answer for choice in choices if choice.fits and choice.answer]
 
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(str(answer.run.gpu), answer) for answer in self.found if answer is not self.answer]
+
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         q, answer = self.questions, self.answer
         yield Text(f"{words.verdict(answer)}{conditions(q.demand)}", f"bold {words.colour(answer)}")
@@ -92,6 +97,11 @@ class Places(NamedTuple):
     @property
     def found(self) -> list[Estimate]:
         return [placed.answer for placed in self.places]
+
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(str(answer.run.gpu), answer) for answer in self.found if answer is not self.answer]
 
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         condition = conditions(self.demand)

@@ -57,6 +57,11 @@ class LadderReport(NamedTuple):
         return [answer for answer, _ in self.every if answer.gpu is None or self.demand.met(answer)]
 
     @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(rung.title, rung.answer) for rung in self.every]
+
+    @property
     def lowest(self) -> Estimate:
         return min((answer for answer, _ in self.every), key=lambda answer: answer.bytes.used)
 

@@ -54,6 +54,11 @@ class Levers(NamedTuple):
         """Answers that meet the demand: the unchanged run, or the proposals."""
         return [self.plan.answer] if self.plan.fits else [p.answer for p in self.plan.proposals]
 
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(titles(proposal.levers), proposal.answer) for proposal in self.plan.proposals]
+
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         plan, condition = self.plan, conditions(self.demand)
         yield Text(words.verdict(plan.answer), f"bold {words.colour(plan.answer)}")

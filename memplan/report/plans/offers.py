@@ -42,6 +42,11 @@ class OffersReport(NamedTuple):
         return [offer.answer for offer in self.offers.offers]
 
     @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(offer_title(offer), offer.answer) for offer in self.offers.offers]
+
+    @property
     def considered(self) -> str:
         n, what = self.offers.considered, "of card, count and strategy"
         return f"{n:,} combinations {what}" if n > 1 else f"one combination {what}"

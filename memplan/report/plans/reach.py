@@ -32,6 +32,11 @@ class ReachReport(NamedTuple):
     def found(self) -> list[Estimate]:
         return [] if self.reach.answer is None else [self.reach.answer]
 
+    @property
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The runs that it shows, with what it calls them."""
+        return [(value(self.reach), answer) for answer in self.found]
+
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         reach = self.reach
         gpu = words.card(self.answer)

@@ -53,12 +53,6 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
             "kernels.reentrant",
             f"torch fails in backward: every layer of {r.name} reads embeddings that train outside of it; use false",
         )
-    if r.model.is_encoder_decoder and r.precision.weights == "fp16":
-        yield refused(
-            "precision.weights",
-            f"fp16 is not supported yet for {r.name}, whose layers clamp their fp16 outputs; use bf16, fp32, or fp16 "
-            "autocast",
-        )
     smooths = r.kernels.loss == "label_smoothing" and r.model.objective != "feature_extraction"
     if r.kernels.loss != "hf" and not smooths:
         yield refused(
@@ -87,9 +81,13 @@ def adapted_parameters(r: OpenRun) -> Iterator[SpecError]:
         )
 
 
-def trained_weights(structure: Structure) -> Iterator[SpecError]:
+def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecError]:
     """Yield errors if nothing is left to train, if ranks would wait for gradients that never come, or if weights of
-    several dtypes would be sharded together."""
+    several dtypes would be sharded together.
+
+    finds_unused  DDP looks for weights without gradients although the model is checkpointed, where transformers'
+                  Trainer does not. Source: transformers 5.24 trainer.py, trl 1.16.0 trainer/sft_trainer.py
+    """
     graph, ranks = structure.graph, structure.ranks
     weights, recipe = [w for w, _, _ in weights_of(graph)], graph.recipe
     adapts = recipe.kind in ADAPTERS
@@ -108,11 +106,15 @@ def trained_weights(structure: Structure) -> Iterator[SpecError]:
             f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
             "would wait for; use lora, or one GPU",
         )
-    if idle is not None:
+    if idle is not None and ranks.strategy == "fsdp":
+        yield not_yet_with(
+            "parallelism.strategy", "fsdp and a vision tower that trains without images", "fsdp2, zero2, zero3"
+        )
+    elif idle is not None and ranks.strategy == "ddp" and graph.checkpoint and not finds_unused:
         yield refused(
-            "batch.images",
-            "without images the vision tower gets no gradients, which several GPUs would wait for; set images, or "
-            "freeze vision and projector (method.frozen)",
+            "parallelism.find_unused_parameters",
+            "without images the vision tower gets no gradients, which DDP would wait for; set it to true, set images, "
+            "use --fsdp fsdp2, or freeze vision and projector (method.frozen)",
         )
     if graph.flattens_frozen and ranks.row.gathers and any(w.stored for w in weights):
         yield refused(

@@ -79,6 +79,7 @@ _STRATEGY_SETTINGS = {
     "backward_prefetch": ("fsdp",),
     "bucket_view": ("ddp",),
     "static_graph": ("ddp",),
+    "find_unused_parameters": ("ddp",),
 }
 
 
@@ -132,7 +133,8 @@ def offloaded_parameters(run: RunSpec) -> Iterator[SpecError]:
     p = run.parallelism
     if not p.offload.parameters or p.strategy not in FSDP:
         return
-    if p.strategy == "fsdp" and run.batch.accumulation > 1 and not run.loop.trainer:
+    reduces_once = run.loop.trainer and not run.loop.sync_each_batch
+    if p.strategy == "fsdp" and run.batch.accumulation > 1 and not reduces_once:
         yield refused(
             "batch.accumulation",
             "with offloaded parameters FSDP1 overwrites the gradients of earlier micro-batches; use fsdp2, which "

@@ -9,9 +9,10 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value
+from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, filled_options
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.base import LARGEST
 from memplan.spec.formats import Quantization, TrainedOver
 from memplan.spec.training import Method, Optimizer, Precision
 
@@ -58,6 +59,11 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
             f"peft's copies of the norms are in {method.adapter_dtype}, and layers in {p.weights} cannot read their "
             f"output; use autocast, or adapters in {p.weights}",
         )
+    if method.has_prefix:
+        if kernels.checkpointing != "none":
+            yield refused("kernels.checkpointing", f"peft refuses {method.kind} with checkpointing; use none")
+        if not r.library.generation.further_caches:
+            yield refused("method.kind", f"{method.kind} is not supported yet with {r.profile}; use transformers-5")
     if method.kind in PEFT_METHODS and not r.trains:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
@@ -110,8 +116,13 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
-# Sizes of blocks, of which 0 means that the other setting gives their number.
-_OR_BLOCKS = ("oft_block_size", "boft_block_size")
+# Settings without a default in peft, by what a method trains.
+_REQUIRED = {
+    **dict.fromkeys(("prompt", "prefix"), ("num_virtual_tokens",)),
+    "attention": ("adapter_len", "adapter_layers"),
+}
+# Numbers that may be 0; of a size of blocks it means that the other setting gives their number.
+_MAY_BE_0 = ("oft_block_size", "boft_block_size", "num_frozen_tokens")
 
 
 def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
@@ -120,7 +131,7 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
         if not has and getattr(m, field) != getattr(_PLAIN, field):
             yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
-    if row.on in ("prompt", "tokens") and m.targets not in ("default", ()):
+    if row.on in (*_REQUIRED, "tokens") and m.targets not in ("default", ()):
         yield refused("method.targets", f"{m.kind} adapts no linear layer; leave them out")
     if row.on == "tokens":
         if m.modules_to_save:
@@ -128,10 +139,12 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         from memplan.resolve.peft_options import token_indices
 
         yield from token_indices("method.options.token_indices", m.options.get("token_indices"))
-    for name, value in (("num_virtual_tokens", m.options.get("num_virtual_tokens")),) if row.on == "prompt" else ():
+    for name in _REQUIRED.get(row.on, ()):
+        value = m.options.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             shown = "must be given" if value is None else f"must be a whole number above 0, not {value!r:.40}"
-            yield refused(f"method.options.{name}", f"{shown}: the number of tokens that {m.kind} trains")
+            what = "layers" if name == "adapter_layers" else "tokens"
+            yield refused(f"method.options.{name}", f"{shown}: the number of {what} that {m.kind} trains")
     for name, value in m.options.items():
         field = f"method.options.{name}"
         if name not in row.options:
@@ -143,6 +156,9 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
             yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
         else:
             yield from _out_of_range(field, name, value, default)
+    frozen = filled_options(m.kind, m.options, "").get("num_frozen_tokens")
+    if isinstance(frozen, int) and 0 < m.virtual_tokens <= frozen:
+        yield refused("method.options.num_frozen_tokens", f"{frozen} of {m.virtual_tokens} tokens leave none to train")
 
 
 def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator[SpecError]:
@@ -150,9 +166,11 @@ def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator
     if isinstance(default, float) and not 0 <= value < 1:
         yield refused(field, f"must be at least 0 and less than 1, not {value}")
     if isinstance(default, int) and not isinstance(default, bool):
-        least = 0 if name in _OR_BLOCKS else min(default, 1)
+        least = 0 if name in _MAY_BE_0 else min(default, 1)
         if value < least:
-            yield refused(field, f"must be at least {least}, not {value}")
+            yield refused(field, f"must be at least {least}, not {value!r:.40}")
+        if value > LARGEST:
+            yield refused(field, f"must be at most {LARGEST}, not {value!r:.40}")
 
 
 def no_adapters(kind: str, field: str) -> SpecError:

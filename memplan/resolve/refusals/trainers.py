@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
@@ -11,10 +12,9 @@ from memplan.core.errors import SpecError, refused
 from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import FSDP, ZERO
-from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
-SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING, *DISTILLING)
 _LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
 _ALONE = (*PAIRED, "reward", *DISTILLING)  # without a reference
 
@@ -26,9 +26,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("reference", "sft has no reference model; set trainer (--trainer dpo)")
     if name not in run.library.trainer.trainers:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
-        yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
-    if name not in SUPPORTED:
-        yield not_yet("trainer", name, ", ".join(SUPPORTED))
+        yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if name == "kto" and run.batch_facts.is_single_sequence:
@@ -43,6 +41,8 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and name not in (*_ALONE, *GENERATING):
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    if name == "ppo":
+        yield from _ppo(run, bool(towers))
     if name in DISTILLING and run.roles.teacher is None:
         yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
@@ -50,7 +50,11 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     yield from _with_parts(run)
 
 
-_ROLES = {"teacher": DISTILLING, "reward": ("grpo", "rloo")}  # role -> trainers whose step has such a model
+_ROLES = {
+    "teacher": DISTILLING,
+    "reward": ("grpo", "rloo", "ppo"),
+    "value": ("grpo", "rloo", "ppo"),
+}  # role -> trainers whose step has such a model
 
 
 def roles(run: RunSpec) -> Iterator[SpecError]:
@@ -60,13 +64,48 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
-        elif role == "teacher" and other.location == "server":
-            yield not_yet_with("roles.teacher.location", f"trainer {run.trainer}", "gpu")
-        # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
-        divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
-        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
-            supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
-            yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
+        elif other.location == "server" and (role, run.trainer) == ("value", "ppo"):
+            yield not_yet_with(f"roles.{role}.location", f"trainer {run.trainer}", "gpu")
+        elif role == "value" and other.quantization is not None:
+            yield not_yet_with("roles.value.quantization", "a value model, which trains", "none")
+        elif role == "value" and "parameters" in (run.serving.trainer_offload or ()):
+            yield not_yet_with("serving.trainer_offload", "parameters and a value model", "optimizer")
+        elif run.trainer == "gkd" and other.location == "server":
+            yield refused("roles.teacher.location", "gkd reads all of a teacher's logits; use gpu, or trainer distill")
+        elif (
+            run.trainer == "distill"
+            and other.location == "gpu"
+            and run.parallelism.dp > 1
+            and run.parallelism.strategy == "zero3"
+        ):
+            # trl 1.16.0 trainer/distillation_trainer.py _compute_loss; DeepSpeed 0.19.8 ZeROOrderedDict
+            yield refused(
+                "parallelism.strategy",
+                "TRL's distill reads the teacher's head after its forward, when zero3 has freed it; use zero2 or fsdp2",
+            )
+
+
+def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
+    """Yield errors for what TRL's PPOTrainer cannot have."""
+    if run.roles.reward is None:
+        yield refused("roles.reward", "ppo scores completions with a reward model; name one (--reward-model MODEL)")
+    if run.reference == "none":
+        yield refused("reference", "ppo compares with a reference model; use copy, or adapters with a LoRA")
+    if run.kernels.checkpointing not in (None, "none"):
+        text = "PPOTrainer's own loop does not enable it, whatever its config says; use none"
+        yield refused("kernels.checkpointing", text)
+    if run.parallelism.world > 1:
+        yield not_yet_with("parallelism", "trainer ppo", "one GPU")
+    published = run.model.family.generation.published_cache  # by code that transformers 5 does not run
+    if has_tower or published or any(layer.kind == "state" for layer in caches(run.model)):
+        yield not_yet_with("model", "trainer ppo", "transformers' text models without layers that keep a state")
+    q = run.method.quantization
+    if run.precision.autocast and q is not None and q.format in ("nf4", "fp4"):
+        # trl 1.12.0 experimental/utils.py peft_module_casting_to_bf16: the final norm's fp32 output meets a bf16 head
+        text = "PPOTrainer's bf16 casts a 4-bit model's norms to fp32, and its generation then fails outside autocast"
+        yield refused("precision.autocast", f"{text}; set bf16=False there, and --precision bf16 here")
+    if run.rollout != "transformers":
+        yield refused("rollout", "PPOTrainer generates with transformers; use transformers")
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
@@ -99,9 +138,11 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("method.kind", f"trainer {name}", "methods without virtual tokens")
 
 
-def _of_others(having: list[str], is_supported: bool) -> str:
+def _of_others(profile: str, having: list[str]) -> str:
+    """Return which profiles have a trainer: the last one, if newer versions of the framework dropped it."""
+    names = [p.name for p in PROFILES]
     if not having:
         return "no profile has it"
-    if not is_supported:
-        return f"the last with it is {having[0]}, and it is not supported yet"
+    if profile.rpartition("-")[0] == having[0].rpartition("-")[0] and names.index(profile) < names.index(having[0]):
+        return f"the last with it is {having[0]} (--profile {having[0]})"
     return f"use {' or '.join(having)}"

@@ -281,13 +281,13 @@ def _precision_of_strategy(r: OpenRun) -> Iterator[SpecError]:
 
 def pipeline(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what pipeline stages, or memplan so far, do not support."""
-    p, method, objective = r.parallelism, r.method, r.model.objective
+    p, objective = r.parallelism, r.model.objective
     if objective != "causal_lm":
         yield not_yet("parallelism.pp", p.pp, f"1 for {objective}")
     if r.batch_facts.images:
         yield not_yet_with("batch.images", f"pp {p.pp}", "0")
-    if method.kind == "freeze" or method.frozen:
-        yield refused("method.kind", f"{method.kind} with frozen parts is not supported yet with pp {p.pp}")
+    if (r.method.kind == "freeze" or r.method.frozen) and p.strategy not in ("none", "fsdp2"):
+        yield refused("parallelism.strategy", f"{p.strategy} fails in a stage where nothing trains; use fsdp2")
     if r.loop.hold_outputs:
         yield not_yet("loop.hold_outputs", r.loop.hold_outputs, f"false with pp {p.pp}")
 
