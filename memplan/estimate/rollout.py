@@ -69,10 +69,10 @@ def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTas
 
 
 def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
-    """Return the reward model's pass over a step's completions. A decoder keeps its cache, except in OpenRLHF."""
+    """Return the reward model's pass over a step's completions."""
     scoring, batch = decide(scoring_run(run)), run.batch
     step = steps_of(scoring)[0]
-    keeps = not run.profile.startswith("openrlhf")  # 0.11.2 models/model.py: use_cache = False
+    keeps = library_behaviour(run.profile, step.graph.model.model_type, False).trainer.reward_caches
     if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
         wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))

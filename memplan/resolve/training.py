@@ -428,7 +428,9 @@ def _build_structure(run: OpenTraining) -> None:
 def _check_trained(run: OpenTraining) -> None:
     """Refuse weights that cannot be trained so, and settle what the sharding decides by the size of the GPU."""
     finds = run.parallelism.find_unused_parameters
-    refuse(trained_weights(run.structure, run.profile == "trl-1.15" if finds is None else finds))
+    if finds is None:  # reentrant checkpointing fails with it
+        finds = run.library.sharding.finds_unused and not run.kernels.reentrant
+    refuse(trained_weights(run.structure, finds))
     if run.card is not None and run.card.usable is not None:
         run.structure = sharding_of(run.structure).on_gpu(run.card.usable)
 

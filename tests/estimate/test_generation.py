@@ -245,6 +245,16 @@ def test_frameworks_that_score_prompts_have_all_logits() -> None:
     assert peak("verl-0.9", "backward") < all_tokens - logits / 2  # neither cast nor copied
 
 
+def test_a_reward_model_keeps_its_cache_except_in_openrlhf() -> None:
+    """24 layers of keys and values of two heads of 64, for 8 sequences of 1,536 tokens in bf16."""
+
+    def reward(profile: str) -> int:
+        batch = {"sequence": 1024, "new_tokens": 512}
+        return peak_of(grpo(model="qwen2-0.5b", profile=profile, roles={"reward": "qwen2-0.5b"}, batch=batch), "reward")
+
+    assert reward("trl-1.14") - reward("openrlhf-0.11") == 24 * 2 * (2 * 64) * 8 * 1536 * 2
+
+
 @pytest.mark.parametrize("rollout", ["transformers", "server"])
 def test_zero_3_gathers_all_weights_to_generate_or_to_merge_adapters(rollout: str) -> None:
     def generate(strategy: str, **run: Any) -> int:

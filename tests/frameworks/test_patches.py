@@ -20,10 +20,11 @@ from memplan.cli.runs import runs_of
 from memplan.core.errors import MemplanError, SpecError
 from memplan.estimate.estimate import estimate
 from memplan.frameworks.patching.json_text import edited_json
+from memplan.frameworks.patching.manifest_text import edited_manifest
 from memplan.frameworks.patching.patch import diff
 from memplan.frameworks.patching.script_text import edited_script
 from memplan.frameworks.patching.yaml_text import edited_yaml
-from memplan.frameworks.reading.run_file import command_in
+from memplan.frameworks.reading.run_file import command_in, manifest_command
 from memplan.planning.file_levers import FileLevers
 
 # --- positions in a text ---
@@ -449,6 +450,21 @@ def test_a_manifest_changes_its_command_and_gpus(
     assert [line for line in text.splitlines() if line not in lines and "accelerate" not in line] == []
     assert "per_device_train_batch_size" in new.text
     assert before[-1].replace("768", "384") in levers.write((chosen[1],)).text
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ('"--dataset_name", "x", "--packing"', '"--dataset_name", "x", "--packing=false"'),
+        ('"--packing", "--bf16"', '"--packing=false", "--bf16"'),
+        ('"--packing=true"', '"--packing=false"'),
+        ('"--packing", "true"', '"--packing", "false"'),
+    ],
+)
+def test_a_flag_without_a_value_gets_one_in_a_list(words: str, changed: str) -> None:
+    text = f'services:\n  a:\n    command: ["trl", "sft", "--model_name_or_path", "qwen2-0.5b", {words}]\n'
+    command, container = manifest_command(text, "compose.yaml", None)
+    assert edited_manifest(text, command, container, {"packing": False}) == text.replace(words, changed)
 
 
 _SFT = "sft.py --model_name_or_path qwen2-0.5b --dataset_name a --use_peft --bf16 true"

@@ -547,6 +547,24 @@ def test_a_tower_without_images_is_divided_but_gets_no_gradients(
 
 
 @pytest.mark.parametrize(
+    ("profile", "reentrant", "waits"), [("trl-1.15", False, False), ("trl-1.15", True, True), ("trl-1.13", False, True)]
+)
+def test_a_profile_says_whether_ddp_waits_for_a_tower(profile: str, reentrant: bool, waits: bool) -> None:
+    run = RunSpec(
+        model="qwen3-vl-2b",
+        profile=profile,
+        parallelism={"world": 2, "dp": 2, "strategy": "ddp"},
+        kernels={"checkpointing": "full", "reentrant": reentrant},
+    )
+    found = None
+    try:
+        estimate(run)
+    except SpecError as error:
+        found = error.field
+    assert found == ("parallelism.find_unused_parameters" if waits else None)
+
+
+@pytest.mark.parametrize(
     ("fields", "field"),
     [
         ({"method": "dora"}, "method.kind"),

@@ -134,6 +134,7 @@ class ShardingBehaviour(NamedTuple):
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
     delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
+    finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
@@ -146,6 +147,7 @@ class ShardingBehaviour(NamedTuple):
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
     delays_reduction: tuple[str, ...]
+    finds_unused: bool
     moves_before_sharding: bool
     quantises_before_sharding: bool
     regathers_weights: bool
@@ -215,6 +217,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
+    reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     """
 
     trainers: tuple[str, ...]
@@ -226,6 +229,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers: bool
     completion_tokens: int
     divided_logits: DividedLogits
+    reward_caches: bool
 
 
 class LibraryBehaviour(NamedTuple):

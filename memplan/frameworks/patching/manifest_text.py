@@ -62,9 +62,10 @@ def _in_list(text: str, words: Sequence[Any], command: Launched, name: str, valu
         flag, equals, _ = node.value.partition("=")
         if not flag.startswith("-") or flag.lstrip("-").replace("-", "_") != name:
             continue
-        if not equals and word:
-            return _replaced(text, words[index + 1], word)
-        return _replaced(text, node, f"{flag}={word}" if equals else flag)
+        following = words[index + 1] if not equals and index + 1 < len(words) else None
+        if word and following is not None and not following.value.startswith("-"):
+            return _replaced(text, following, word)
+        return _replaced(text, node, f"{flag}={word}" if word else flag)
     flag = new_flag(command, name).rstrip("= ")
     item = json.dumps(f"{flag}={word}" if word else flag)
     last = words[-1]
