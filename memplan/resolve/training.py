@@ -55,6 +55,7 @@ from memplan.spec.run import Batch
 _SAVED_TENSORS = SavedTensors(
     weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
 )
+_CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
 
 class OpenTraining(OpenRun):
@@ -123,7 +124,8 @@ def _read_checkpoint(run: OpenTraining) -> None:
     p, library = run.parallelism, library_behaviour(run.profile, run.model.model_type, False)
     why = "" if library.weights.trains_fp8 else "this profile cannot train over it"
     if p.tp > 1 or p.strategy not in ("none", "ddp"):
-        why = why or "it is not counted where GPUs divide the weights"
+        casts = p.tp == 1 and p.strategy in ("zero1", "zero2")  # DeepSpeed 0.19.7 runtime/engine.py
+        why = why or (_CAST if casts else "it is not counted where GPUs divide the weights")
     run.checkpoint = method_for_training(run.model, run.method, why, run.capability)
     run.method = run.checkpoint.method
 

@@ -201,6 +201,8 @@ def test_a_bundled_model_runs_as_it_is_published() -> None:
     lora, zero3 = RunSpec(**fields), {"world": 2, "dp": 2, "strategy": "zero3"}
     sharded = estimate(RunSpec(**fields, parallelism=zero3))
     assert any("where GPUs divide the weights" in note for note in sharded.notes)
+    whole = estimate(RunSpec(**fields, parallelism={**zero3, "strategy": "zero2"}))
+    assert any("DeepSpeed before 0.19.8 casts" in note for note in whole.notes)
     assert "method_qlora" in {key for lever in levers_of(lora) for key in lever.keys}
 
 
