@@ -289,7 +289,7 @@ def test_fp8_is_dequantised_if_its_kernels_or_library_cannot_train() -> None:
     assert ask(FP8, "lora", gpu="4090").phases[0] == ask(FP8, "lora").phases[0]
     assert ask(FP8, "lora", gpu="a100-80gb").phases == ask(None, "lora", gpu="a100-80gb").phases
     assert "compute capability 8.9" in str(ask(FP8, "lora", gpu="a100-80gb").notes)
-    old = {"profile": "transformers-4.51"}
+    old: dict[str, Any] = {"profile": "transformers-4.51"}
     assert ask(FP8, "lora", **old).phases == ask(None, "lora", **old).phases
     assert ask(FP8, "full").phases == ask(None, "full").phases
     assert (
