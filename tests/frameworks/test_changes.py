@@ -374,7 +374,7 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         (
             "fsdp_version: 2",
             "fsdp_config: {auto_wrap_policy: TRANSFORMER_BASED_WRAP, reshard_after_forward: true, "
-            "offload_params: false}",
+            "offload_params: false, cpu_ram_efficient_loading: true}",
             _TORCHRUN,
         ),
         (

@@ -137,6 +137,8 @@ class ShardingBehaviour(NamedTuple):
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
+    stages_nf4                 FSDP2 with `cpu_ram_efficient_loading`: one process makes the weights NF4, and sends the
+                               others their parts, in bytes
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
                                again
     """
@@ -150,6 +152,7 @@ class ShardingBehaviour(NamedTuple):
     finds_unused: bool
     moves_before_sharding: bool
     quantises_before_sharding: bool
+    stages_nf4: bool
     regathers_weights: bool
 
 

@@ -212,10 +212,8 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
         yield refused(field, f"{r.profile} has experts as linear layers, which are quantised anyway; leave it out")
     if q.format not in ("nf4", "fp4"):
         yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
-    if q.storage != "uint8":
-        yield not_yet_with(field, f"storage {q.storage}", "uint8")
-    if r.parallelism.world > 1 and r.parallelism.strategy != "ddp":
-        yield not_yet_with(field, r.parallelism.strategy, "ddp")
+    if r.parallelism.world > 1 and r.parallelism.strategy not in ("ddp", "fsdp2"):
+        yield not_yet_with(field, r.parallelism.strategy, "ddp, fsdp2")
 
 
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
