@@ -211,12 +211,16 @@ class Usage:
     @cached_property
     def fits(self) -> bool:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
-        if self._gpu is None:
+        if self._gpu is None or self.is_ruled_out:
             return False
-        surely_fits, sure = self.fits_card_of(self._gpu.usable), self._sure(self._gpu.usable)
-        if surely_fits is None:
-            return self._replay.surely_reserved() <= sure and self._roomy <= sure
-        return surely_fits
+        return self.fits_card_of(self._gpu.usable) or self._roomy <= self._sure(self._gpu.usable)
+
+    @cached_property
+    def is_ruled_out(self) -> bool:
+        """Whether bounds tell, without a long replay, that the run does not surely fit its card."""
+        usable = self._gpu.usable if self._gpu is not None else 0
+        surely_fits = self.fits_card_of(usable)
+        return self._replay.surely_reserved() > self._sure(usable) if surely_fits is None else not surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.

@@ -15,7 +15,7 @@ from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
-from memplan.planning.reach import reach
+from memplan.planning.reach import limit
 from memplan.program.graph import operations_of
 from memplan.program.inference.passes import numbers_of, pass_peak, token_after
 from memplan.resolve.decide import decide
@@ -461,7 +461,7 @@ def windows_of_tokens(**fields: Any) -> RunSpec:
 def test_a_run_fits_if_its_prompt_and_then_all_its_passes_do(fields: dict[str, Any]) -> None:
     """A search replays the prompt first, and the rest only if that leaves room. The verdict replays all."""
     run = generating(**{"gpu": "3060-12gb", "batch": {"sequence": 2000, "new_tokens": 200}, **fields})
-    most = int(reach(run, "batch", samples_beyond=False).value)
+    most = limit(run, "batch", samples_beyond=False)[0]
     for micro in (most, most + 1):
         answer = estimate(changed(run, "batch", micro=micro))
         walked, replays = answer.walk, bool(answer.fits_card_of(find_gpu(str(run.gpu)).usable, replayed=True))
