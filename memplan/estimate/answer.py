@@ -437,6 +437,11 @@ class Estimate:
         return self._usage.least
 
     @property
+    def ample(self) -> int:
+        """The fewest usable bytes with which a card of this kind surely holds the run, as far as the bounds tell."""
+        return self._usage.ample
+
+    @property
     def most(self) -> int:
         """The most that a card with room to spare may show for the run: what a shared card sets aside for it."""
         return self._usage.most

@@ -11,6 +11,7 @@ from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import OutOfMemoryError
+from memplan.engine.capacities import by_capacity
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
@@ -215,7 +216,7 @@ class TrainingReplay(NamedTuple):
     side_tasks: tuple[SideTask, ...] = ()
 
 
-@lru_cache(maxsize=1024)
+@by_capacity
 @exact
 def reserved(replay: TrainingReplay, capacity: int | None = None) -> int | None:
     """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""

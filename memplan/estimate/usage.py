@@ -150,6 +150,11 @@ def room(usable: int, overhead: ProcessOverhead) -> SegmentRoom:
     return SegmentRoom(left(overhead.high, overhead.more), left(overhead.low, -overhead.less))
 
 
+def usable_for(segments: int, overhead: ProcessOverhead) -> int:
+    """Return the fewest usable bytes of a card on which torch may surely reserve `segments`: see `room`."""
+    return -(-(segments + overhead.context + overhead.more) * (1_000_000 + overhead.high) // 1_000_000)
+
+
 def enough_for_segments(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:
     """Return how many bytes of segments are enough on a full card, however the tensors are placed.
 
@@ -230,11 +235,12 @@ class Usage:
         sure = self._sure(usable)
         if self.allocated > sure:
             return False
-        return (
-            True
-            if self.enough + self._replay.free_in_other_streams() <= sure or (replayed and self._roomy <= sure)
-            else None
-        )
+        return True if usable >= self.ample or (replayed and self._roomy <= sure) else None
+
+    @cached_property
+    def ample(self) -> int:
+        """The fewest usable bytes with which a card surely holds the run, as far as the bounds tell."""
+        return usable_for(self.enough + self._replay.free_in_other_streams(), self._overhead)
 
     @property
     def least(self) -> int:
@@ -305,7 +311,7 @@ class Usage:
         assert peak is not None
         return peak
 
-    @property
+    @cached_property
     def _roomy(self) -> int:
         return max(self._replayed_with_room, self.allocated) + self._replay.unreplayed_bytes()
 

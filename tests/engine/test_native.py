@@ -136,7 +136,7 @@ def test_beyond_64_bits_a_replay_runs_in_python() -> None:
 @given(runs())
 def test_runs_reserve_the_same_without_the_compiled_library(run: dict[str, Any]) -> None:
     replay, replay_again = estimate(RunSpec(**run)).walk.replay, reserved.__wrapped__
-    compiled = replay_again(replay)
+    compiled = replay_again(replay, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: None)
-        assert replay_again(replay) == compiled
+        assert replay_again(replay, None) == compiled

@@ -14,6 +14,7 @@ from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.capacities import by_capacity
 from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.sized_events import KeySizes, SizedEvents
@@ -39,7 +40,7 @@ class InferenceReplay(NamedTuple):
     expandable: bool
 
 
-@lru_cache(maxsize=1024)
+@by_capacity
 @exact
 @once
 @without_collection
