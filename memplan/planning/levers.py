@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
@@ -164,7 +164,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference == "copy" and run.method.kind in ADAPTERS:
         yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
     if run.trainer in GENERATING:
-        if run.reference in ("copy", "adapters") and run.trainer != "ppo":
+        if run.reference in ("copy", "adapters") and not TRAINERS[run.trainer].own_loop:
             yield _lever("reference_none", "no reference model (beta 0)", "reference", ("reference", "none"))
         return
     if run.reference in ("copy", "adapters"):

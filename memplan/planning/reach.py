@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError, UnknownNameError, refused
 from memplan.core.records import NamedTuple
@@ -108,7 +108,7 @@ def reach(run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibrati
         what = "rank" if run.method.kind in ADAPTERS else "adapters"
         raise refused("method.rank", f"method.kind {run.method.kind} has no {what}")
     several = " several completions of a prompt" if axis == "generations" else ""
-    trainers = [name for name, group in GENERATING.items() if group > 1 or not several]
+    trainers = [name for name in GENERATING if TRAINERS[name].completions > 1 or not several]
     if axis in _OF_COMPLETIONS and run.trainer not in trainers:
         raise SpecError(f"max: {axis} only applies to trainers that generate{several}: {', '.join(trainers)}", "max")
     step = _step(run, axis)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.profiles.profile_table import known_name
@@ -84,8 +83,6 @@ def _refuse_trl(run: RunSpec) -> None:
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
                 raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
-    if run.trainer in GENERATING and run.also != defaults.also:
-        raise SpecError(f"also: a probe of {run.trainer} runs steps only", "also")
 
 
 _NOT_SET = {

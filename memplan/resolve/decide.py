@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
@@ -79,7 +79,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
         ungrouped=""
         if run.roles.value is not None  # a critic compares no completions
-        else _ungrouped(batch, run.parallelism.dp, GENERATING.get(run.trainer) == 1),
+        else _ungrouped(batch, run.parallelism.dp, TRAINERS[run.trainer].completions == 1),
         packing=batch.packing or "",
         packed=packed,
     )
@@ -99,7 +99,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if batch.new_tokens:
         pictures = (*pictures, ("completion", batch.new_tokens), ("accumulation", batch.accumulation))
     parts = {**decided.parts, "batch": batch, "loop": loop}
-    if run.trainer == "ppo":
+    if TRAINERS[run.trainer].own_loop:
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     if run.rollout == "colocate":

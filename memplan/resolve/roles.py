@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from memplan.catalogue.inference.one_pass import Pass
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.models.cards import find_config, find_model
@@ -70,14 +71,15 @@ def graphs_of_roles(
     """
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
+    facts_of_trainer = TRAINERS[run.trainer]
     for role, other in models_of(run):
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
         _refuse_vocabulary(role, model, found)
-        if run.trainer == "ppo" and found.objectives[0] != "causal_lm":
+        if facts_of_trainer.own_loop and found.objectives[0] != "causal_lm":
             raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
-        if other.location != "gpu" or (role == "value" and run.trainer != "ppo"):  # a program of its own
+        if other.location != "gpu" or role not in facts_of_trainer.models:  # a program of its own
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
@@ -103,7 +105,7 @@ def critic_run(run: RunSpec) -> RunSpec | None:
     Source: openrlhf 0.11.2 trainer/ray/ppo_critic.py CriticModelActor, models/model.py get_llm_for_sequence_regression.
     """
     other = run.roles.value
-    if other is None or run.trainer == "ppo" or other.location != "gpu":
+    if other is None or "value" in TRAINERS[run.trainer].models or other.location != "gpu":
         return None
     rows, micro = run.batch.micro * run.batch.accumulation, other.micro or run.batch.micro
     batch = {"micro": micro, "accumulation": -(-rows // micro), "sequence": run.batch.tokens}
@@ -116,15 +118,17 @@ def critic_run(run: RunSpec) -> RunSpec | None:
 
 
 def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
-    """Yield the other models of the run's step by role. PPO's value model is like its reward model unless named."""
+    """Yield the other models of the run's step by role. A value model in it is like the reward model unless named."""
     yield from run.roles.named
-    if run.trainer == "ppo" and run.roles.value is None and run.roles.reward is not None:
+    if "value" in TRAINERS[run.trainer].models and run.roles.value is None and run.roles.reward is not None:
         yield "value", run.roles.reward.model_copy(update={"location": "gpu", "quantization": None})
 
 
 def _parts(run: RunSpec, other: RoleModel) -> Parts:
     precision = step_precision(run.trainer, run.precision)
-    kernels = run.kernels.model_copy(update={"checkpointing": "none"}) if run.trainer == "ppo" else run.kernels
+    kernels = (
+        run.kernels.model_copy(update={"checkpointing": "none"}) if TRAINERS[run.trainer].own_loop else run.kernels
+    )
     return Parts.of(run)._replace(kernels=kernels, **fields_of_role(precision, other))
 
 
@@ -151,7 +155,7 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     fields = fields_of_role(run.precision, other)
     return RunSpec(
         model=InlineModel(config={**find_config(other.model), "num_labels": 1})
-        if run.trainer == "ppo"
+        if TRAINERS[run.trainer].own_loop
         else other.model,
         task="forward",
         objective="sequence_classification",

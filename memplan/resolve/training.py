@@ -13,7 +13,7 @@ from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED, Trainer
+from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -155,7 +155,7 @@ def _choose_trainer(run: OpenTraining) -> None:
     if run.trainer == "sft" and run.reference is None:
         return
     refuse(trainers.trainer(run))
-    name, behaviour = run.trainer, run.library.trainer
+    name, behaviour, facts = run.trainer, run.library.trainer, TRAINERS[run.trainer]
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
         recipes = [other.recipe for role, other in run.others if role == "teacher"]
@@ -169,9 +169,10 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
                 "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
             )
-    elif name == "ppo":
+    elif facts.own_loop:
         run.reference = run.reference or own
-        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=1)
+        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=facts.rows)
+        behaviour = behaviour._replace(divided_logits="in_place")
         if run.precision.autocast:
             run.notes.append(
                 "ppo: PPOTrainer makes an Accelerator that does not read bf16 of its config with transformers 5, so "
@@ -179,19 +180,19 @@ def _choose_trainer(run: OpenTraining) -> None:
             )
         # both models' outputs stay until the mini-batch is over, and nothing clips
         run.loop = run.loop.model_copy(update={"hold_outputs": "step", "clip_grad_norm": False})
-    elif name in (*PAIRED, "reward"):
+    elif not facts.reference:
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
-        run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
+        run.step = Trainer(name, log_probs, "none", likelihood=facts.likelihood and log_probs != "gathered")
     else:
-        run.reference = run.reference or ("none" if name == "grpo" else own)  # RLOO's beta is 0.05, GRPO's 0
+        run.reference = run.reference or (own if facts.reference == "own" else "none")
         run.step = Trainer(
             name,
             behaviour.log_probs,
             run.reference,
-            trains_copy=name in GENERATING or behaviour.trained_reference,
+            trains_copy=bool(facts.completions) or behaviour.trained_reference,
             copy_dtype=behaviour.reference_dtype,
             shards_copy=run.is_sharded,
-            rows=1 if name in ("kto", *GENERATING) else 2,
+            rows=facts.rows,
         )
         if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
             run.notes.append(
@@ -200,15 +201,15 @@ def _choose_trainer(run: OpenTraining) -> None:
             )
     casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
     run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
-    if name in GENERATING:
+    if facts.completions:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name not in (*DISTILLING, "ppo")
-            and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
+            old_log_probs=name not in DISTILLING
+            and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
-            divided_logits="in_place" if name == "ppo" else behaviour.divided_logits,
+            divided_logits=behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
@@ -302,7 +303,7 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
-        caching=run.trainer == "ppo" or bool(run.recipe.prefix),  # PPOTrainer leaves use_cache on
+        caching=TRAINERS[run.trainer].own_loop or bool(run.recipe.prefix),
         prefixed=bool(run.recipe.prefix),
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
@@ -376,7 +377,7 @@ def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "
         return "graph"
     if run.loop.hold_outputs != "step" or not run.batch_facts.accumulates:
         return ""
-    return "returned" if run.trainer == "ppo" else "outputs"
+    return "returned" if TRAINERS[run.trainer].own_loop else "outputs"
 
 
 def _logits(run: OpenTraining) -> str:

@@ -152,6 +152,22 @@ def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
 
 
+def test_ppo_divides_all_its_models_under_zero3_only() -> None:
+    zero2, zero3 = (
+        ppo(precision="mixed", parallelism={"world": 4, "dp": 4, "strategy": strategy})
+        for strategy in ("zero2", "zero3")
+    )
+    whole = 2 * (4 * 1_235_814_400 + 2 * 2048)  # bf16 weights of policy, reference, value and reward model
+    held = [
+        sum(line.bytes for line in answer.ledger if line.kind == "parameter" and "weight" in line.what.split(",")[0])
+        - sum(
+            line.bytes for line in answer.ledger if line.what in ("gathered weights", "fp32 partition of the weights")
+        )
+        for answer in (zero2, zero3)
+    ]
+    assert held == [whole, pytest.approx(whole / 4, rel=1e-3)]  # and norms, which stay whole
+
+
 def test_ppo_generates_and_scores_64_completions_at_once() -> None:
     chunk = 4 * 64 * 8 * 128256  # logits of 64 completions of 8 tokens
 

@@ -167,8 +167,12 @@ def test_a_reward_models_head_is_a_score() -> None:
                 ),
                 ({"rollout": "server"}, "rollout: PPOTrainer generates with transformers"),
                 (
-                    {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
-                    "is not supported yet with trainer ppo; supported: one GPU",
+                    {"parallelism": {"world": 2, "dp": 2, "strategy": "fsdp2"}},
+                    "parallelism.strategy: PPOTrainer generates past FSDP, .* and fails; use ddp, zero1 or zero2",
+                ),
+                (
+                    {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}, "method": "lora"},
+                    "reference: PPOTrainer asks DDP for its policy, which fails, .*; use copy",
                 ),
                 ({"batch": {"generations": 2}}, "this trainer generates one completion of a prompt; use 1"),
                 (

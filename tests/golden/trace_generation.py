@@ -60,6 +60,12 @@ REWARDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], 
     ("blocks", "qlora", BF16, (8, 1024, 8, 8, 1), "none", {}),
     ("qwen2", "lora", BF16, (8, 256, 8, 8, 1), "none", {}),
 )
+# With an evaluation on twice as many completions after the steps.
+EVALUATED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 12, 4, 1), "copy", {}),
+    ("blocks", "lora", BF16, (4, 512, 8, 4, 2), "adapters", {}),
+    ("qwen2", "qlora", BF16, (4, 256, 8, 4, 1), "none", {}),
+)
 # Under PPO, whose reward and value models are like the policy unless they are `rewarded`.
 PURE = {"weights": "bf16"}
 PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
@@ -87,6 +93,15 @@ PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, 
     ("blocks", "lora", PURE, (16, 512, 16, 1, 1), "none", {}),
     ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
 )
+# On four GPUs under DDP: its generation fails under FSDP.
+PPO_DIVIDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 16, 1, 1), "none", {}),
+    ("blocks", "full", PURE, (2, 512, 8, 1, 2), "none", {}),
+    ("llama", "lora", BF16, (4, 256, 8, 1, 2), "copy", {}),
+    ("tied", "full", FP32, (2, 256, 8, 1, 2), "none", {}),
+    ("blocks", "lora", PURE, (8, 512, 8, 1, 1), "copy", {}),
+    ("mistral", "qlora", PURE, (4, 256, 8, 1, 1), "copy", {}),
+)
 # With a teacher on a server.
 SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
     ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
@@ -108,10 +123,14 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
+    cases += [
+        (case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3] if trainer not in DISTILLING
+    ]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
             *((case, "rewarded") for case in REWARDED),
+            *((case, "ddp") for case in PPO_DIVIDED[:: 1 if profile == "trl-1.10" else 3]),
         ]
     if trainer in DISTILLING:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
@@ -150,6 +169,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "batch": batch,
                     "kernels": kernels,
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
+                    "also": {"evaluation": {"micro": 2 * micro}} if strategy == "evaluated" else {},
                     "profile": profile,
                 }
             ),

@@ -60,7 +60,9 @@ class GenerationScript(TrainerScript):
             library("trl.generation.vllm_client").VLLMClient = always(None)
         super().__init__(run, device, phase)
         tokens, completion = run.batch.sequence + run.batch.new_tokens, run.batch.new_tokens
-        kernels.selections[run.batch.micro, tokens - 1] = run.batch.micro * completion
+        evaluation = run.also.evaluation
+        for rows in (run.batch.micro, *((evaluation.micro,) if evaluation is not None else ())):
+            kernels.selections[rows, tokens - 1] = rows * completion
         self._generate_longest()
         self._in_phase(self.trainer, "_generate", "generate")
         if run.trainer in DISTILLING:
@@ -125,6 +127,10 @@ class GenerationScript(TrainerScript):
             "gradient_accumulation_steps": run.batch.accumulation,
             "beta": 0.0 if reference == "none" else 0.05,
         }
+
+    def _batch(self) -> tuple[Any, int]:
+        """Return the prompts of a batch of completions."""
+        return [{"prompt": "<pad>" * self.run.batch.sequence}] * self.run.batch.micro, 0
 
     def step(self) -> None:
         """Run the trainer's step: the generation batch, forward and backward of its parts, clipping, the optimizer."""
