@@ -178,3 +178,67 @@ def _kept_logits(head: tuple[Op, ...]) -> Iterator[str]:
     """Yield the names of tensors as large as the logits that the head keeps for backward, such as soft capping's."""
     written = {t.name for op in head for t in op.writes if "v" in t.shape.split()}
     yield from dict.fromkeys(keep.what for op in head for keep in op.keeps if keep.what in written)
+
+
+FUSED_WIDTH = 4096  # liger-kernel 0.8.5 chunked_loss/fused_linear_ppo.py _SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+FUSED_TOKENS = 2048  # _SELECTIVE_LOGPROB_SEQ_CHUNK_SIZE, tokens of one completion
+
+
+def fused_policy_loss(
+    matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, always: bool, rows: str = "completion_rows"
+) -> tuple[Op, ...]:
+    """Compute Liger's loss of GRPO, a completion at a time, in tiles of 2,048 tokens by 4,096 words.
+
+    Forward computes what backward returns. Of each completion the gradients of rows and matrix are summed in fp32, and
+    cast when it ends; then the matrix's is added to that of the completions before. The last two operations are the
+    largest moments after the tiles.
+
+    always  the matrix has a gradient even if it is frozen, as up to Liger 0.8.2
+    """
+    source = "liger-kernel 0.8.5 chunked_loss/fused_linear_ppo.py LigerFusedLinearPPOBase.forward"
+    has_gradient = matrix.trains or always
+    sum_of_matrix = (Tensor("gradient of the matrix so far", matrix.shape, matrix.dtype),) if has_gradient else ()
+    in_fp32 = (Tensor("gradient of the matrix in fp32", matrix.shape, "fp32"),) if has_gradient else ()
+    of_rows = Tensor("gradient of rows in fp32", "completion h", "fp32")
+    earlier = Tensor("gradients of earlier rows", "earlier_rows h", "=kept")
+    tile = tuple(
+        Tensor(f"{what} of a tile", f"fused_tokens {FUSED_WIDTH}", "fp32")
+        for what in ("logits", "probabilities", "gradients")
+    )
+    part = Tensor("part of the matrix in fp32", f"{FUSED_WIDTH} h", "fp32")
+    product = Tensor("product of a tile", "fused_tokens h", "fp32")
+    cast = (Tensor("gradient of the matrix, cast", matrix.shape, matrix.dtype),) if matrix.dtype != "fp32" else ()
+    gradient = (Tensor("head_gradient", matrix.shape, matrix.dtype),) if has_gradient else ()
+    return (
+        Op("loss.drop_last", ("n",), (Tensor("shifted", "shifted_rows h"),), gradient="new", view=True, source=source),
+        Op("loss.keep", ("shifted",), (Tensor("kept", f"{rows} h"),), gradient="new", view=True, source=source),
+        Op(
+            "loss.tiles",
+            ("kept", "ids"),
+            scratch=(*sum_of_matrix, *in_fp32, of_rows, earlier, *tile, part, product),
+            gradient="none",
+            weights=(matrix, *bias),
+            source=source,
+        ),
+        Op(
+            "loss.casts",
+            ("kept",),
+            scratch=(*sum_of_matrix, *in_fp32, *(cast if has_gradient else ()), of_rows, earlier),
+            gradient="none",
+            source=source,
+        ),
+        Op(
+            "loss.fused",
+            ("kept", "ids"),
+            (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", f"{rows} h", "=kept"), *gradient),
+            (matrix, *bias),
+            (
+                Keep("hidden_gradient", "kept", is_gradient=True),
+                *(Keep(t.name, matrix.name if matrix.trains else "kept", is_gradient=matrix.trains) for t in gradient),
+            ),
+            scratch=(Tensor("gradients of completions", f"{rows} h", "=kept"),),
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("kept", "shifted", "n"),
+    )
