@@ -54,9 +54,7 @@ def attach(
         if trainer.fused_gradients:
             read = tuple(t.name for op in scored for t in op.writes)
             ends = ops.release_names(*read)
-            return stack._replace(
-                after=body, loss=(*fused_policy_loss(matrix, bias, autocast, trainer.fused_gradients == "always"), ends)
-            )
+            return stack._replace(after=body, loss=(*fused_policy_loss(matrix, bias, trainer.fused_gradients), ends))
         after, loss = (
             body,
             (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), RETURNED),

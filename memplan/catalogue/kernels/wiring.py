@@ -148,7 +148,7 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-FusedGradients = Literal["", "trained", "always"]
+FusedGradients = Literal["", "trained", "always", "compiled"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
 LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
@@ -187,7 +187,7 @@ class Trainer(NamedTuple):
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
     fused_gradients   Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
-                      `always`; empty without it
+                      `always`; or all logits of a completion at once, `compiled`; empty without it
     scored_in         dtype to which autocast computes passes without gradients, if the step itself has no autocast
     """
 

@@ -217,7 +217,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
-    fused_gradients    Liger's loss of GRPO has the head's gradient `always`, or if it is `trained`; empty without it
+    fused_gradients    how Liger's loss of GRPO computes the head's gradient; empty without it
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     """
 
