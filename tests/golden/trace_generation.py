@@ -92,7 +92,7 @@ SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], st
     ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
     ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
 )
-_LIGER_STEPS = {"trl-1.13": 2, "trl-1.10": 3, "trl-1.6": 3}
+_LIGER = {"trl-1.13": CASES[::2], "trl-1.10": CASES[1:14:6], "trl-1.6": CASES[1:14:6]}
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -109,8 +109,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
-    if trainer == "grpo" and profile in _LIGER_STEPS:  # Liger's loss, in the releases that have it
-        cases += [(case, "liger") for case in CASES[:: _LIGER_STEPS[profile]]]
+    if trainer == "grpo" and profile in _LIGER:  # Liger's loss, in the releases that have it
+        cases += [(case, "liger") for case in _LIGER[profile]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
