@@ -19,6 +19,7 @@ from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
+from memplan.spec.training import Kernels
 
 # The optimizers of `memplan.probe.script.optimizers`: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -78,7 +79,8 @@ def _refuse_trl(run: RunSpec) -> None:
         raise SpecError(
             f"profile: {installed} is installed, which {known_name(installed)} stands for, not {run.profile}", "profile"
         )
-    defaults = RunSpec(model=run.model)
+    is_fused = run.trainer == "grpo" and run.kernels.loss == "fused"
+    defaults = RunSpec(model=run.model, kernels=Kernels(loss="fused") if is_fused else Kernels())
     for part, fields in _NOT_SET.items():
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):

@@ -335,7 +335,7 @@ def without_gradients(graph: Graph) -> Graph:
     """Return the graph of a trainer's model as it runs without gradients."""
     assert graph.trainer is not None
     return graph._replace(
-        recipe=graph.recipe._replace(dropout=False),
+        recipe=graph.recipe._replace(dropout=False, **graph.trainer.scoring),
         wiring=graph.wiring._replace(records=False, caches=False, checkpoints=False),
         checkpoint=False,
         input_requires_grad=False,

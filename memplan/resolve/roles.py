@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about, refused
-from memplan.models.cards import find_config, find_model
+from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
 from memplan.program.graph import Graph, TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
@@ -28,14 +29,18 @@ Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
 DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
-def step_precision(trainer: str, precision: Precision) -> Precision:
-    """Return the precision in which a trainer's step computes, which is not that of its generation for distill.
+def step_precision(trainer: str, loss: str | None, precision: Precision) -> Precision:
+    """Return the precision in which a trainer's step computes.
 
-    DistillationTrainer calls the backbones of both models, past the forward that accelerate wraps in autocast.
+    Distill, and GRPO with Liger's loss, call the model's backbone, past the forward that accelerate wraps in autocast.
+    They generate with it.
 
-    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state.
+    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl
+    1.13.0 trainer/grpo_trainer.py compute_liger_loss.
     """
-    return precision.model_copy(update={"autocast": False, "compute": None}) if trainer == "distill" else precision
+    if trainer == "distill" or (trainer, loss) == ("grpo", "fused"):
+        return precision.model_copy(update={"autocast": False, "compute": None})
+    return precision
 
 
 def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
@@ -112,9 +117,14 @@ def critic_run(run: RunSpec) -> RunSpec | None:
     kernels = run.kernels.model_copy(update={"fused": None, "loss": None})
     fields = {**fields_of_role(run.precision, other), "method": run.method, "parallelism": run.parallelism}
     fields |= {"profile": RunSpec.model_fields["profile"].default, "serving": Serving(), "kernels": kernels}
-    model = InlineModel(config={**find_config(other.model), "num_labels": 1})
-    fields |= {"model": model, "objective": "sequence_classification", "batch": batch}
+    fields |= {"model": _with_score(find_model(other.model)), "objective": "sequence_classification", "batch": batch}
     return RunSpec.model_validate({**dict(run), **fields})
+
+
+@lru_cache(maxsize=256)
+def _with_score(model: ModelSpec) -> InlineModel:
+    """Return the model with a head of one score."""
+    return InlineModel(config={**model.config, "num_labels": 1})
 
 
 def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
@@ -125,7 +135,7 @@ def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
 
 
 def _parts(run: RunSpec, other: RoleModel) -> Parts:
-    precision = step_precision(run.trainer, run.precision)
+    precision = step_precision(run.trainer, run.kernels.loss, run.precision)
     kernels = (
         run.kernels.model_copy(update={"checkpointing": "none"}) if TRAINERS[run.trainer].own_loop else run.kernels
     )
@@ -154,9 +164,7 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     rows = batch.micro * batch.accumulation
     fields = fields_of_role(run.precision, other)
     return RunSpec(
-        model=InlineModel(config={**find_config(other.model), "num_labels": 1})
-        if TRAINERS[run.trainer].own_loop
-        else other.model,
+        model=_with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model,
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),

@@ -105,7 +105,7 @@ def decide_training(
         step(run)
     is_divided = asked.parallelism.world > 1 and not run.structure.is_one_process
     parts: dict[str, Part] = {name: getattr(run, name) for name in ("method", "precision", "optimizer", "kernels")}
-    if step_precision(run.trainer, asked.precision) != asked.precision:
+    if step_precision(run.trainer, asked.kernels.loss, asked.precision) != asked.precision:
         parts["precision"] = fill_precision(asked.precision)
     return ResolvedRun(
         run.structure,
@@ -161,14 +161,6 @@ def _choose_trainer(run: OpenTraining) -> None:
         recipes = [other.recipe for role, other in run.others if role == "teacher"]
         dtype = "".join("fp32" if teacher.autocast else teacher.weights for teacher in recipes)  # empty on a server
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
-        asked = run.precision
-        if run.step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
-            run.precision = step_precision(name, asked)
-        if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
-            run.notes.append(
-                "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
-                "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
-            )
     elif facts.own_loop:
         run.reference = run.reference or own
         run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=facts.rows)
@@ -210,8 +202,24 @@ def _choose_trainer(run: OpenTraining) -> None:
             and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
+            fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
         )
+        _without_autocast(run, run.step)
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
+
+
+def _without_autocast(run: OpenTraining, step: Trainer) -> None:
+    """Let a step that calls the model's backbone compute without autocast, and its passes without gradients with it."""
+    asked = run.precision
+    if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
+        run.precision = step_precision(run.trainer, run.kernels.loss, asked)
+        if asked.autocast and step.fused_gradients:
+            run.step = step._replace(scored_in=asked.compute or "bf16")
+    if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
+        run.notes.append(
+            f"{run.trainer}: TRL calls the backbone past accelerate's autocast, so fp32 weights compute in fp32, "
+            "except in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
+        )
 
 
 def _fill_from_profile(run: OpenTraining) -> None:

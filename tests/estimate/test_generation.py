@@ -10,9 +10,12 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate, grid
+from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
+from memplan.core.ir import Weight
+from memplan.engine.walk import size
 from memplan.planning.reach import reach
-from tests.cases import in_groups
+from tests.cases import each, in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
@@ -38,10 +41,28 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["ppo", profile] for profile in ("trl-1.10", "trl-0.24", "trl-1.6")) >= 8
     assert sum(row["run"].get("roles", {}).get("teacher", {}).get("location") == "server" for row in ROWS) >= 2
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
+    assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 10
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
     assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 7
+
+
+@each([(4, 7.2352), (8, 7.3602)])
+def test_ligers_loss_takes_what_its_own_benchmark_measured(case: tuple[int, float]) -> None:
+    """Forward and backward of `fused_linear_grpo_loss_token` on an A100: liger-kernel 0.6.1 all_benchmark_data.csv.
+
+    Two heads and two references exist, Liger's and torch's, and the head's gradient of the repetition before; the
+    inputs, those of the reference, and the inputs' gradient.
+    """
+    completions, gib = case
+    axes = {"v": 128256, "h": 4096, "completion": 1024, "completion_rows": 1024 * completions}
+    axes["earlier_rows"] = 1024 * (completions - 1)
+    loss = fused_policy_loss(Weight("head", "v h", "lm_head", "bf16"), (), "compiled")
+    made = next(op.scratch for op in loss if op.name == "loss.logits")
+    held = [("v h", "bf16")] * 5 + [("completion_rows h", "bf16")] * 3
+    held += [(t.shape, t.dtype.replace("=kept", "bf16")) for t in made]
+    assert sum(size(*tensor, axes)[1] for tensor in held) / 2**30 == pytest.approx(gib, rel=0.01)
 
 
 def grpo(**run: Any) -> Estimate:
@@ -141,8 +162,8 @@ def ppo(**run: Any) -> Estimate:
 
 def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     answer, other = ppo(method="lora"), ppo(method="lora", roles={"reward": "llama-3.2-1b", "value": "qwen2.5-0.5b"})
-    for each in (answer, other):
-        assert sum(line.bytes for line in each.ledger) == each.bytes.allocated
+    for trained in (answer, other):
+        assert sum(line.bytes for line in trained.ledger) == trained.bytes.allocated
     policy = 1_235_814_400
     adapters = grpo(method="lora").parameters.trainable
     assert answer.parameters.trainable == adapters + policy + 2048  # whose head is a score

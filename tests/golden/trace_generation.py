@@ -107,6 +107,7 @@ SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], st
     ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
     ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
 )
+_LIGER = {"trl-1.13": CASES[::2], "trl-1.10": CASES[1:14:6], "trl-1.6": CASES[1:14:6]}
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -126,6 +127,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3] if trainer not in DISTILLING
     ]
+    if trainer == "grpo" and profile in _LIGER:  # Liger's loss, in the releases that have it
+        cases += [(case, "liger") for case in _LIGER[profile]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
@@ -167,7 +170,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,
-                    "kernels": kernels,
+                    "kernels": {**kernels, **({"loss": "fused"} if strategy == "liger" else {})},
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": {"evaluation": {"micro": 2 * micro}} if strategy == "evaluated" else {},
                     "profile": profile,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from memplan.catalogue.kernels.packing import PackedRows
 from memplan.core.records import NamedTuple
@@ -148,6 +148,7 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
+FusedGradients = Literal["", "trained", "always", "compiled"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
 LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
 
@@ -237,6 +238,9 @@ class Trainer(NamedTuple):
     prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
+    fused_gradients   Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
+                      `always`; or all logits of a completion at once, `compiled`; empty without it
+    scored_in         dtype to which autocast computes passes without gradients, if the step itself has no autocast
     """
 
     name: str
@@ -257,11 +261,18 @@ class Trainer(NamedTuple):
     old_log_probs: bool = False
     prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
+    fused_gradients: FusedGradients = ""
+    scored_in: str = ""
 
     @property
     def calls_backbone(self) -> bool:
         """Whether the step calls the model without its head, past the forward that accelerate wraps in autocast."""
-        return self.name == "distill" and bool(self.teacher_dtype)
+        return (self.name == "distill" and bool(self.teacher_dtype)) or bool(self.fused_gradients)
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The fields of the recipe in which passes without gradients differ from the step."""
+        return {"autocast": True, "compute": self.scored_in} if self.scored_in else {}
 
     @property
     def has_reference_pass(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import DividedLogits, LogitsDtype, LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, FusedGradients, LogitsDtype, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -220,6 +220,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
+    fused_gradients    how Liger's loss of GRPO computes the head's gradient; empty without it
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     """
 
@@ -232,6 +233,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers: bool
     completion_tokens: int
     divided_logits: DividedLogits
+    fused_gradients: FusedGradients
     reward_caches: bool
 
 

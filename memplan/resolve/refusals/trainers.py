@@ -124,13 +124,16 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
-    if run.kernels.loss not in (None, loss):
-        yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", loss)
+    losses = (loss, "fused") if name == "grpo" and run.library.trainer.fused_gradients else (loss,)
+    if run.kernels.loss not in (None, *losses):
+        yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", ", ".join(losses))
     if "cross_entropy" in (run.kernels.fused or ()):
         yield not_yet_with("kernels.fused", f"cross_entropy and trainer {name}", "rope, rms_norm, swiglu, lora")
     p = run.parallelism
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
+    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy != "ddp":
+        yield not_yet_with("parallelism.strategy", f"trainer {name} and loss fused", "ddp")
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:
