@@ -39,7 +39,7 @@ SCRIPTS = (".py", ".ipynb")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"model_class": "LLaMA-Factory v1"}
+_LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
@@ -458,7 +458,7 @@ def _later(document: Document) -> str:
     names = {path for path, _ in paths(document.values)} | document.values.keys()
     for key, title in _LATER.items():
         if key in names:
-            return f"{document.where(key)}: {key}: {title}'s files are not read yet"
+            return f"{document.where(key)}: {key}: {title} files are not read yet"
     return ""
 
 

@@ -161,7 +161,8 @@ def _batch(config: Config) -> None:
             config.leave("padding_free", "batches are counted as padded")
         trainer.padding(config, False)
     elif config.flag("packing"):
-        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped")
+        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped", "ffd")
+        strategy = "bfd" if strategy == "ffd" else strategy  # trl 0.18's name
         trainer.packing(config, strategy, "packing", "packing_strategy")
     else:
         trainer.packing(config, "padding_free" if config.flag("padding_free") else None, "padding_free")
