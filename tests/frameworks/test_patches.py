@@ -422,10 +422,10 @@ MANIFESTS = {
         ('"--num_processes"\n        - "4"', "gpu: 4", ""),
     ),
     "compose": (
-        "services:\n  a:\n    gpus: [{count: 1}]\n    command: "
+        "services:\n  a:\n    retry: {count: 1}\n    gpus: [{count: 1}]\n    deploy: {count: 1}\n    command: "
         f"[accelerate, launch, {', '.join(_WORDS.replace('_length ', '_length=').split())}]\n",
-        ("count: 1", "_length=768"),
-        ("count: 4", ""),
+        ("gpus: [{count: 1", "_length=768"),
+        ("gpus: [{count: 4", ""),
     ),
 }
 

@@ -20,6 +20,7 @@ FILES = {
     "auto.yaml": "model: {pretrained_model_name_or_path: Qwen/Qwen2-7B}\nstep_scheduler: {local_batch_size: 4}\n"
     "packed_sequence: {packed_sequence_size: 64}\n",
     ".env": "# where\nexport LEN='48' # tokens\nHALF=\"unclosed\nSIZE=${LEN}\n",
+    "hosts": "# two\na slots=4\nb slots=2\n",
     "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
 }
 
@@ -101,6 +102,34 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepspeed --include localhost:1,3 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
     "CUDA_VISIBLE_DEVICES=2,3 trl sft --config trl.yaml": ("trl", {"parallelism.world": 2}),
     "CUDA_VISIBLE_DEVICES=2,3 axolotl train axolotl.yml": ("axolotl", {"parallelism.world": 2}),
+    "mpirun --hostfile hosts -x A=1 python x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 2}),
+    "mpirun -H a:4,b:4 python x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 4}),
+    "deepspeed --hostfile=hosts x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 2}),
+    "deepspeed --hostfile hosts --num_gpus 2 --num_nodes 1 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "docker run --gpus 3 --rm image accelerate launch x.py --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "docker run --gpus '\"device=0,2\"' axolotl accelerate launch x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 2},
+    ),
+    "docker run -e CUDA_VISIBLE_DEVICES=0,1,2 image trl sft --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "srun --nodes=2 --gres=gpu:4 torchrun --nnodes 2 --nproc_per_node gpu x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 2 * 4},
+    ),
+    "LEN=$((2 * (16 + 8) - 4 / 2))\nARGS=(\n  --max_length ${LEN:-8}  # tokens (all)\n  --use_peft\n)\n"
+    'ARGS+=(--gradient_accumulation_steps 5)\npython3 prepare.py --out a\ntrl sft --config trl.yaml "${ARGS[@]}"': (
+        "trl",
+        {"batch.sequence": 2 * (16 + 8) - 2, "method.kind": "lora", "batch.accumulation": 5},
+    ),
+    "read -r -d '' line <<EOF\nopenrlhf.cli.train_sft \\\n  --model.model_name_or_path Qwen/Qwen2-7B \\\n"
+    "  --data.max_len 64\nEOF\ndeepspeed --module $line": ("openrlhf", {"batch.sequence": 64}),
+    "MODEL=${MODEL:-${BASE}/models/Qwen2___5-7B-Instruct}\ntrl sft --model_name_or_path $MODEL --dataset_name mine": (
+        "trl",
+        {"model": "Qwen2.5-7B-Instruct"},
+    ),
+    "vllm serve /none/hub/models--Qwen--Qwen2-7B/snapshots/1a2b": ("vllm", {"model": "Qwen2-7B"}),
+    "accelerate launch scripts/run_dpo.py --config trl.yaml": ("trl", {"trainer": "dpo", "parallelism.world": 1}),
+    "python examples/scripts/reward_modeling.py --config trl.yaml": ("trl", {"trainer": "reward"}),
     "mpirun -np 8 -H a:4,b:4 --allow-run-as-root -x A=1 python x.py --config trl.yaml": (
         "trl",
         {"parallelism.world": 8},
@@ -310,6 +339,10 @@ REFUSED = {
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
+    "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINE, which is not supported yet; --tr",
+    "python3 -m verl.trainer.main_ppo actor_rollout_ref.actor.megatron.x=1 --config-name=$C": (
+        "actor_rollout_ref.actor.megatron: verl with Megatron is not supported yet; supported: fsdp"
+    ),
     "trl sft 'unclosed": "train.sh:1: a quote is not closed",
     "trl sft --config trl.yaml --max_length long": "train.sh:1 --max_length: must be a number, not 'long'",
 }

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
-from memplan.frameworks.reading.document import Document, paths
-from memplan.models.cards import card_names, find_config, find_model, other_format
+from memplan.frameworks.reading.document import Document, is_there, paths
+from memplan.models.cards import card_names, find_config, find_model, is_bundled, other_format
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch
 
@@ -286,7 +287,13 @@ def degrees(config: Config) -> None:
     for name in ("tp", "pp", "cp"):
         model_ranks *= config.value(f"parallelism.{name}") or 1
     world = config.value("parallelism.world") or model_ranks
-    if world == 1 and "parallelism.strategy" in config.found and "parallelism.world" not in config.found:
+    launch = config.companions.get("accelerate")
+    is_launched = launch is not None and "num_processes" not in launch.values
+    if (
+        world == 1
+        and (is_launched or "parallelism.strategy" in config.found)
+        and "parallelism.world" not in config.found
+    ):
         config.set("parallelism.world", 1, why="assumed: the file does not say how many GPUs; add --gpus")
     if world > 1:
         why = config.found.get("parallelism.world") or next(
@@ -427,7 +434,21 @@ def fsdp(config: Config, section: Document | None, version: int, words: str) -> 
 def set_model(config: Config, name: str | None, *keys: str, why: str = "") -> None:
     """Set the model that a file names, unless one is typed."""
     if name and "model" not in config.options:
-        config.set("model", name, *keys, why=why)
+        known, by_folder = _by_folder(name)
+        config.set("model", known, *keys, why=", ".join(filter(None, (why, by_folder))))
+
+
+def _by_folder(name: str) -> tuple[str, str]:
+    """Return the model that a path's last folder is named after, and why, if the path is not here; else the name."""
+    path = name.replace("\\", "/").rstrip("/")
+    cached = [folder.rpartition("--")[2] for folder in path.split("/") if folder.startswith("models--")]
+    last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
+    is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1
+    if is_path and not is_there(Path(name).expanduser()):
+        with suppress(MemplanError):
+            if other_format(last) or is_bundled(last):
+                return last, "assumed: by the folder's name, which is not here"
+    return name, ""
 
 
 _FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16)")
@@ -436,6 +457,7 @@ _FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16)")
 def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
     """The model that a key names. A known one's checkpoint in AWQ, GPTQ or FP8 is that model in the format, unless its
     own config is cached."""
+    name, why = _by_folder(name)
     card, options = other_format(name) or (name, "")
     match = _FORMAT.search(options)
     format = match[1] if match is not None and not (trains and "-int" not in match[1]) else ""
@@ -444,9 +466,9 @@ def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
             find_config(name)
             format = ""
     if not format:
-        config.set("model", name, key)
+        config.set("model", name, key, why=why)
         return
-    why = "by the checkpoint's name"
+    why = why or "by the checkpoint's name"
     config.set("model", card, key, why=why)
     config.set("method.quantization.format" if trains else "serving.weights", format, key, why=why)
 
