@@ -1,4 +1,4 @@
-"""BART, mBART, Pegasus and M2M-100 (NLLB): an encoder and a decoder whose branches have a norm after or before them."""
+"""BART, mBART, Marian, Pegasus and M2M-100: an encoder and a decoder whose branches have a norm before or after."""
 
 from __future__ import annotations
 
@@ -223,6 +223,7 @@ def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> B
 BUILDERS = {
     "bart": partial(_build, row=_Row(before=False, embedded=True)),
     "m2m_100": partial(_build, row=_Row(table="buffer", biased=False)),
+    "marian": partial(_build, row=_Row(before=False, table="frozen", scaled=True)),
     "mbart": partial(_build, row=_Row(embedded=True)),
     "pegasus": partial(_build, row=_Row(table="frozen", scaled=True)),
 }
