@@ -15,6 +15,7 @@ from memplan.catalogue.profiles.costs import LeverCost, cost_of
 from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import has_rank
+from memplan.resolve.refusals.parallelism import ONE_GPU, SETTINGS_OF_STRATEGIES
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import NEWEST, RunSpec, changed
@@ -306,6 +307,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
         ("parallelism.dp", world),
         ("parallelism.strategy", strategy if world > 1 else "none"),
     ]
+    for name, strategies in SETTINGS_OF_STRATEGIES.items():
+        if strategy not in strategies and name in run.parallelism.model_fields_set:
+            fields.append((f"parallelism.{name}", getattr(ONE_GPU, name)))
     q = run.method.quantization
     if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})

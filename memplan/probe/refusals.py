@@ -116,7 +116,7 @@ def _refuse(run: RunSpec) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
             raise refused("loop.grad_scaler", "a probe scales no losses for an optimizer on the host")
-    refuse(contradictions(run))
+    refuse(error for error in contradictions(run) if cp == 1 or error.field != "parallelism.strategy")  # all weights
     _optimizer(run)
     _kernels(run)
     _precision(run)
@@ -166,14 +166,16 @@ def _parallelism(run: RunSpec) -> None:
         return
     ep = p.ep if p.ep == p.tp else 1  # tensor-parallel ranks may also divide the experts
     if (
-        p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
+        p.model_copy(update={"strategy": "none"} if p.cp > 1 and p.strategy == "fsdp2" else {})
+        == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
         and min(p.tp, p.cp) == 1
     ):
         return
     if p.dp != p.world:
         raise refused(
             "parallelism",
-            "a probe runs on one GPU, or as one rank of data, tensor or context parallelism, but not of a combination",
+            "a probe runs on one GPU, or as one rank of data, tensor or (with fsdp2) context parallelism, but not of a "
+            "combination",
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))

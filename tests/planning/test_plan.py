@@ -235,6 +235,14 @@ def test_a_plan_needs_a_gpu() -> None:
         plan(RunSpec(model="qwen2-7b"))
 
 
+def test_a_run_whose_tower_ddp_waits_for_is_planned_with_sharding() -> None:
+    run = RunSpec(model="gemma-3-12b", gpu="h100-sxm", parallelism={"world": 4})
+    found = plan(run)
+    assert (found.asked, found.answer.asked.parallelism.find_unused_parameters) == (run, True)
+    chosen = found.proposals[0].run.parallelism
+    assert (chosen.strategy, chosen.find_unused_parameters) == ("fsdp2", None)
+
+
 def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     run = estimate(
         RunSpec(

@@ -12,6 +12,7 @@ from memplan.catalogue.parallelism.sharding import (
     ELEMENTWISE,
     MEGATRON,
 )
+from memplan.catalogue.quantization.quantization import FP8_BLOCK
 from memplan.core.errors import SpecError, refused
 from memplan.models.configs import families
 from memplan.resolve.open_run import OpenRun
@@ -324,13 +325,13 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield refused("parallelism.strategy", f"{p.strategy} cannot be combined with tensor parallelism; use fsdp2")
     if style not in ("megatron", "litgpt") and method.quantization is not None:
         if method.kind == "full":  # nothing trains
-            field = "method.quantization.format"
-            yield not_yet(field, method.quantization.format, "weights in 16 or 32 bits with tensor parallelism")
-        yield refused(
-            "method.kind",
-            f"transformers 5.24 cannot run {method.kind} with tensor parallelism: it turns bitsandbytes' weights into "
-            "DTensors, and their layers fail in the first pass; use full, freeze or lora",
-        )
+            yield from _divided_format(r, method.quantization.format)
+        else:
+            yield refused(
+                "method.kind",
+                f"transformers 5.24 cannot run {method.kind} with tensor parallelism: it turns bitsandbytes' weights "
+                "into DTensors, and their layers fail in the first pass; use full, freeze or lora",
+            )
     if method.kind not in ("full", "freeze", "lora"):
         yield not_yet("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
     if method.modules_to_save:
@@ -339,6 +340,23 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield from _divided_training(r)
     if kernels.fused and not r.is_megatron_model:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
+
+
+def _divided_format(r: OpenRun, format: str) -> Iterator[SpecError]:
+    """Yield errors for quantised weights that ranks cannot divide; fp8 layers multiply each rank's part and its scales.
+
+    Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py.
+    """
+    p, axes = r.parallelism, r.model.axes()
+    if format != "fp8" or r.style != "transformers":
+        yield not_yet("method.quantization.format", format, "fp8, and weights in 16 or 32 bits, with transformers' tp")
+    uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (p.tp * FP8_BLOCK)), None)
+    if uneven is not None:
+        yield refused(
+            "parallelism.tp",
+            f"{p.tp} ranks would divide blocks of {FP8_BLOCK} x {FP8_BLOCK} fp8 weights (of {uneven:,}), which share a "
+            "scale; use fewer",
+        )
 
 
 def _divided_training(r: OpenRun) -> Iterator[SpecError]:
