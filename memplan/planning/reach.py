@@ -137,13 +137,15 @@ class _Tried(NamedTuple):
     """Functions that try a run at a value of an axis.
 
     answer    its estimate; None if memplan refuses the run, for example if there are more tokens than learned positions
-    may_hold  whether bounds allow it to meet the demand, in a part of an estimate's time; None if memplan refuses it
     holds     whether it meets the demand
+    may_hold  whether bounds and the replay of its prompt allow that; None if memplan refuses the run
+    has_room  whether its allocated bytes allow that
     """
 
     answer: Callable[[int], Estimate | None]
-    may_hold: Callable[[int], bool | None]
     holds: Callable[[int], bool]
+    may_hold: Callable[[int], bool | None]
+    has_room: Callable[[int], bool]
 
 
 def _tried(run: RunSpec, axis: str, demand: Demand, calibration: Calibration | None, step: int = 1) -> _Tried:
@@ -162,14 +164,20 @@ def _tried(run: RunSpec, axis: str, demand: Demand, calibration: Calibration | N
     def answer(n: int) -> Estimate | None:
         return unless_refused(lambda: fullest(stages(n)), None) if stages(n) else None
 
-    def may_hold(n: int) -> bool | None:
-        return not any(map(demand.rules_out, stages(n))) if stages(n) else None
-
     def holds(n: int) -> bool:
         tried = answer(n)
         return tried is not None and demand.met(tried)
 
-    return _Tried(answer, may_hold, holds)
+    def may_hold(n: int) -> bool | None:
+        return not any(map(demand.rules_out, stages(n))) if stages(n) else None
+
+    def has_room(n: int) -> bool:
+        tried = answer(n)
+        if tried is None or tried.gpu is None:
+            return False
+        return demand.fits_card_of(tried, tried.gpu.usable) is not False
+
+    return _Tried(answer, holds, may_hold, has_room)
 
 
 def _step(run: RunSpec, axis: str) -> int:
@@ -186,16 +194,16 @@ def _step(run: RunSpec, axis: str) -> int:
 def _largest(tried: _Tried, samples: int, multiple: int) -> int:
     """Return the largest value that meets the demand, see `_SAMPLING`."""
     holds = tried.holds
-    end = last(tried.may_hold, 0)  # bounds rule out everything beyond
-    if not end or holds(end):
-        return end
-    low = last(holds, 0)
+    low = last(tried.may_hold, 0)  # without a replay of all passes
+    if low and not holds(low):
+        low = last(holds, 0)
     if multiple > 1 and low:  # bisection over round values may find a larger one
         low = max(low, multiple * last(lambda n: holds(multiple * n), low // multiple))
         if low < MAX_VALUE and holds(low + 1):
             low = last(holds, low)
     if not low or low >= MAX_VALUE or not samples:
         return low
+    end = last(tried.has_room, low)  # allocated bytes rule out everything beyond
     step = max(1, -(-(end - low) // samples))
     step = -(-step // multiple) * multiple if step > 1 else 1
     further = next((n for n in range(end // step * step, low, -step) if holds(n)), low)

@@ -331,7 +331,7 @@ def test_the_largest_batch_equals_an_exhaustive_search(fields: dict[str, Any]) -
 def test_batches_that_fit_above_the_first_that_does_not_are_found(
     held: set[int], samples: int, multiple: int, most: int
 ) -> None:
-    tried: Any = SimpleNamespace(holds=lambda n: n in held, may_hold=lambda n: n <= 20)
+    tried: Any = SimpleNamespace(holds=lambda n: n in held, may_hold=lambda n: n <= 20, has_room=lambda n: n <= 20)
     assert _largest(tried, samples, multiple) == most
 
 
