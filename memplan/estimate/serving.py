@@ -301,7 +301,7 @@ class ServingUsage(Usage):
     def reserved(self) -> int:
         return self.allocated
 
-    @property
+    @cached_property
     def _roomy(self) -> int:
         return self.allocated
 

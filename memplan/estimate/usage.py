@@ -68,6 +68,11 @@ class Replay:
         """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
         raise NotImplementedError
 
+    def reserved_within(self, most: int) -> int | None:
+        """Return the peak that torch reserves with room to spare, or None if that is more than `most` bytes."""
+        peak = self.reserved()
+        return peak if peak is not None and peak <= most else None
+
     def surely_reserved(self) -> int:
         """Return bytes that torch reserves at least with room to spare, if a short replay tells; 0 otherwise."""
         return 0
@@ -228,10 +233,10 @@ class Usage:
 
         `replayed` allows one replay with room to spare, which serves any number of cards.
         """
-        sure = self._sure(usable)
+        sure, possible = room(usable, self._overhead)
         if self.allocated > sure:
             return False
-        return True if usable >= self.ample or (replayed and self._roomy <= sure) else None
+        return True if usable >= self.ample or (replayed and self._reserves_within(sure, possible)) else None
 
     @cached_property
     def ample(self) -> int:
@@ -310,6 +315,12 @@ class Usage:
     @cached_property
     def _roomy(self) -> int:
         return max(self._replayed_with_room, self.allocated) + self._replay.unreplayed_bytes()
+
+    def _reserves_within(self, sure: int, possible: int) -> bool:
+        """Return whether torch reserves at most `sure` bytes with room to spare. A replay with the `possible` ones
+        tells, and whether a run that reserves more survives."""
+        is_within = self._replay.is_long or self._replay.reserved_within(max(sure, possible)) is not None
+        return is_within and self._roomy <= sure
 
     def _lives_in(self, capacity: int) -> bool:
         if self._replay.is_long:
