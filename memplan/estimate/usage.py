@@ -6,6 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -114,7 +115,16 @@ def run_overhead(
     Communicators mean several ranks: a profile of one rank says nothing about their errors, and assumed rows widen the
     band.
     """
-    context = cuda_context(gpu.compute_capability if gpu else None)
+    return _overhead_of(gpu.compute_capability if gpu else None, communicators, calibration)
+
+
+@lru_cache(maxsize=1024)
+def _overhead_of(
+    compute_capability: tuple[int, int] | None,
+    communicators: tuple[Communicator, ...],
+    calibration: Calibration | None,
+) -> ProcessOverhead:
+    context = cuda_context(compute_capability)
     if calibration:
         measured = calibration.context
         context = context._replace(
@@ -243,7 +253,7 @@ class Usage:
         """The fewest usable bytes with which a card surely holds the run, as far as the bounds tell."""
         return usable_for(self.enough + self._replay.free_in_other_streams(), self._overhead)
 
-    @property
+    @cached_property
     def least(self) -> int:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._shown(self.allocated, self._overhead.low, -self._overhead.less)
