@@ -19,7 +19,7 @@ enum { BINS = 256 };
 typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t filled[BINS / 64]; Bin bins[BINS]; } Pool;
 typedef struct { Bin *bin; int32_t chunk, index; } Place;
 typedef struct {
-    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, capacity, missing; /* read by native.py */
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, fills, capacity, missing; /* read by native.py */
     int32_t expandable, pool_count, block_count, block_room, unused;
     Pool *pools;
     Block *blocks;
@@ -30,12 +30,12 @@ typedef struct {
 
 static inline int bin_of(int64_t size) {
     uint64_t units = (uint64_t)size >> 7; /* sizes are multiples of 512 */
-    int log = 63 - __builtin_clzll(units);
-    return 4 * (log - 2) + (int)(units >> (log - 2) & 3);
+    int shift = 61 - __builtin_clzll(units);
+    return 4 * shift + (int)(units >> shift) - 4;
 }
 
 static inline int is_less(const Free *f, int64_t size, int64_t start) {
-    return f->size < size || (f->size == size && f->start < start);
+    return f->size < size || (f->size == size && (uint64_t)f->start < (uint64_t)start); /* of 0, only the size */
 }
 
 static inline Place find(Pool *p, int64_t size, int64_t start) { /* of the first that is not less, or its bin's end */
@@ -53,16 +53,16 @@ static inline Place find(Pool *p, int64_t size, int64_t start) { /* of the first
 }
 
 static inline Bin *bin_after(Pool *p, const Bin *bin) { /* that has blocks, or NULL */
-    for (int n = (int)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
+    for (uint32_t n = (uint32_t)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
         uint64_t filled = p->filled[n / 64] >> n % 64;
         if (filled) return &p->bins[n + __builtin_ctzll(filled)];
     }
     return NULL;
 }
 
-static inline void set_filled(Pool *p, const Bin *bin, uint64_t filled) {
-    int n = (int)(bin - p->bins);
-    p->filled[n / 64] = (p->filled[n / 64] & ~((uint64_t)1 << n % 64)) | filled << n % 64;
+static inline void toggle_filled(Pool *p, const Bin *bin) {
+    uint32_t n = (uint32_t)(bin - p->bins);
+    p->filled[n / 64] ^= (uint64_t)1 << n % 64;
 }
 
 static inline void delete_at(Pool *p, Place at) { /* a bin keeps its last chunk, which may be empty */
@@ -71,7 +71,7 @@ static inline void delete_at(Pool *p, Place at) { /* a bin keeps its last chunk,
     if (--c->count > at.index)
         memmove(c->free + at.index, c->free + at.index + 1, (size_t)(c->count - at.index) * sizeof(Free));
     if (c->count) return;
-    if (bin->count == 1) { set_filled(p, bin, 0); return; }
+    if (bin->count == 1) { toggle_filled(p, bin); return; }
     c->spare = p->spare;
     p->spare = c;
     memmove(bin->chunks + at.chunk, bin->chunks + at.chunk + 1, (size_t)(--bin->count - at.chunk) * sizeof(Chunk *));
@@ -91,7 +91,7 @@ static inline void insert(Pool *p, Free f) {
     Place at = find(p, f.size, f.start);
     Chunk *c = at.bin->count ? at.bin->chunks[at.chunk] : insert_chunk(p, at.bin, 0);
     int32_t half = sizeof c->free / sizeof(Free) / 2;
-    if (!c->count) set_filled(p, at.bin, 1);
+    if (!c->count) toggle_filled(p, at.bin);
     else if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
         Chunk *upper = insert_chunk(p, at.bin, at.chunk + 1);
         memcpy(upper->free, c->free + half, (size_t)half * sizeof(Free));
@@ -175,8 +175,10 @@ void release(Allocator *a) {
     }
 }
 
+static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->fills = 1; release(a); } }
+
 static int request(Allocator *a, int64_t more) {
-    if (is_full(a, more)) release(a);
+    make_room(a, more);
     if (is_full(a, more) || a->reserved > MOST - more) { a->missing = is_full(a, more) ? more : 0; return 0; }
     a->requests++;
     a->reserved += more;
@@ -199,7 +201,7 @@ static int64_t missing(const Allocator *a, const Pool *p, int64_t size) {
 
 static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
     Pool *p = &a->pools[pool];
-    if (is_full(a, missing(a, p, size))) release(a);
+    make_room(a, missing(a, p, size));
     int64_t more = missing(a, p, size);
     if (!request(a, more)) return FULL;
     int32_t last = p->last, block = last;
@@ -218,7 +220,7 @@ static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
 /* allocating and freeing */
 
 static inline int32_t allocate(Allocator *a, int64_t size, int32_t stream) {
-    size = (size + 511) / 512 * 512;
+    size = (size + 511) & -512;
     if (!size) return EMPTY;
     int is_small = size <= MIB;
     int16_t pool = (int16_t)(2 * stream + is_small);

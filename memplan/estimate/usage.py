@@ -6,6 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -68,6 +69,11 @@ class Replay:
         """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
         raise NotImplementedError
 
+    def reserved_within(self, most: int) -> int | None:
+        """Return the peak that torch reserves with room to spare, or None if that is more than `most` bytes."""
+        peak = self.reserved()
+        return peak if peak is not None and peak <= most else None
+
     def surely_reserved(self) -> int:
         """Return bytes that torch reserves at least with room to spare, if a short replay tells; 0 otherwise."""
         return 0
@@ -109,7 +115,16 @@ def run_overhead(
     Communicators mean several ranks: a profile of one rank says nothing about their errors, and assumed rows widen the
     band.
     """
-    context = cuda_context(gpu.compute_capability if gpu else None)
+    return _overhead_of(gpu.compute_capability if gpu else None, communicators, calibration)
+
+
+@lru_cache(maxsize=1024)
+def _overhead_of(
+    compute_capability: tuple[int, int] | None,
+    communicators: tuple[Communicator, ...],
+    calibration: Calibration | None,
+) -> ProcessOverhead:
+    context = cuda_context(compute_capability)
     if calibration:
         measured = calibration.context
         context = context._replace(
@@ -232,17 +247,17 @@ class Usage:
 
         `replayed` allows one replay with room to spare, which serves any number of cards.
         """
-        sure = self._sure(usable)
+        sure, possible = room(usable, self._overhead)
         if self.allocated > sure:
             return False
-        return True if usable >= self.ample or (replayed and self._roomy <= sure) else None
+        return True if usable >= self.ample or (replayed and self._reserves_within(sure, possible)) else None
 
     @cached_property
     def ample(self) -> int:
         """The fewest usable bytes with which a card surely holds the run, as far as the bounds tell."""
         return usable_for(self.enough + self._replay.free_in_other_streams(), self._overhead)
 
-    @property
+    @cached_property
     def least(self) -> int:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._shown(self.allocated, self._overhead.low, -self._overhead.less)
@@ -314,6 +329,12 @@ class Usage:
     @cached_property
     def _roomy(self) -> int:
         return max(self._replayed_with_room, self.allocated) + self._replay.unreplayed_bytes()
+
+    def _reserves_within(self, sure: int, possible: int) -> bool:
+        """Return whether torch reserves at most `sure` bytes with room to spare. A replay with the `possible` ones
+        tells, and whether a run that reserves more survives."""
+        is_within = self._replay.is_long or self._replay.reserved_within(max(sure, possible)) is not None
+        return is_within and self._roomy <= sure
 
     def _lives_in(self, capacity: int) -> bool:
         if self._replay.is_long:

@@ -70,11 +70,12 @@ class CardAnswers:
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
-        if gpu.name not in self._fits:
+        fit = self._fits.get(gpu.name)
+        if fit is None:
             found = self.on(gpu)
             fit = Fit(gpu, None, str(found)) if isinstance(found, MemplanError) else Fit(gpu, self._answer(found, gpu))
             self._fits[gpu.name] = fit
-        return self._fits[gpu.name]
+        return fit
 
     def _answer(self, found: Estimate, gpu: GPU) -> Answer | None:
         if not self._is_shared:

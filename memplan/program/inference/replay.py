@@ -14,7 +14,7 @@ from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
-from memplan.engine.capacities import by_capacity
+from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
 from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.sized_events import KeySizes, SizedEvents
@@ -44,8 +44,8 @@ class InferenceReplay(NamedTuple):
 @exact
 @once
 @without_collection
-def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None:
-    """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""
+def reserved(replay: InferenceReplay, capacity: int | None) -> ReservedPeak:
+    """Return the peak bytes that torch reserves."""
     allocator = new_allocator(replay.expandable, capacity)
     try:
         for graph in replay.models:
@@ -62,8 +62,8 @@ def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None
             model = step.assists
             left[model] = replay_pass(each, allocator, left[model])
     except OutOfMemoryError:
-        return None
-    return allocator.peak_reserved
+        return OUT_OF_MEMORY
+    return ReservedPeak(allocator.peak_reserved, allocator.fills)
 
 
 def load(graph: Graph, allocator: Allocator) -> None:

@@ -59,8 +59,8 @@ def replay_steps(
     expandable: bool = False,
     capacity: int | None = None,
     replay_side_tasks: Iterable[Callable[[Allocator], None]] = (),
-) -> int:
-    """Return the peak bytes that torch reserves for a run.
+) -> Allocator:
+    """Return the allocator after a run.
 
     axes        sizes of the run's axes
     workspace   cuBLAS's workspace for one handle; forward has one, backward another
@@ -74,7 +74,7 @@ def replay_steps(
     steps_of(program.structure).replay(allocator, {**axes, _WORKSPACE: workspace})
     for aside in replay_side_tasks:
         aside(allocator)
-    return allocator.peak_reserved
+    return allocator
 
 
 @lru_cache(maxsize=64)
