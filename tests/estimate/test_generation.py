@@ -40,6 +40,7 @@ def test_steps_are_held_to_traces() -> None:
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
+    assert sum("evaluation" in row["run"].get("also", {}) for row in ROWS) >= 6
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
     assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 7
 

@@ -123,9 +123,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
-    cases += [
-        (case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3] if trainer not in DISTILLING
-    ]
+    cases += [(case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
