@@ -11,6 +11,7 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate, grid
 from memplan.core.errors import SpecError
+from memplan.planning.levers import levers_of, pull
 from memplan.planning.reach import reach
 from tests.cases import in_groups
 from tests.sampling import sampled
@@ -116,6 +117,10 @@ def test_a_critic_updates_next_to_the_policy() -> None:
     assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
     away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
     assert away.bytes.allocated == policy.bytes.allocated
+    long = grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1, "sequence": 2048})
+    levers = {lever.title: lever for lever in levers_of(long.run)}
+    for title in ("the value model on other GPUs", "micro-batch 1 of the value model"):
+        assert estimate(pull(long.run, [levers[title]])).bytes.allocated < long.bytes.allocated, title
 
 
 def test_nothing_is_compared_without_a_reference() -> None:
@@ -167,6 +172,9 @@ def test_ppo_divides_all_its_models_under_zero3_only() -> None:
         for answer in (zero2, zero3)
     ]
     assert held == [whole, pytest.approx(whole / 4, rel=1e-3)]  # and norms, which stay whole
+    titles = {lever.title for lever in levers_of(ppo().run)}
+    assert "4 GPUs, sharded by zero3" in titles
+    assert "gradient checkpointing" not in titles  # which PPOTrainer's loop does not enable
 
 
 def test_ppo_generates_and_scores_64_completions_at_once() -> None:
