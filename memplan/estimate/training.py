@@ -59,16 +59,17 @@ class TrainingWalk(Walk):
         self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
-        trainer = self.decided.structure.graph.trainer
-        if trainer is not None and trainer.name in GENERATING:
-            from memplan.estimate.rollout import rollout
-
-            self._take(self.peaks.followed_by(rollout(self.run, self.peaks, self.decided)))
+        trainer, asked = self.decided.structure.graph.trainer, tuple[SideTask, ...]()
         if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
-            self._take(self.peaks.followed_by(side_tasks_of(self.run, self.peaks, self.decided, model)))
-            self._side_notes = tuple(notes_of(self.run, self.peaks.side_tasks))
+            asked = side_tasks_of(self.run, self.peaks, self.decided, model)
+            self._side_notes = tuple(notes_of(self.run, asked))
+        if trainer is not None and trainer.name in GENERATING:
+            from memplan.estimate.rollout import rollout
+
+            asked = (*rollout(self.run, self.peaks, self.decided), *asked)
+        self._take(self.peaks.followed_by(asked))
         return self
 
     @property

@@ -559,7 +559,7 @@ def _options(graph: Graph) -> ExecutionOptions:
 def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """Return the graph's operations, and the number of copies of each run of blocks."""
     stack, axes = operations_of(graph)
-    inside = [op.model for op in (*stack.before, *stack.loss) if op.model is not None] if graph.trainer else ()
+    inside = [op.model for op in operations(stack) if op.model is not None] if graph.trainer else ()
     return stack, {run.times: axes[run.times] for each in (stack, *inside) for run in each.runs}
 
 

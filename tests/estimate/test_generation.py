@@ -14,6 +14,7 @@ from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
 from memplan.core.ir import Weight
 from memplan.engine.walk import size
+from memplan.planning.levers import levers_of, pull
 from memplan.planning.reach import reach
 from tests.cases import each, in_groups
 from tests.sampling import sampled
@@ -44,6 +45,7 @@ def test_steps_are_held_to_traces() -> None:
     assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 10
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
+    assert sum("evaluation" in row["run"].get("also", {}) for row in ROWS) >= 6
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
     assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 7
 
@@ -136,6 +138,10 @@ def test_a_critic_updates_next_to_the_policy() -> None:
     assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
     away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
     assert away.bytes.allocated == policy.bytes.allocated
+    long = grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1, "sequence": 2048})
+    levers = {lever.title: lever for lever in levers_of(long.run)}
+    for title in ("the value model on other GPUs", "micro-batch 1 of the value model"):
+        assert estimate(pull(long.run, [levers[title]])).bytes.allocated < long.bytes.allocated, title
 
 
 def test_nothing_is_compared_without_a_reference() -> None:
@@ -187,6 +193,9 @@ def test_ppo_divides_all_its_models_under_zero3_only() -> None:
         for answer in (zero2, zero3)
     ]
     assert held == [whole, pytest.approx(whole / 4, rel=1e-3)]  # and norms, which stay whole
+    titles = {lever.title for lever in levers_of(ppo().run)}
+    assert "4 GPUs, sharded by zero3" in titles
+    assert "gradient checkpointing" not in titles  # which PPOTrainer's loop does not enable
 
 
 def test_ppo_generates_and_scores_64_completions_at_once() -> None:

@@ -60,7 +60,7 @@ REWARDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], 
     ("blocks", "qlora", BF16, (8, 1024, 8, 8, 1), "none", {}),
     ("qwen2", "lora", BF16, (8, 256, 8, 8, 1), "none", {}),
 )
-# With an evaluation on twice as many completions after the steps.
+# With an evaluation on twice as many completions after the steps; the first also on four GPUs.
 EVALUATED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
     ("llama", "full", BF16, (4, 256, 12, 4, 1), "copy", {}),
     ("blocks", "lora", BF16, (4, 512, 8, 4, 2), "adapters", {}),
@@ -124,9 +124,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
-    cases += [
-        (case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3] if trainer not in DISTILLING
-    ]
+    cases += [(case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3]]
+    if (profile, trainer) == ("trl-1.15", "grpo"):
+        cases += [(EVALUATED[0], f"evaluated {strategy}") for strategy in STRATEGIES]
     if trainer == "grpo" and profile in _LIGER:  # Liger's loss, in the releases that have it
         cases += [(case, "liger") for case in _LIGER[profile]]
     if trainer == "ppo":
@@ -139,9 +139,10 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
         cases += [(case, "server") for case in SERVED]
         cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
-    for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
+    for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), how in cases:
+        strategy = how.removeprefix("evaluated ")
         precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
-        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
+        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), how]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         distills = trainer in DISTILLING
         if distills and reference != "none":
@@ -172,7 +173,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "batch": batch,
                     "kernels": {**kernels, **({"loss": "fused"} if strategy == "liger" else {})},
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
-                    "also": {"evaluation": {"micro": 2 * micro}} if strategy == "evaluated" else {},
+                    "also": {"evaluation": {"micro": 2 * micro}} if how.startswith("evaluated") else {},
                     "profile": profile,
                 }
             ),

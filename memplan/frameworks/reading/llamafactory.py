@@ -150,7 +150,7 @@ def _evaluation(config: Config) -> None:
     does = str(config.get("eval_strategy")) not in ("no", "None", "False")
     does = does and (bool(config.number("val_size")) or config.said("eval_dataset") is not None)
     trainer.evaluation(config, does, "eval_strategy", "per_device_eval_batch_size")
-    if does and config.flag("compute_accuracy"):
+    if does and config.flag("compute_accuracy") and config.value("trainer") in (None, "sft"):
         config.set("also.evaluation.preprocess", "argmax", "compute_accuracy")
         config.set("also.evaluation.kept_batches", 1, "compute_accuracy", why="assumed: one batch")
 

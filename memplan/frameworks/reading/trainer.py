@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.frameworks.deepspeed import read as deepspeed_parts
@@ -233,10 +234,14 @@ def lower_precision(config: Config, weights: str, casts: str | None, *keys: str)
 
 def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
     """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
-    kind = config.value("trainer")
-    if does and kind not in (None, "sft"):
+    kind, groups = config.value("trainer") or "sft", "num_generations_eval"
+    if does and TRAINERS[kind].own_loop:
         config.leave(why_key, f"the evaluation of trainer {kind} is not counted yet")
-    if not does or kind not in (None, "sft"):
+        does = False
+    if does and TRAINERS[kind].completions and config.said(groups) is not None:
+        config.leave(groups, "an evaluation with another number of completions of a prompt is not counted yet")
+        does = False
+    if not does:
         for field in [field for field in config.found if field.startswith("also.evaluation.")]:
             del config.found[field]
         return

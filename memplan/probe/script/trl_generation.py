@@ -71,6 +71,8 @@ class GenerationScript(TrainerScript):
         evaluation = run.also.evaluation
         for rows in (run.batch.micro, *((evaluation.micro,) if evaluation is not None else ())):
             kernels.selections[rows, tokens - 1] = rows * completion
+            if run.trainer in DISTILLING:
+                kernels.selections[rows * completion,] = kernels.selections[rows, completion] = rows * completion
         for name in ("liger_grpo_loss", "liger_loss"):
             if hasattr(self.trainer, name):
                 fused = getattr(self.trainer, name)
@@ -79,8 +81,6 @@ class GenerationScript(TrainerScript):
         self._generate_longest()
         self._in_phase(self.trainer, "_generate", "generate")
         if run.trainer in DISTILLING:
-            kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
-            kernels.selections[run.batch.micro, completion] = run.batch.micro * completion
             self.trainer._compute_prompt_length = always(run.batch.sequence)
             self.trainer._get_teacher_token_logprobs_from_server = self._from_server
             return

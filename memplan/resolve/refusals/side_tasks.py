@@ -32,7 +32,7 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
         yield not_yet_with("also.evaluation.kept_batches", f"tp {tp}", "0")
     if graph.code != "transformers" or degrees.style != "transformers" or graph.model.is_megatron:
         yield refused("also", f"is not supported yet with {run.profile}")
-    if TRAINERS[run.trainer].own_loop or run.trainer == "distill":
+    if TRAINERS[run.trainer].own_loop:
         yield not_yet_with("also", f"trainer {run.trainer}", "the steps alone")
     if also.evaluation is not None:
         yield from _evaluation(run, also.evaluation)

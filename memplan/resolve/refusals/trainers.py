@@ -91,7 +91,7 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
         text = "PPOTrainer's own loop does not enable it, whatever its config says; use none"
         yield refused("kernels.checkpointing", text)
     if run.is_sharded and run.parallelism.strategy in FSDP:
-        text = "PPOTrainer generates past FSDP, whose embeddings are then in parts, and fails; use ddp, zero1 or zero2"
+        text = "PPOTrainer generates past FSDP, whose embeddings are then in parts, and fails; use ddp or zero"
         yield refused("parallelism.strategy", text)
     is_copy = run.reference == "copy" or (run.reference is None and run.method.kind not in ADAPTERS)
     if run.parallelism.strategy == "ddp" and run.parallelism.dp > 1 and not is_copy:
