@@ -34,6 +34,14 @@ def test_a_step_is_near_its_trace(row: dict[str, Any]) -> None:
     assert compared.same
 
 
+@in_groups(rows("traced_critics.jsonl"), lambda row: row["name"])
+def test_a_critics_update_is_near_its_trace(row: dict[str, Any]) -> None:
+    compared = compared_with_trace(row)
+    assert compared.peak < 1e-3, compared
+    assert compared.phase < 5e-3, compared
+    assert compared.same
+
+
 def test_steps_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
