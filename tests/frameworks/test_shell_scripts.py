@@ -305,6 +305,9 @@ def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
 QUOTED = {
     "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
     "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
+    "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
+    "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
+    "between files": 'trl sft --config trl.yaml < in &>> out --max_length 32 "$@"',
     "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
 }
 
