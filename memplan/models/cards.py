@@ -121,7 +121,10 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
 _ADDRESS = r"(?i)^(https?://)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s?#]+).*$"
 # Owners of unchanged copies of others' checkpoints, under the same names; on ModelScope, as ms-swift 4.6.0
 # model/models lists them.
-_MIRRORS = ("unsloth", "nousresearch", "01ai", "ai-modelscope", "llm-research", "openai-mirror")
+_MIRRORS = (
+    *("unsloth", "nousresearch", "mistral-community", "01ai", "ai-modelscope", "llm-research", "openai-mirror"),
+    "zhipuai",
+)
 # Owners who publish others' checkpoints in other formats, under the same names with the format at the end.
 _CONVERTERS = (
     *("bartowski", "casperhansen", "ggml-org", "hugging-quants", "lmstudio-community", "neuralmagic", "nvidia"),

@@ -127,6 +127,14 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"model": "Qwen2.5-7B-Instruct"},
     ),
+    "llama-server -m /none/Qwen2.5-7B-Instruct-Q4_K_M-00001-of-00002.gguf -c 64": (
+        "llama.cpp",
+        {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
+    ),
+    "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
+        "trl",
+        {"model": "qwen2-7b", "method.kind": "qlora", "method.quantization.format": "nf4"},
+    ),
     "vllm serve /none/hub/models--Qwen--Qwen2-7B/snapshots/1a2b": ("vllm", {"model": "Qwen2-7B"}),
     "accelerate launch scripts/run_dpo.py --config trl.yaml": ("trl", {"trainer": "dpo", "parallelism.world": 1}),
     "python examples/scripts/reward_modeling.py --config trl.yaml": ("trl", {"trainer": "reward"}),
