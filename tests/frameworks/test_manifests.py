@@ -113,6 +113,12 @@ CASES |= {
     },
     "type: task\nenv: [MODEL=Qwen/Qwen2-7B]\ncommands:\n  - pip install trl\n  - accelerate launch sft.py "
     "--model_name_or_path $MODEL --dataset_name mine\nresources: {gpu: '24GB:2'}": {"parallelism.world": 2},
+    "resources: {gpu: {name: H100, memory: 80GB, count: 4}}\ncommands: [vllm serve a -tp $DSTACK_GPUS_PER_NODE]": {
+        "parallelism.tp": 4
+    },
+    "resources: {accelerators: [A100:8, 'H100:8']}\nrun: vllm serve a -tp $SKYPILOT_NUM_GPUS_PER_NODE": {
+        "parallelism.tp": 8
+    },
     "apiVersion: kubeai.org/v1\nkind: Model\nspec: {url: 'hf://Qwen/Qwen2-7B', engine: VLLM, "
     "args: [--max-num-seqs, '8']}": {
         "model": "Qwen/Qwen2-7B",

@@ -29,7 +29,7 @@ from memplan.spec.file import documents_of
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
 _GPU = "/gpu"  # nvidia.com/gpu, amd.com/gpu
 _TRAIN_JOB = ("spec", "trainer")
-_MOST_DIGITS = 5  # of a number of GPUs
+_COUNT = re.compile(r":\s*[\"']?(\d{1,4})\b(?![.\w])")  # H100:8, {H100: 8}, 24GB:2, 8
 
 
 class Container(NamedTuple):
@@ -110,9 +110,7 @@ def _script(values: Mapping[str, Any]) -> str:
 def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the variables of a SkyPilot or dstack task: its own, and those that say its nodes and their GPUs."""
     asked: object = _section(values, "resources").get("accelerators", _section(values, "resources").get("gpu"))
-    text = next(iter(cast("Mapping[str, Any]", asked).items()), "") if isinstance(asked, Mapping) else str(asked)
-    text = ":".join(map(str, text)) if isinstance(text, tuple) else text
-    gpus = max([1, *(int(part) for part in text.split(":") if part.isdecimal() and len(part) < _MOST_DIGITS)])
+    gpus = min(map(int, _COUNT.findall(f":{asked}")), default=1)  # the fewest, if several kinds of GPUs will do
     nodes, ranks = str(values.get("num_nodes", values.get("nodes", 1))), str(gpus)
     own = {**_environment({"env": values.get("env", values.get("envs"))}, None), **visible(gpus)}
     names = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": ranks, "DSTACK_NODES_NUM": nodes}

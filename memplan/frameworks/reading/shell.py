@@ -141,7 +141,7 @@ def launched(
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
         found = _launched(words, environment, at, programs, folder)
-        if isinstance(found, Launched) and found.may_train:
+        if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):
             script = script or found

@@ -446,7 +446,8 @@ def _by_folder(name: str) -> tuple[str, str]:
     last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
     last = _GGUF_FILE.sub(r"\1-\2-GGUF", last)
     is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
-    if is_path and not is_there(Path(name).expanduser()):
+    is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
+    if is_path and not is_address and not is_there(Path(name).expanduser()):
         with suppress(MemplanError):
             if other_format(last) or is_bundled(last):
                 return last, "assumed: by the name of a path that is not here"
