@@ -59,7 +59,7 @@ model = AutoModelForCausalLM.from_pretrained(opts.model, quantization_config=bnb
 model = prepare_model_for_kbit_training(model)
 model = get_peft_model(model, LoraConfig(r=Settings.rank, lora_alpha=int(os.environ.get("ALPHA", 64)),
                                          target_modules=["q_proj"]))
-args = TrainingArguments("out", per_device_train_batch_size=opts.batch_size, bf16=True, optim=choose(),
+args = TrainingArguments("out", per_device_train_batch_size=opts.batch_size, bf16=True, optim=choose(), seed=choose(),
                          gradient_checkpointing=True if torch.cuda.is_bf16_supported() else False)
 Trainer(model=model, args=args).train()
 """

@@ -25,7 +25,6 @@ from memplan.frameworks.reading.run_file import RunFile, detect, read_run
 from memplan.frameworks.reading.run_format import FORMATS, format_named
 from memplan.frameworks.trl import TRL
 from memplan.spec.run import RunSpec
-from tests.cases import each
 
 AXOLOTL_QLORA = """
 base_model: Qwen/Qwen2-7B
@@ -511,11 +510,12 @@ PUBLISHED = {
 }
 
 
-@each(PUBLISHED.items())
-def test_a_config_that_a_framework_publishes_is_known_by_its_path(case: tuple[str, tuple[str, list[str], str]]) -> None:
-    path, (strategy, offloaded, title) = case
-    text = f"{LLAMAFACTORY_LORA}deepspeed: {path}\n"
-    file = read_run("run.yaml", text=text)
+@pytest.mark.parametrize(("path", "expected"), PUBLISHED.items())
+def test_a_config_that_a_framework_publishes_is_known_by_its_path(
+    tmp_path: Path, path: str, expected: tuple[str, list[str], str]
+) -> None:
+    strategy, offloaded, title = expected
+    file = read(tmp_path, f"{LLAMAFACTORY_LORA}deepspeed: {path}\n")
     found = values(file)
     assert found["parallelism.strategy"] == strategy
     assert [name for name in ("parameters", "optimizer") if found.get(f"parallelism.offload.{name}")] == offloaded

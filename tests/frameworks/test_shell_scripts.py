@@ -127,7 +127,16 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"model": "Qwen2.5-7B-Instruct"},
     ),
+    "llama-server -m /none/Qwen2.5-7B-Instruct-Q4_K_M-00001-of-00002.gguf -c 64": (
+        "llama.cpp",
+        {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
+    ),
+    "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
+        "trl",
+        {"model": "qwen2-7b", "method.kind": "qlora", "method.quantization.format": "nf4"},
+    ),
     "vllm serve /none/hub/models--Qwen--Qwen2-7B/snapshots/1a2b": ("vllm", {"model": "Qwen2-7B"}),
+    "vllm serve https://huggingface.co/Qwen/Qwen2-7B": ("vllm", {"model": "https://huggingface.co/Qwen/Qwen2-7B"}),
     "accelerate launch scripts/run_dpo.py --config trl.yaml": ("trl", {"trainer": "dpo", "parallelism.world": 1}),
     "python examples/scripts/reward_modeling.py --config trl.yaml": ("trl", {"trainer": "reward"}),
     "mpirun -np 8 -H a:4,b:4 --allow-run-as-root -x A=1 python x.py --config trl.yaml": (
@@ -305,6 +314,9 @@ def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
 QUOTED = {
     "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
     "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
+    "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
+    "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
+    "between files": 'trl sft --config trl.yaml < in &>> out --max_length 32 "$@"',
     "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
 }
 
@@ -339,7 +351,7 @@ REFUSED = {
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
-    "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINE, which is not supported yet; --tr",
+    "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINEDPO, which is not supported yet; --tr",
     "python3 -m verl.trainer.main_ppo actor_rollout_ref.actor.megatron.x=1 --config-name=$C": (
         "actor_rollout_ref.actor.megatron: verl with Megatron is not supported yet; supported: fsdp"
     ),

@@ -40,6 +40,7 @@ _PROCESSES = re.compile(
 _SLURM_GPUS = r"#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*(?P<gpus>\d{1,9})"
 _VISIBLE = r"\bCUDA_VISIBLE_DEVICES=[\"']?(?P<gpus>\d{1,9}(?:,\d{1,9})*)"
 _LIMITS = r"nvidia\.com/gpu[\"']?\s*:\s*[\"']?(?P<gpus>\d{1,9})"
+_ACCELERATORS = r"\baccelerators\s*:\s*[\"']?\{?\s*[\w-]+\s*:\s*(?P<gpus>\d{1,9})\b"
 _DOCKER = r"\bdocker\s[^\n]*--gpus[= ](?P<gpus>\d{1,9})\b"
 # `count` of the devices of a Compose file: on their line, or below it and further to the right.
 _DEVICES = (
@@ -59,7 +60,7 @@ def with_processes(text: str, times: int, per: int) -> str:
         found = re.search(_SLURM_GPUS if by_slurm else rf"\b{found[3]}=[\"']?(?P<gpus>\d{{1,9}})", text)
     count = int(found["gpus"]) if found is not None else None
     places = {found.span("gpus"): found["gpus"]} if found is not None else {}
-    for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES, _DOCKER):
+    for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES, _DOCKER, _ACCELERATORS):
         for match in re.finditer(pattern, text, re.MULTILINE):
             gpus = match["gpus"].count(",") + 1 if pattern == _VISIBLE else int(match["gpus"])
             count = gpus if count is None else count

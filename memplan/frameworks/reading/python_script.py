@@ -57,6 +57,11 @@ _TRAINED = {"max_seq_length": "max_length", "packing": "packing", "max_length": 
 }
 # Keys of a config's `model_init_kwargs` -> keys of TRL's command line; memory does not depend on the others.
 _INITIAL = {name: _LOADED[name] for name in ("dtype", "torch_dtype", "attn_implementation", "load_in_4bit")}
+# Beginnings of arguments that memory does not depend on.
+_WITHOUT_MEMORY = (
+    *("output_dir", "push_to_hub", "hub_", "run_name", "report_to", "logging", "trackio", "save", "seed", "max_steps"),
+    *("learning_rate", "lr_scheduler", "warmup", "weight_decay", "num_train_epochs", "vllm_server"),
+)
 # What classes default to where TRL's command line has another default.
 _DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bnb_4bit_quant_type": "fp4", "dtype": "auto"}
 _UNSLOTH_LOADED = {
@@ -136,7 +141,9 @@ class _Keys:
             place = self.script.places.get(call.lines[argument], call.lines[argument]) if call is not None else 0
             if value is UNKNOWN:
                 note = "cannot be told without running the script"
-                self.unread.append(Unread(f"{self.script.name}:{place}", argument, note))
+                if not argument.startswith(_WITHOUT_MEMORY):
+                    name = key if argument.isdecimal() else argument
+                    self.unread.append(Unread(f"{self.script.name}:{place}", name, note))
             elif value is not None:
                 self.put(key, value, place, argument if not argument.isdecimal() else "")
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
-_MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
+_MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
 _LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
@@ -242,7 +242,7 @@ def read_container(container: Container, name: str) -> RunFile | None:
 
 
 def is_manifest(name: str) -> bool:
-    """Whether a file is a Compose file or a Kubernetes manifest."""
+    """Whether a file is a Compose file, a Kubernetes manifest, or a task of SkyPilot or dstack."""
     return name.lower().endswith((".yaml", ".yml")) and bool(_MANIFEST.search(read_text(name)))
 
 

@@ -41,6 +41,7 @@ _ARITHMETIC = re.compile(r"\$(?:\(\((.{1,200}?)\)\)(?!\))|\(expr +([^()]{1,200})
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*)\)\s*(?:#.*)?", re.DOTALL)
 _OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
+_REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
 _READ = re.compile(r"\s*(?:IFS=\S* )?read\b.*?(\w+)\s*<<")  # read -r -d '' NAME <<EOF
 _ALL = "every GPU that it sees"
@@ -140,7 +141,7 @@ def launched(
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
         found = _launched(words, environment, at, programs, folder)
-        if isinstance(found, Launched) and found.may_train:
+        if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):
             script = script or found
@@ -272,15 +273,19 @@ def _is_open(text: str, last: str) -> bool:
 
 
 def _simple(words: list[str]) -> Iterator[list[str]]:
-    """Yield the words of each command in a line."""
+    """Yield the words of each command in a line, without redirections, `> a.log 2>&1`, and the script's own words."""
     command: list[str] = []
+    is_file = False
     for word in words:
-        if word in _ENDS or word.endswith(";"):
-            command += [word[:-1]] if word.endswith(";") and len(word) > 1 else []
+        redirection = _REDIRECTION.fullmatch(word)
+        is_word = redirection is None and not is_file and not word.startswith(("$@", "$*", "${@"))
+        is_file = redirection is not None and not redirection[1]
+        if word in _ENDS or word.endswith(";") or (redirection is not None and "|" in word):  # 2>&1|tee a.log
+            command += [word[:-1]] if is_word and word.endswith(";") and len(word) > 1 else []
             if command:
                 yield command
             command = []
-        else:
+        elif is_word:
             command.append(word)
     if command:
         yield command

@@ -444,28 +444,33 @@ def set_model(config: Config, name: str | None, *keys: str, why: str = "") -> No
 
 
 def _by_folder(name: str) -> tuple[str, str]:
-    """Return the model that a path's last folder is named after, and why, if the path is not here; else the name."""
+    """Return the model that a path's last folder or GGUF file is named after, and why, if it is not here; else the name
+    itself."""
     path = name.replace("\\", "/").rstrip("/")
     cached = [folder.rpartition("--")[2] for folder in path.split("/") if folder.startswith("models--")]
     last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
-    is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1
-    if is_path and not is_there(Path(name).expanduser()):
+    last = _GGUF_FILE.sub(r"\1-\2-GGUF", last)
+    is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
+    is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
+    if is_path and not is_address and not is_there(Path(name).expanduser()):
         with suppress(MemplanError):
             if other_format(last) or is_bundled(last):
-                return last, "assumed: by the folder's name, which is not here"
+                return last, "assumed: by the name of a path that is not here"
     return name, ""
 
 
-_FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16)")
+_FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16|I?Q\d_\w+)|--method (qlora)")
+_GGUF_FILE = re.compile(r"(?i)(.+?)[.-](i?q\d_\w+?)(?:-\d+-of-\d+)?\.gguf")  # of one or several parts
 
 
 def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
-    """The model that a key names. A known one's checkpoint in AWQ, GPTQ or FP8 is that model in the format, unless its
-    own config is cached."""
+    """The model that a key names. A known one's checkpoint in AWQ, GPTQ, FP8 or bitsandbytes' nf4 is that model in the
+    format, unless its own config is cached."""
     name, why = _by_folder(name)
     card, options = other_format(name) or (name, "")
     match = _FORMAT.search(options)
-    format = match[1] if match is not None and not (trains and "-int" not in match[1]) else ""
+    stored, is_nf4 = match.groups() if match is not None else ("", "")
+    format = "nf4" if is_nf4 and trains else stored if stored and not (trains and "-int" not in stored) else ""
     if format:
         with suppress(MemplanError):
             find_config(name)
@@ -476,6 +481,8 @@ def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
     why = why or "by the checkpoint's name"
     config.set("model", card, key, why=why)
     config.set("method.quantization.format" if trains else "serving.weights", format, key, why=why)
+    if format == "nf4":
+        config.set("method.quantization.double_quant", True, key, why=f"{why}, as Unsloth makes them")
 
 
 def card_of(family: str, version: str, size: str) -> str | None:

@@ -38,14 +38,15 @@ _SFT_LOSSES = ("nll", "chunked_nll")
 
 _GENERATING = ("grpo", "rloo", "distillation")
 _COMPARING = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
-_LATER = ("ppo", "online", "gkd", "xpo", "nash", "prm", "bco")
+_LATER = ("ppo", "onlinedpo", "gkd", "xpo", "prm", "bco")
 _HINT = "--trainer names another"
 
 
 def _command(config: Config) -> str:
     """Return the trainer that a command or script names: `trl dpo`, `reward_modeling.py`, `train.py:7 KTOTrainer`."""
-    words = re.findall("[a-z]+", config.command.lower().replace("trainer", ""))
-    later = [word.upper() for word in words if word in _LATER and config.command.endswith(".py")]
+    name = config.command.lower().replace("trainer", "").replace("online_dpo", "onlinedpo")
+    words = re.findall("[a-z]+", name)
+    later = [word.upper() for word in words if word in _LATER and name.endswith(".py")]
     if later:
         raise SpecError(f"spec: {config.command} is taken for {later[0]}, which is not supported yet; {_HINT}", "spec")
     return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "sft")), "")
