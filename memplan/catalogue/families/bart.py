@@ -84,7 +84,7 @@ def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
     )
     encoder = Run((_encoder(m, row, encoder_wiring),), "L")
     if half == "encoder":
-        return Stack(before, (encoder,), encoder_results(output, ("encoded",), *names, wiring.beams))
+        return Stack(before, (encoder,), encoder_results(output, ("encoded",), "ids", "attention_mask", wiring.beams))
     block = _decoder(m, row, wiring, cross_wiring)
     if half:
         kept = read_encoder_results(SOURCES, MASK, Tensor("encoded", "rows source h", f"={_SHARED}.weight"))
