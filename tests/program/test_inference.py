@@ -261,7 +261,7 @@ def over_source(name: str, **fields: Any) -> RunSpec:
     return generating({"config": SMALL[name]}, batch=batch, **fields)
 
 
-@pytest.mark.parametrize("name", ["t5", "flan-t5", "whisper"])
+@pytest.mark.parametrize("name", ["bart", "m2m_100", "t5", "flan-t5", "umt5", "whisper"])
 def test_a_decoder_caches_its_tokens_and_the_encoders_output(name: str) -> None:
     run = over_source(name, batch={"micro": 64})
     decided = decide(run)
@@ -303,7 +303,7 @@ def test_an_encoders_weights_stay_while_its_decoder_runs() -> None:
 
 
 ACROSS = {
-    "name": st.sampled_from(["t5", "flan-t5", "whisper"]),
+    "name": st.sampled_from(["bart", "m2m_100", "t5", "flan-t5", "umt5", "whisper"]),
     "attention": st.sampled_from(["sdpa", "eager", "sdpa_efficient"]),
     "beams": st.integers(1, 4),
     "cache": st.sampled_from(["dynamic", "static"]),

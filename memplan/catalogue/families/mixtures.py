@@ -231,6 +231,10 @@ def granite_mixture(shared: str = "") -> tuple[Op, ...]:
     return (*mixed, *granite_mlp("dense.out", shared), add, ops.release_names(y, "dense.out"))
 
 
+def _granite(m: ModelSpec) -> tuple[Op, ...]:
+    return granite_mixture("fs" if m.axes().get("fs") else "")
+
+
 def granite_mlp(y: str, width: str = "f") -> tuple[Op, ...]:
     return fused_mlp(X, y, "shared_mlp", ("input_linear", "output_linear"), width=width)
 
@@ -242,8 +246,8 @@ BUILDERS = {
     "dots1": QWEN_3._replace(mlp_bias=False, experts=sigmoid_mixture),
     "ernie4_5_moe": ernie4_5_moe,
     "glm4_moe": glm4_moe,
-    "granitemoe": GRANITE._replace(experts=lambda m: granite_mixture()),
-    "granitemoeshared": GRANITE._replace(experts=lambda m: granite_mixture("fs" if m.axes()["fs"] else "")),
+    "granitemoe": GRANITE._replace(experts=_granite),
+    "granitemoeshared": GRANITE._replace(experts=_granite),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
     "minimax_m2": Decoder(qk_norm="all", rotate=partial_rope, attend=attend_heads_first, experts=_minimax_m2),
     "mixtral": Decoder(experts=_mixtral),

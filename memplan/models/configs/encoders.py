@@ -293,7 +293,6 @@ _BART = Family(
     gated=False,
     lengths=LengthFacts(learned=True, target=_positions),
     stack="bart",
-    generation=GenerationFacts(is_modelled=False),
     serving=ServingFacts(is_modelled=False),
 )
 

@@ -16,7 +16,7 @@ from memplan.core.ir import Division, Op, Tensor, Unit, Weight, operations, outs
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, left_whole, unit_of
-from memplan.program.graph import Graph, is_optimized, operations_of, reference_copy
+from memplan.program.graph import Graph, is_optimized, looked_up_weights, operations_of, reference_copy
 from memplan.program.sharding.ranks import Ranks, kept_dtype, sent_dtype, shape_in
 from memplan.program.stack_facts import input_table, shared_tables, ties_head
 from memplan.program.weight_sizes import elements
@@ -182,7 +182,7 @@ def _slices(
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
         if start < mine and (is_optimized(w, graph) or not w.trains):
-            yield w.name, min(numbers, mine - start), w.group == "embedding" and not w.matrix
+            yield w.name, min(numbers, mine - start), w.name in looked_up_weights(graph)
         start += aligned(numbers, dtype)
 
 
