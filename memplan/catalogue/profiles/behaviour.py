@@ -74,7 +74,8 @@ class AttentionBehaviour(NamedTuple):
 
     sdpa_copies           tensors copied before torch's attention: heads (repeated k and v), all (q, k and v), or none
     flash_2_copies        tensors copied before flash attention 2, likewise
-    no_sdpa               the version has no sdpa for the family, and uses eager attention
+    no_sdpa               the version has no sdpa for the family, and uses eager attention; or only on cards of a lower
+                          compute capability than 8.0
     sdpa_skips_cap        sdpa is used although scores should be capped, and does not cap them
     half_math             torch's plain attention stays in the dtype of its inputs
     rotary_tables         rotary tables kept by every layer: gathered, computed, or none; by the model: cached
@@ -91,7 +92,7 @@ class AttentionBehaviour(NamedTuple):
 
     sdpa_copies: Literal["", "heads", "all"]
     flash_2_copies: Literal["", "heads", "all"]
-    no_sdpa: bool
+    no_sdpa: Literal[False, True, "before 8.0"]
     sdpa_skips_cap: bool
     half_math: bool
     rotary_tables: Literal["", "gathered", "computed", "cached"]
