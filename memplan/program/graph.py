@@ -585,13 +585,6 @@ def weights_of(graph: Graph) -> tuple[tuple[Weight, int, str], ...]:
 
 
 @lru_cache(maxsize=128)
-def looked_up_weights(graph: Graph) -> frozenset[str]:
-    """Return the names of nn.Embedding's weights, and of their copies that peft's `modules_to_save` trains."""
-    tables = {w.name for w, _, _ in weights_of(graph) if w.group == "embedding" and not w.matrix}
-    return frozenset(tables | {f"{name}.saved" for name in tables})
-
-
-@lru_cache(maxsize=128)
 def parameters_of(graph: Graph) -> tuple[TensorGroup, ...]:
     """Return the stored tensors of every weight, and the model's buffers."""
     _, axes = operations_of(graph)

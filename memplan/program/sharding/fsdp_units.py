@@ -16,9 +16,9 @@ from memplan.core.ir import Division, Op, Tensor, Unit, Weight, operations, outs
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, left_whole, unit_of
-from memplan.program.graph import Graph, is_optimized, looked_up_weights, operations_of, reference_copy
+from memplan.program.graph import Graph, is_optimized, operations_of, reference_copy
 from memplan.program.sharding.ranks import Ranks, kept_dtype, sent_dtype, shape_in
-from memplan.program.stack_facts import input_table, shared_tables, ties_head
+from memplan.program.stack_facts import input_table, looked_up_weights, shared_tables, ties_head
 from memplan.program.weight_sizes import elements
 
 

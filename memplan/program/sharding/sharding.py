@@ -18,7 +18,6 @@ from memplan.engine.walk import size
 from memplan.program.graph import (
     Graph,
     TensorGroup,
-    looked_up_weights,
     operations_of,
     other_models,
     parameters_of,
@@ -28,6 +27,7 @@ from memplan.program.graph import (
     weights_of,
 )
 from memplan.program.loading import loading, most_at_once
+from memplan.program.stack_facts import looked_up_weights
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import shape_of
 
