@@ -105,16 +105,9 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
-    step = graph.trainer
-    if run.trainer in DISTILLING or (
-        step is not None and step.fused_gradients
-    ):  # its step computes in another precision than it generates in
-        alone = {
-            "trainer": "sft",
-            "reference": None,
-            "roles": Roles(),
-            "batch": {"micro": batch.micro, "sequence": batch.tokens},
-        }
+    if run.trainer in DISTILLING or run.kernels.loss == "fused":  # its step computes in another precision
+        one = {"micro": batch.micro, "sequence": batch.tokens}
+        alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
         graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)

@@ -364,6 +364,15 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
+        ({"kernels": {"loss": "fused"}}, "not supported yet with trainer grpo and trl-1.15; supported: tiled_lm_head"),
+        (
+            {
+                "profile": "trl-1.13",
+                "kernels": {"loss": "fused"},
+                "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp"},
+            },
+            "not supported yet with trainer grpo and loss fused; supported: ddp",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
