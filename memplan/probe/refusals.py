@@ -116,7 +116,8 @@ def _refuse(run: RunSpec) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
             raise refused("loop.grad_scaler", "a probe scales no losses for an optimizer on the host")
-    refuse(error for error in contradictions(run) if cp == 1 or error.field != "parallelism.strategy")  # all weights
+    # context-parallel ranks without a strategy are traced with all weights
+    refuse(error for error in contradictions(run) if cp == 1 or error.field != "parallelism.strategy")
     _optimizer(run)
     _kernels(run)
     _precision(run)

@@ -12,13 +12,13 @@ from memplan.catalogue.parallelism.sharding import (
     ELEMENTWISE,
     MEGATRON,
 )
-from memplan.catalogue.quantization.quantization import FP8_BLOCK
 from memplan.core.errors import SpecError, refused
 from memplan.models.configs import families
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.parallelism import ONE_GPU
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.formats import Quantization
 
 _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCPUAdam, DeepSpeedCPUAdagrad
 # The methods that each strategy shards correctly.
@@ -325,7 +325,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield refused("parallelism.strategy", f"{p.strategy} cannot be combined with tensor parallelism; use fsdp2")
     if style not in ("megatron", "litgpt") and method.quantization is not None:
         if method.kind == "full":  # nothing trains
-            yield from _divided_format(r, method.quantization.format)
+            yield from _divided_format(r, method.quantization)
         else:
             yield refused(
                 "method.kind",
@@ -342,20 +342,22 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
 
 
-def _divided_format(r: OpenRun, format: str) -> Iterator[SpecError]:
+def _divided_format(r: OpenRun, q: Quantization) -> Iterator[SpecError]:
     """Yield errors for quantised weights that ranks cannot divide; fp8 layers multiply each rank's part and its scales.
 
     Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py.
     """
-    p, axes = r.parallelism, r.model.axes()
-    if format != "fp8" or r.style != "transformers":
-        yield not_yet("method.quantization.format", format, "fp8, and weights in 16 or 32 bits, with transformers' tp")
-    uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (p.tp * FP8_BLOCK)), None)
+    tp, axes, block = r.parallelism.tp, r.model.axes(), max(q.block_size, 1)
+    if q.format != "fp8" or r.style != "transformers":
+        yield not_yet(
+            "method.quantization.format", q.format, "fp8, and weights in 16 or 32 bits, with transformers' tp"
+        )
+    uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (tp * block)), None)
     if uneven is not None:
         yield refused(
             "parallelism.tp",
-            f"{p.tp} ranks would divide blocks of {FP8_BLOCK} x {FP8_BLOCK} fp8 weights (of {uneven:,}), which share a "
-            "scale; use fewer",
+            f"{tp} ranks would divide blocks of {block} x {block} fp8 weights (of {uneven:,}), which share a scale; "
+            "use fewer",
         )
 
 
