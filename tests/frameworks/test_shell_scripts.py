@@ -116,8 +116,8 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"parallelism.world": 2 * 4},
     ),
-    "LEN=$((2 * (16 + 8) - 4 / 2))\nARGS=(\n  --max_length ${LEN:-8}  # tokens (all)\n  --use_peft\n)\n"
-    'ARGS+=(--gradient_accumulation_steps 5)\npython3 prepare.py --out a\ntrl sft --config trl.yaml "${ARGS[@]}"': (
+    "LEN=$((2 * (16 + 8) - 4 / 2))\nARGS=(\n  --max_length ${LEN:-8}  # tokens (all)\n  --use_peft  # (q) # k\n)  # (e)"
+    '\nARGS+=(--gradient_accumulation_steps 5)\npython3 prepare.py --out a\ntrl sft --config trl.yaml "${ARGS[@]}"': (
         "trl",
         {"batch.sequence": 2 * (16 + 8) - 2, "method.kind": "lora", "batch.accumulation": 5},
     ),
@@ -342,6 +342,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 REFUSED = {
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
+    "A=(ab)\n" + 'A+=("${A[@]}" "${A[@]}")\n' * 60: "train.sh does not train or serve",
     "A=ab\n" + "A=$A$A\n" * 60: "train.sh does not train or serve",  # 2 ** 60 letters, if it went on
     "swift infer --model a": "swift infer with infer_backend transformers is not supported yet; supported: ",
     "swift deploy run.yaml": "swift deploy with a file is not supported yet",

@@ -39,7 +39,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]((?:[^{}]|\{[^{
 # $((A * B)), $(expr 16 / $A)
 _ARITHMETIC = re.compile(r"\$(?:\(\((.{1,200}?)\)\)(?!\))|\(expr +([^()]{1,200})\))")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
-_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*)\)\s*(?:#.*)?", re.DOTALL)
+_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*?)\)\s*(?:#[^\n]*)?", re.DOTALL)
 _OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
 _REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
@@ -50,6 +50,7 @@ _MOST_GPUS = 1024  # of a machine
 _MOST_DIGITS = 10
 _CONTINUED = "\\\n"
 _LONGEST_QUOTE = 200  # lines
+_MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
@@ -203,7 +204,7 @@ def _commands(
     text: str, name: str, variables: Mapping[str, str], folder: Path | None = None
 ) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
-    variables = dict(variables)
+    variables, spent = dict(variables), 0
     for line, joined in _joined_lines(text):
         array = _ARRAY.fullmatch(joined)
         try:
@@ -212,12 +213,19 @@ def _commands(
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
         if array is not None:  # NAME=(a b), NAME+=(c)
-            before = shlex.split(variables.get(array[1], "")) if array[2] else []
-            parts = [part for word in words for part in resolved(word, variables)]
-            variables[array[1]] = shlex.join([*before, *parts])
+            before = variables.get(array[1], "") if array[2] else ""
+            parts = shlex.join(part for word in words for part in resolved(word, variables))
+            spent += len(parts)
+            if len(before) + len(parts) < min(_LONGEST_VALUE, _MOST_TEXT - spent):
+                variables[array[1]] = f"{before} {parts}".strip()
+            elif spent > _MOST_TEXT:
+                variables[array[1]] = ""
             continue
         for simple in _simple(words):
             command = [part for word in simple for part in resolved(word, variables)]
+            spent += sum(map(len, command))
+            if spent > _MOST_TEXT:
+                raise SpecError(f"{name}:{line}: the variables of the script hold too much text")
             if command[:1] in (["export"], ["set"]):
                 command = command[1:]
             if command[:1] in (["source"], ["."]) and len(command) > 1:
