@@ -233,9 +233,9 @@ class Usage:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None:
             return False
-        surely_fits, sure = self.fits_card_of(self._gpu.usable), self._sure(self._gpu.usable)
+        surely_fits, left = self.fits_card_of(self._gpu.usable), room(self._gpu.usable, self._overhead)
         if surely_fits is None:
-            return self._replay.surely_reserved() <= sure and self._roomy <= sure
+            return self._replay.surely_reserved() <= left.sure and self._reserves_within(*left)
         return surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
@@ -262,10 +262,6 @@ class Usage:
     def most(self) -> int:
         """The most that a card with room to spare may show for the run."""
         return self._shown_at("high", self._roomy)
-
-    def _sure(self, usable: int) -> int:
-        """Return the bytes left for torch's segments."""
-        return room(usable, self._overhead).sure
 
     @property
     def may_fit(self) -> bool:
