@@ -44,7 +44,7 @@ class Allocator(Protocol):
     allocated  size of allocated blocks, as torch.cuda.memory_allocated counts them
     reserved   size of segments
     requests   number of requests to the driver
-    fills      whether a request ever found less than it needed, so that free segments were released
+    was_full   whether a request ever found less than it needed, so that free segments were released
     """
 
     allocated: int
@@ -52,7 +52,7 @@ class Allocator(Protocol):
     peak_allocated: int
     peak_reserved: int
     requests: int
-    fills: bool
+    was_full: bool
 
     def alloc(self, size: int, stream: int = 0) -> Block:
         """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
@@ -145,7 +145,7 @@ class PythonAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requests = 0
         self.peak_allocated = self.peak_reserved = 0
-        self.fills = False
+        self.was_full = False
         self._pools = [BlockPool(is_small) for _ in range(streams) for is_small in (False, True)]
 
     def alloc(self, size: int, stream: int = 0) -> AllocatorBlock:
@@ -285,7 +285,7 @@ class PythonAllocator:
     def _make_room(self, more: int) -> None:
         """Release free segments if the driver cannot give `more` bytes."""
         if self._is_full(more):
-            self.fills = True
+            self.was_full = True
             self.release()
 
     def _unmap(self, pool: BlockPool) -> None:

@@ -16,10 +16,10 @@ class ReservedPeak(NamedTuple):
     """The most bytes that a replay reserved, None if it ran out of memory, and whether it ever filled the card."""
 
     bytes: int | None
-    fills: bool
+    was_full: bool
 
 
-OUT_OF_MEMORY = ReservedPeak(None, fills=True)
+OUT_OF_MEMORY = ReservedPeak(None, was_full=True)
 
 
 class by_capacity(Generic[_Replay]):  # noqa: N801 (a decorator)
@@ -36,19 +36,22 @@ class by_capacity(Generic[_Replay]):  # noqa: N801 (a decorator)
         self._peaks = lru_cache(maxsize=1024)(_no_peaks)
 
     def __call__(self, replay: _Replay, capacity: int | None = None) -> int | None:
-        known, most = self._peaks(replay), inf if capacity is None else capacity
+        return self._peak(self._peaks(replay), replay, capacity)
+
+    def _peak(self, known: list[tuple[float, int | None]], replay: _Replay, capacity: int | None) -> int | None:
+        most = inf if capacity is None else capacity
         for replayed, peak in known:
             if replayed == most or (peak is not None and peak <= most < replayed):
                 return peak
         found = self.__wrapped__(replay, capacity)
-        known.append((most if found.fills else inf, found.bytes))
+        known.append((most if found.was_full else inf, found.bytes))
         return found.bytes
 
     def within(self, replay: _Replay, most: int) -> int | None:
         """Return the peak with room to spare, or None if it is more than `most`, after one replay at most."""
         known = self._peaks(replay)
-        if not any(replayed >= most for replayed, _ in known):  # a card that large was not filled or is not known
-            self(replay, most)
+        if not any(replayed >= most for replayed, _ in known):
+            self._peak(known, replay, most)
         return next((peak for replayed, peak in known if replayed == inf and peak is not None and peak <= most), None)
 
     def cache_clear(self) -> None:

@@ -19,7 +19,8 @@ enum { BINS = 256 };
 typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t filled[BINS / 64]; Bin bins[BINS]; } Pool;
 typedef struct { Bin *bin; int32_t chunk, index; } Place;
 typedef struct {
-    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, fills, capacity, missing; /* read by native.py */
+    /* read by native.py */
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, was_full, capacity, missing;
     int32_t expandable, pool_count, block_count, block_room, unused;
     Pool *pools;
     Block *blocks;
@@ -35,7 +36,7 @@ static inline int bin_of(int64_t size) {
 }
 
 static inline int is_less(const Free *f, int64_t size, int64_t start) {
-    return f->size < size || (f->size == size && (uint64_t)f->start < (uint64_t)start); /* of 0, only the size */
+    return f->size < size || (f->size == size && (uint64_t)f->start < (uint64_t)start); /* a start of 0 is the least */
 }
 
 static inline Place find(Pool *p, int64_t size, int64_t start) { /* of the first that is not less, or its bin's end */
@@ -175,7 +176,7 @@ void release(Allocator *a) {
     }
 }
 
-static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->fills = 1; release(a); } }
+static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->was_full = 1; release(a); } }
 
 static int request(Allocator *a, int64_t more) {
     make_room(a, more);

@@ -229,7 +229,7 @@ def reserved(replay: TrainingReplay, capacity: int | None) -> ReservedPeak:
         left = None if capacity is None else capacity - extra
         peak = reserved(short, left)
         return ReservedPeak(
-            None if peak is None else peak + extra, left is not None and not reserved.within(short, left)
+            None if peak is None else peak + extra, left is not None and reserved.within(short, left) is None
         )
     after = [task.replay for task in replay.side_tasks if task.own_process_graph is None]
     alone = [task.replay for task in replay.side_tasks if task.own_process_graph is not None]
@@ -239,7 +239,7 @@ def reserved(replay: TrainingReplay, capacity: int | None) -> ReservedPeak:
         for replay_task in alone:
             allocators.append(new_allocator(replay.expandable, capacity))
             replay_task(allocators[-1])
-        return ReservedPeak(max(a.peak_reserved for a in allocators), any(a.fills for a in allocators))
+        return ReservedPeak(max(a.peak_reserved for a in allocators), any(a.was_full for a in allocators))
     except OutOfMemoryError:
         return OUT_OF_MEMORY
 

@@ -233,7 +233,8 @@ class Usage:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None or self.is_ruled_out:
             return False
-        return self.fits_card_of(self._gpu.usable) or self._roomy <= self._sure(self._gpu.usable)
+        usable = self._gpu.usable
+        return self.fits_card_of(usable) or self._reserves_within(*room(usable, self._overhead))
 
     @cached_property
     def is_ruled_out(self) -> bool:
@@ -266,10 +267,6 @@ class Usage:
     def most(self) -> int:
         """The most that a card with room to spare may show for the run."""
         return self._shown_at("high", self._roomy)
-
-    def _sure(self, usable: int) -> int:
-        """Return the bytes left for torch's segments."""
-        return room(usable, self._overhead).sure
 
     @property
     def may_fit(self) -> bool:

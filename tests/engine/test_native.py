@@ -52,7 +52,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
 def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     peaks = allocator.peak_allocated, allocator.peak_reserved
     number_of_live = sum(block not in (None, native.NONE) for block in live)
-    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.fills, number_of_live
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.was_full, number_of_live
 
 
 def shifted(events: list[Event], streams: list[int], shift: int, times: int = 1) -> Events:
@@ -132,7 +132,7 @@ def test_one_replay_serves_the_capacities_of_many_cards(
             allocator.replay(Events(events, streams, len(events)), sizes, live)
         except OutOfMemoryError:
             return OUT_OF_MEMORY
-        return ReservedPeak(allocator.peak_reserved, allocator.fills)
+        return ReservedPeak(allocator.peak_reserved, allocator.was_full)
 
     replayed = by_capacity(peak_of)
     with_room = peak_of(0, None).bytes or 0

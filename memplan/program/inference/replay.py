@@ -63,7 +63,7 @@ def reserved(replay: InferenceReplay, capacity: int | None) -> ReservedPeak:
             left[model] = replay_pass(each, allocator, left[model])
     except OutOfMemoryError:
         return OUT_OF_MEMORY
-    return ReservedPeak(allocator.peak_reserved, allocator.fills)
+    return ReservedPeak(allocator.peak_reserved, allocator.was_full)
 
 
 def load(graph: Graph, allocator: Allocator) -> None:
