@@ -241,7 +241,9 @@ class Usage:
         """Whether bounds tell, without a long replay, that the run does not surely fit its card."""
         usable = self._gpu.usable if self._gpu is not None else 0
         surely_fits = self.fits_card_of(usable)
-        return self._replay.surely_reserved() > self._sure(usable) if surely_fits is None else not surely_fits
+        if surely_fits is None:
+            return self._replay.surely_reserved() > room(usable, self._overhead).sure
+        return not surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.
