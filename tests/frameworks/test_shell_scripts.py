@@ -368,6 +368,14 @@ def test_a_script_that_is_not_understood_is_one_line(tmp_path: Path, script: str
     assert expected in str(error.value)
 
 
+def test_a_line_of_data_is_no_command(tmp_path: Path) -> None:
+    """shlex takes time quadratic in the length of a word."""
+    with pytest.raises(SpecError, match=r"train\.sh does not train or serve"):
+        read(tmp_path, f"trl sft --config {20_000 * 'x'}")
+    with pytest.raises(SpecError, match=r"train\.sh:1: a quote is not closed"):
+        read(tmp_path, f"trl sft '{4 * (10_000 * 'x' + chr(10))}' --config trl.yaml")
+
+
 WORDS = [
     "trl",
     "sft",

@@ -63,7 +63,7 @@ def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
     before = (inputs, *shifted, *_embedded(m, row, _ENCODER, "ids", "embeds"), *own)
     stream = (*_embedded(m, row, _DECODER, "decoder_ids", "stream"), *masks(wiring, "stream.tokens"))
     output = (
-        *_ended(row, _ENCODER, "encoded"),
+        *_encoded(row, "encoded"),
         ops.release_names("embeds.tokens", "embeds.places", *(op.name for op in own)),
     )
     begun = (*decoding(stream, wiring), *across)
@@ -78,7 +78,7 @@ def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
     places = ("stream.places", *(("stream.positions",) if row.indices else ()))
     frame = ops.release_names("stream.tokens", *places, *(op.name for op in masks(wiring, "stream.tokens")))
     after = (
-        *decoding((*(_ended(row, _DECODER, last) if row.before else ()), frame), wiring),
+        *decoding((*(_normed(_DECODER, last) if row.before else ()), frame), wiring),
         ops.release_names(*(t.name for op in across for t in op.writes)),
         *(biased if row.biased else (head,)),
     )
@@ -94,12 +94,15 @@ def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
     return Stack(before, runs, after, (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", last)))
 
 
-def _ended(row: _Row, half: str, y: str) -> tuple[Op, ...]:
-    """The output of a half, normalised if its branches' outputs are not. The model also returns its encoder's."""
-    normed = f"{y}.whole" if row.before else "x"
-    norm = (ops.layer_norm(f"{half}.layer_norm", "x", normed, "b s h", "h"), ops.release_names("x"))
-    output = ops.view(y, normed, y, "b s h")._replace(holds="forward" if half == _ENCODER else "")
-    return (*norm, output, ops.release_names(normed)) if row.before else (output,)
+def _normed(half: str, y: str) -> tuple[Op, ...]:
+    return (ops.layer_norm(f"{half}.layer_norm", "x", y, "b s h", "h"), ops.release_names("x"))
+
+
+def _encoded(row: _Row, y: str) -> tuple[Op, ...]:
+    """The encoder's output, normalised if its branches' outputs are not. The model returns it, too."""
+    whole = f"{y}.whole" if row.before else "x"
+    output = ops.view(y, whole, y, "b s h")._replace(holds="forward")
+    return (*_normed(_ENCODER, whole), output, ops.release_names(whole)) if row.before else (output,)
 
 
 def _embedded(m: ModelSpec, row: _Row, half: str, ids: str, y: str) -> tuple[Op, ...]:

@@ -41,10 +41,10 @@ _SLURM_GPUS = r"#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*(?P<
 _VISIBLE = r"\bCUDA_VISIBLE_DEVICES=[\"']?(?P<gpus>\d{1,9}(?:,\d{1,9})*)"
 _LIMITS = r"nvidia\.com/gpu[\"']?\s*:\s*[\"']?(?P<gpus>\d{1,9})"
 _ACCELERATORS = r"\baccelerators\s*:\s*[\"']?\{?\s*[\w-]+\s*:\s*(?P<gpus>\d{1,9})\b"
-_DOCKER = r"\bdocker\s[^\n]*--gpus[= ](?P<gpus>\d{1,9})\b"
+_DOCKER = r"\bdocker\s[^\n]{0,400}--gpus[= ](?P<gpus>\d{1,9})\b"
 # `count` of the devices of a Compose file: on their line, or below it and further to the right.
 _DEVICES = (
-    r"^(?P<indent>[ ]*)(?:- )?[^\n#]*\b(?:devices|gpus)\s*:[^\n]*?(?:\n(?P=indent)[ -][^\n]*?){0,9}?"
+    r"^(?P<indent>[ ]*)(?:- )?[^\n#]{0,99}\b(?:devices|gpus)\s*:[^\n]{0,99}?(?:\n(?P=indent)[ -][^\n]{0,99}?){0,9}?"
     r"\bcount\s*:\s*[\"']?(?P<gpus>\d{1,9})"
 )
 _ACCELERATE = re.compile(r"\baccelerate\s+launch\b")

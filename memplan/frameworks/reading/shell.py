@@ -49,6 +49,7 @@ COUNTED = "counted by"  # in what a launcher says: what its number of processes 
 _MOST_GPUS = 1024  # of a machine
 _MOST_DIGITS = 10
 _CONTINUED = "\\\n"
+_LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
 _LONGEST_QUOTE = 200  # lines
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
@@ -246,7 +247,7 @@ def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield each line with the lines that continue it, its quotes or its array, and its number. A here-document is left
     out, or a variable's value if `read` gets it."""
     start, joined, end, name, here = 1, "", "", "", ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate((line if len(line) < _LONGEST_LINE else "" for line in text.splitlines()), 1):
         if end:
             is_end = line.strip() == end
             here += "" if is_end else f"{line}\n"
@@ -259,7 +260,7 @@ def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
-        if number - start < _LONGEST_QUOTE and _is_open(joined, line):
+        if number - start < _LONGEST_QUOTE and len(joined) < _LONGEST_LINE and _is_open(joined, line):
             joined += "\n"
             continue
         ending, reading = _HERE.search(joined), _READ.match(joined)
