@@ -26,7 +26,7 @@ def compile_library() -> Path | None:
     path = library_path()
     part = path.with_suffix(f".{os.getpid()}.lib")  # which git ignores, so that a build at the same time does, too
     named = f"{os.environ.get('CC') or 'cc'} {os.environ.get('ARCHFLAGS', '')}"  # the latter on a Mac, as in setuptools
-    command = [*shlex.split(named), "-O2", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
+    command = [*shlex.split(named), "-O3", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         part.replace(path)

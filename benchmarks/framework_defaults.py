@@ -44,7 +44,8 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         "llamafactory",
         ("hparams/*.py",),
         (
-            *("finetuning_type", "stage", "lora_rank", "lora_dropout", "lora_target", "freeze_trainable_layers"),
+            *("finetuning_type", "stage", "lora_rank", "lora_dropout", "lora_target", "oft_block_size"),
+            *("freeze_trainable_layers",),
             *("quantization_method", "quantization_type", "double_quantization", "flash_attn", "use_reentrant_gc"),
             *("disable_gradient_checkpointing", "cutoff_len", "val_size", "freeze_vision_tower"),
             *("freeze_multi_modal_projector", "freeze_language_model", "enable_liger_kernel", "pure_bf16"),

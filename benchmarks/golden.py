@@ -402,9 +402,11 @@ class Report(NamedTuple):
 
     @property
     def is_missed(self) -> bool:
-        """Whether the error is large, or a run that ran out of memory is said to fit."""
-        is_far = self.error is not None and abs(self.error) > NEAR_REPORT
-        return is_far or (self.row["outcome"] == "oom" and self.verdict == "fits")
+        """Whether the error is large, or, without a figure, the answer is another than what happened."""
+        if self.error is not None and self.row["outcome"] == "ran":
+            return abs(self.error) > NEAR_REPORT
+        wrong = ("fits",) if self.row["outcome"] == "oom" else ("does not fit", "does not start")
+        return self.verdict in wrong or (self.error is not None and abs(self.error) > NEAR_REPORT)
 
 
 @cache

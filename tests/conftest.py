@@ -1,8 +1,9 @@
 """Settings for every test.
 
-No machine profile or terminal width changes an answer, garbage is rarely collected, only the first of the processes
-that tests start compiles its imports, a traced run is estimated once for all tests of it, one process traces what
-tests trace, and hypothesis draws `tests.sampling`'s number of examples, the same in each run, without a deadline.
+No machine profile or terminal width changes an answer, garbage is rarely collected, torch computes on one thread, only
+the first of the processes that tests start compiles its imports, a traced run is estimated once for all tests of it,
+one process traces what tests trace, and hypothesis draws `tests.sampling`'s number of examples, the same in each run,
+without a deadline.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.golden import SHARED
 from memplan.probe.run.trace import Tracer
 from tests.sampling import examples
 
+os.environ["OMP_NUM_THREADS"] = "1"  # there is a process per core, and threads wait for each other in a loop
 gc.set_threshold(2_000_000, 10, 10)  # lowering creates many acyclic tuples: saves a fifth of the time
 atexit.register(gc.freeze)  # a process that ends need not visit what its caches have
 

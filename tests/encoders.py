@@ -62,6 +62,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "feed_forward_proj": "relu"},
     "flan-t5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 2},
     "mt5": {**_T5, "model_type": "mt5", "tie_word_embeddings": False},
+    "umt5": {**_T5, "model_type": "umt5", "tie_word_embeddings": False},
     "whisper": {
         "model_type": "whisper",
         "d_model": 128,
@@ -98,7 +99,7 @@ SMALL: dict[str, dict[str, Any]] = {
 SMALL["llama"] = {"model_type": "llama", **_BERT, "num_key_value_heads": 2, "num_labels": 1}  # a reward model
 SMALL["gemma2"] = {"model_type": "gemma2", **_BERT, "num_key_value_heads": 2, "head_dim": 32, "num_labels": 4}
 
-for _name in ("m2m_100", "mbart", "pegasus"):
+for _name in ("m2m_100", "marian", "mbart", "pegasus"):
     SMALL[_name] = {**SMALL["bart"], "model_type": _name, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
 SMALL["deberta-v2"] = {
@@ -116,19 +117,21 @@ SMALL["deberta-v2"] = {
     "pad_token_id": 0,
 }
 SMALL["mpnet"] = {"model_type": "mpnet", **_BERT, "pad_token_id": 1}
-SMALL["camembert"] = {**SMALL["roberta"], "model_type": "camembert"}
+for _name in ("camembert", "data2vec-text"):
+    SMALL[_name] = {**SMALL["roberta"], "model_type": _name}
 
 HEADS: dict[str, tuple[str, ...]] = {
     "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
-    **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus"), ("seq2seq_lm",)),
+    **dict.fromkeys(("bart", "m2m_100", "marian", "mbart", "pegasus"), ("seq2seq_lm",)),
     "distilbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "electra": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "modernbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "deberta-v2": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "mpnet": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
-    **dict.fromkeys(("camembert", "roberta"), ("masked_lm", "sequence_classification")),
+    **dict.fromkeys(("camembert", "data2vec-text", "roberta"), ("masked_lm", "sequence_classification")),
     "xlm-roberta": ("sequence_classification", "token_classification"),
     "mt5": ("seq2seq_lm",),
+    "umt5": ("seq2seq_lm",),
     "t5": ("seq2seq_lm",),
     "flan-t5": ("seq2seq_lm",),
     "whisper": ("seq2seq_lm",),

@@ -187,6 +187,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite": _base(),
     "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2, attention_dropout=0.1),
+    "granitemoeshared": _base(num_local_experts=8, num_experts_per_tok=2, shared_intermediate_size=72),
     "granitemoehybrid": _base(
         num_hidden_layers=4,
         layer_types=["mamba", "mamba", "attention", "mamba"],

@@ -37,5 +37,5 @@ export default defineConfig({
   plugins: [timeline, firstAnswer],
   worker: { format: "es" },
   build: { target: "es2022", modulePreload: false, assetsInlineLimit: 0 },
-  test: { include: ["tests/**/*.test.ts"], testTimeout: 300_000, hookTimeout: 120_000, fileParallelism: false },
+  test: { include: ["tests/**/*.test.ts"], testTimeout: 300_000, hookTimeout: 120_000 },
 });

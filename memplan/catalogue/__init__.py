@@ -12,7 +12,7 @@ from importlib import import_module
 
 from memplan.catalogue.attention.attention import flattened
 from memplan.catalogue.decoder.decoder import stack_of
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, Trainer, Wiring
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, TRAINERS, Trainer, Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
@@ -59,7 +59,7 @@ def with_trainer(stack: Stack, trainer: Trainer, others: Mapping[str, Stack], au
 
         return distillation.attach(stack, trainer, others.get("teacher"), autocast)
     reference, first_pass = others.get("reference"), others.get("forward")
-    if trainer.name == "ppo":
+    if TRAINERS[trainer.name].own_loop:
         from memplan.catalogue.inference.decoding import with_caches
         from memplan.catalogue.kernels import ppo
 

@@ -56,12 +56,9 @@ def _engine(profile: str) -> bool:
     return RunSpec.model_validate({"model": "", "profile": profile}).profile in engine_names()
 
 
-_TOGETHER = {"kto": 2}  # completions that its divergence needs; a trainer that generates needs a prompt's
-
-
 def _defaults(model: ModelSpec, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield the part, the field and its value."""
-    from memplan.catalogue.kernels.wiring import GENERATING
+    from memplan.catalogue.kernels.wiring import TRAINERS
     from memplan.catalogue.methods.methods import LORA
     from memplan.resolve.defaults import NEW_TOKENS
     from memplan.resolve.method import targets_that_peft_takes
@@ -76,7 +73,7 @@ def _defaults(model: ModelSpec, fields: Mapping[str, Any]) -> Iterator[tuple[str
         if longest - generated < usual:
             yield "batch", "sequence", max(1, longest - generated)
     trainer = fields.get("trainer", "sft")
-    together = batch.get("generations") or GENERATING.get(trainer, _TOGETHER.get(trainer, 1))
+    together = batch.get("generations") or (TRAINERS[trainer].together if trainer in TRAINERS else 1)
     if together > 1 and not {"micro", "accumulation"} & batch.keys():
         yield "batch", "micro", together
     if not isinstance(method, str) and method.get("kind") in LORA and "targets" not in method:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND
+from memplan.cli.gpu_names import typed_cards
 from memplan.core.errors import SpecError
 from memplan.core.files import is_file, is_folder
 from memplan.spec.options import FIELDS
@@ -49,6 +50,9 @@ def run_file(given: Mapping[str, Any], text: str | None = None) -> RunFile | Non
 
     companions = {kind: given[kind] for kind in COMPANIONS if kind in given}
     typed = {FIELDS[option]: value for option, value in given.items() if FIELDS.get(option, "").startswith(_RULED)}
+    numbers = [card.number or 0 for card in typed_cards(given.get("gpu", ()))]
+    if numbers and min(numbers):  # rules ask whether there are several
+        typed.setdefault("parallelism.world", max(numbers))
     if "spec" in given and "model" in given:
         typed["model"] = given["model"]
     if name.startswith(COMMAND):

@@ -44,6 +44,7 @@ class Allocator(Protocol):
     allocated  size of allocated blocks, as torch.cuda.memory_allocated counts them
     reserved   size of segments
     requests   number of requests to the driver
+    was_full   whether a request ever found less than it needed, so that free segments were released
     """
 
     allocated: int
@@ -51,6 +52,7 @@ class Allocator(Protocol):
     peak_allocated: int
     peak_reserved: int
     requests: int
+    was_full: bool
 
     def alloc(self, size: int, stream: int = 0) -> Block:
         """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
@@ -143,6 +145,7 @@ class PythonAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requests = 0
         self.peak_allocated = self.peak_reserved = 0
+        self.was_full = False
         self._pools = [BlockPool(is_small) for _ in range(streams) for is_small in (False, True)]
 
     def alloc(self, size: int, stream: int = 0) -> AllocatorBlock:
@@ -252,8 +255,7 @@ class PythonAllocator:
 
     def _grow(self, size: int, pool: BlockPool) -> AllocatorBlock:
         """Return the last block of the pool's segment, after growing the segment until that block has `size` bytes."""
-        if self._is_full(self._missing(size, pool)):
-            self.release()  # may also release the free end of this segment
+        self._make_room(self._missing(size, pool))  # may also release the free end of this segment
         more = self._missing(size, pool)
         self._request(more)
         last = pool.last
@@ -280,6 +282,12 @@ class PythonAllocator:
         """Whether the driver cannot give `more` bytes."""
         return self.capacity is not None and self.reserved + more > self.capacity
 
+    def _make_room(self, more: int) -> None:
+        """Release free segments if the driver cannot give `more` bytes."""
+        if self._is_full(more):
+            self.was_full = True
+            self.release()
+
     def _unmap(self, pool: BlockPool) -> None:
         """Unmap whole free pages at the end of the segment. Free pages inside it stay mapped: that is not modelled."""
         block = pool.last
@@ -299,10 +307,9 @@ class PythonAllocator:
 
     def _request(self, more: int) -> None:
         """Request `more` bytes from the driver, after releasing free segments if it is full."""
+        self._make_room(more)
         if self._is_full(more):
-            self.release()
-            if self._is_full(more):
-                raise OutOfMemoryError(f"{more} bytes more than {self.reserved} of {self.capacity}")
+            raise OutOfMemoryError(f"{more} bytes more than {self.reserved} of {self.capacity}")
         self.requests += 1
         self.reserved += more
         self.peak_reserved = max(self.peak_reserved, self.reserved)

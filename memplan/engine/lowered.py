@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from sys import intern
 
 from memplan.core.ir import Stack
 from memplan.core.records import NamedTuple
@@ -74,5 +75,5 @@ def _renumbered(where: str, layers: Mapping[str, Mapping[str, str]]) -> str:
         if where.startswith(f"{block}."):
             number, dot, operation = where.removeprefix(f"{block}.").partition(".")
             if number in numbers:
-                return f"{block}.{numbers[number]}{dot}{operation}"
+                return intern(f"{block}.{numbers[number]}{dot}{operation}")
     return where

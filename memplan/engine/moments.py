@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -47,11 +48,12 @@ class PassMoments(Sequence[Moment]):
     """
 
     def __init__(self, moments: Iterable[Moment]) -> None:
-        self._columns: tuple[tuple[Any, ...], ...] = tuple(zip(*moments, strict=True))
+        *columns, at, per_copy = [*zip(*moments, strict=True)] or [()] * len(Moment._fields)
+        self._columns: tuple[Sequence[Any], ...] = *columns, array("i", at), per_copy
         self._name: Callable[[str], str] = str
 
     def __len__(self) -> int:
-        return len(self._columns[0]) if self._columns else 0
+        return len(self._columns[0])
 
     def __iter__(self) -> Iterator[Moment]:
         return (moment._replace(where=self._name(moment.where)) for moment in self.unnamed)
@@ -72,9 +74,9 @@ class PassMoments(Sequence[Moment]):
         return map(Moment._make, zip(*self._columns, strict=True))
 
     @property
-    def phases(self) -> tuple[str, ...]:
+    def phases(self) -> Sequence[str]:
         """The phase of each moment."""
-        return self._columns[0] if self._columns else ()
+        return self._columns[0]
 
     def renamed(self, names: Callable[[str], str]) -> PassMoments:
         """Return the moments with other names of their operations."""

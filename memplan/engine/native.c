@@ -19,7 +19,8 @@ enum { BINS = 256 };
 typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t filled[BINS / 64]; Bin bins[BINS]; } Pool;
 typedef struct { Bin *bin; int32_t chunk, index; } Place;
 typedef struct {
-    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, capacity, missing; /* read by native.py */
+    /* read by native.py */
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, was_full, capacity, missing;
     int32_t expandable, pool_count, block_count, block_room, unused;
     Pool *pools;
     Block *blocks;
@@ -28,55 +29,53 @@ typedef struct {
 /* free blocks of a pool: in bins of similar sizes, four to each power of two, which are mostly short. In a bin they are
  * sorted, in chunks, because mixtures of experts leave hundreds of thousands of one size */
 
-static int bin_of(int64_t size) {
+static inline int bin_of(int64_t size) {
     uint64_t units = (uint64_t)size >> 7; /* sizes are multiples of 512 */
-    int log = 63 - __builtin_clzll(units);
-    return 4 * (log - 2) + (int)(units >> (log - 2) & 3);
+    int shift = 61 - __builtin_clzll(units);
+    return 4 * shift + (int)(units >> shift) - 4;
 }
 
-static int is_less(const Free *f, int64_t size, int64_t start) {
-    return f->size < size || (f->size == size && f->start < start);
+static inline int is_less(const Free *f, int64_t size, int64_t start) {
+    return f->size < size || (f->size == size && (uint64_t)f->start < (uint64_t)start); /* a start of 0 is the least */
 }
 
-static Place find(Pool *p, int64_t size, int64_t start) { /* of the first in its bin that is not less, or the end */
+static inline Place find(Pool *p, int64_t size, int64_t start) { /* of the first that is not less, or its bin's end */
     Bin *bin = &p->bins[bin_of(size)];
-    int32_t low = 0, high = bin->count;
-    while (low < high) {
-        int32_t middle = (low + high) / 2;
+    Place at = {bin, 0, 0};
+    if (!bin->count) return at;
+    for (int32_t high = bin->count - 1; at.chunk < high;) {
+        int32_t middle = (at.chunk + high) / 2;
         const Chunk *c = bin->chunks[middle];
-        if (is_less(&c->free[c->count - 1], size, start)) low = middle + 1; else high = middle;
+        if (is_less(&c->free[c->count - 1], size, start)) at.chunk = middle + 1; else high = middle;
     }
-    Place at = {bin, low, 0};
-    if (low == bin->count) return at;
-    const Chunk *c = bin->chunks[low];
-    while (is_less(&c->free[at.index], size, start)) at.index++;
+    const Chunk *c = bin->chunks[at.chunk];
+    while (at.index < c->count && is_less(&c->free[at.index], size, start)) at.index++;
     return at;
 }
 
-static Bin *bin_after(Pool *p, const Bin *bin) { /* that has blocks, or NULL */
-    for (int n = (int)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
+static inline Bin *bin_after(Pool *p, const Bin *bin) { /* that has blocks, or NULL */
+    for (uint32_t n = (uint32_t)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
         uint64_t filled = p->filled[n / 64] >> n % 64;
         if (filled) return &p->bins[n + __builtin_ctzll(filled)];
     }
     return NULL;
 }
 
-static void set_filled(Pool *p, const Bin *bin) {
-    int n = (int)(bin - p->bins);
-    uint64_t bit = (uint64_t)1 << n % 64;
-    if (bin->count) p->filled[n / 64] |= bit; else p->filled[n / 64] &= ~bit;
+static inline void toggle_filled(Pool *p, const Bin *bin) {
+    uint32_t n = (uint32_t)(bin - p->bins);
+    p->filled[n / 64] ^= (uint64_t)1 << n % 64;
 }
 
-static void delete_at(Pool *p, Place at) {
+static inline void delete_at(Pool *p, Place at) { /* a bin keeps its last chunk, which may be empty */
     Bin *bin = at.bin;
     Chunk *c = bin->chunks[at.chunk];
     if (--c->count > at.index)
         memmove(c->free + at.index, c->free + at.index + 1, (size_t)(c->count - at.index) * sizeof(Free));
     if (c->count) return;
+    if (bin->count == 1) { toggle_filled(p, bin); return; }
     c->spare = p->spare;
     p->spare = c;
     memmove(bin->chunks + at.chunk, bin->chunks + at.chunk + 1, (size_t)(--bin->count - at.chunk) * sizeof(Chunk *));
-    set_filled(p, bin);
 }
 
 static Chunk *insert_chunk(Pool *p, Bin *bin, int32_t at) {
@@ -89,15 +88,13 @@ static Chunk *insert_chunk(Pool *p, Bin *bin, int32_t at) {
     return bin->chunks[at] = c;
 }
 
-static void insert(Pool *p, Free f) {
+static inline void insert(Pool *p, Free f) {
     Place at = find(p, f.size, f.start);
-    Bin *bin = at.bin;
-    if (!bin->count) { insert_chunk(p, bin, 0); set_filled(p, bin); }
-    else if (at.chunk == bin->count) at = (Place){bin, at.chunk - 1, bin->chunks[at.chunk - 1]->count};
-    Chunk *c = bin->chunks[at.chunk];
+    Chunk *c = at.bin->count ? at.bin->chunks[at.chunk] : insert_chunk(p, at.bin, 0);
     int32_t half = sizeof c->free / sizeof(Free) / 2;
-    if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
-        Chunk *upper = insert_chunk(p, bin, at.chunk + 1);
+    if (!c->count) toggle_filled(p, at.bin);
+    else if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
+        Chunk *upper = insert_chunk(p, at.bin, at.chunk + 1);
         memcpy(upper->free, c->free + half, (size_t)half * sizeof(Free));
         upper->count = c->count = half;
         if (at.index > half) { c = upper; at.index -= half; }
@@ -108,13 +105,13 @@ static void insert(Pool *p, Free f) {
     c->free[at.index] = f;
 }
 
-static void add(Allocator *a, int32_t block) {
+static inline void add(Allocator *a, int32_t block) {
     Block *b = &a->blocks[block];
     insert(&a->pools[b->pool], (Free){b->size, b->start, block});
     b->is_free = 1;
 }
 
-static void take(Allocator *a, int32_t block) {
+static inline void take(Allocator *a, int32_t block) {
     Block *b = &a->blocks[block];
     Pool *p = &a->pools[b->pool];
     delete_at(p, find(p, b->size, b->start));
@@ -123,7 +120,7 @@ static void take(Allocator *a, int32_t block) {
 
 /* blocks; those out of use are chained by `after` */
 
-static int32_t new_block(Allocator *a, Block content) {
+static inline int32_t new_block(Allocator *a, Block content) {
     int32_t block = a->unused;
     if (block != NONE) a->unused = a->blocks[block].after;
     else {
@@ -135,9 +132,9 @@ static int32_t new_block(Allocator *a, Block content) {
     return block;
 }
 
-static void recycle(Allocator *a, int32_t block) { a->blocks[block].after = a->unused; a->unused = block; }
+static inline void recycle(Allocator *a, int32_t block) { a->blocks[block].after = a->unused; a->unused = block; }
 
-static void link(Allocator *a, Pool *p, int32_t before, int32_t after) { /* a pool ends with its last block */
+static inline void link(Allocator *a, Pool *p, int32_t before, int32_t after) { /* a pool ends with its last block */
     a->blocks[before].after = after;
     if (after == NONE) p->last = before; else a->blocks[after].before = before;
 }
@@ -179,8 +176,10 @@ void release(Allocator *a) {
     }
 }
 
+static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->was_full = 1; release(a); } }
+
 static int request(Allocator *a, int64_t more) {
-    if (is_full(a, more)) release(a);
+    make_room(a, more);
     if (is_full(a, more) || a->reserved > MOST - more) { a->missing = is_full(a, more) ? more : 0; return 0; }
     a->requests++;
     a->reserved += more;
@@ -203,7 +202,7 @@ static int64_t missing(const Allocator *a, const Pool *p, int64_t size) {
 
 static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
     Pool *p = &a->pools[pool];
-    if (is_full(a, missing(a, p, size))) release(a);
+    make_room(a, missing(a, p, size));
     int64_t more = missing(a, p, size);
     if (!request(a, more)) return FULL;
     int32_t last = p->last, block = last;
@@ -221,14 +220,14 @@ static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
 
 /* allocating and freeing */
 
-int32_t alloc(Allocator *a, int64_t size, int32_t stream) {
-    size = (size + 511) / 512 * 512;
+static inline int32_t allocate(Allocator *a, int64_t size, int32_t stream) {
+    size = (size + 511) & -512;
     if (!size) return EMPTY;
     int is_small = size <= MIB;
     int16_t pool = (int16_t)(2 * stream + is_small);
     Pool *p = &a->pools[pool];
     Place at = find(p, size, 0);
-    if (at.chunk == at.bin->count) at = (Place){bin_after(p, at.bin), 0, 0};
+    if (!at.bin->count || at.index == at.bin->chunks[at.chunk]->count) at = (Place){bin_after(p, at.bin), 0, 0};
     int32_t block;
     if (at.bin) {
         block = at.bin->chunks[at.chunk]->free[at.index].block;
@@ -252,7 +251,7 @@ int32_t alloc(Allocator *a, int64_t size, int32_t stream) {
     return block;
 }
 
-void free_block(Allocator *a, int32_t block) {
+static inline void deallocate(Allocator *a, int32_t block) {
     if (block == EMPTY) return;
     Block *b = &a->blocks[block];
     Pool *p = &a->pools[b->pool];
@@ -273,6 +272,10 @@ void free_block(Allocator *a, int32_t block) {
     }
     add(a, block);
 }
+
+int32_t alloc(Allocator *a, int64_t size, int32_t stream) { return allocate(a, size, stream); }
+
+void free_block(Allocator *a, int32_t block) { deallocate(a, block); }
 
 Allocator *allocator_new(int32_t expandable, int64_t capacity, int32_t streams) {
     Allocator *a = calloc(1, sizeof(Allocator));
@@ -313,9 +316,9 @@ int64_t replay(Allocator *a, int32_t *live, const int32_t *numbers, const int32_
                 else if (key == FREED) {
                     a->missing = numbers[i] + shift;
                     if (*block == NONE) return i;
-                    free_block(a, *block);
+                    deallocate(a, *block);
                     *block = NONE;
-                } else if (*block == NONE && (*block = alloc(a, sizes[key], streams[key])) == FULL) return i;
+                } else if (*block == NONE && (*block = allocate(a, sizes[key], streams[key])) == FULL) return i;
             }
         }
     }

@@ -20,7 +20,7 @@ from memplan.engine.events import Events
 
 SOURCE = Path(__file__).with_name("native.c")
 NONE = -1  # the block of no storage; the index of no event
-_COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "capacity", "missing")
+_COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "was_full", "capacity", "missing")
 
 
 _MOST = 2**61  # bytes that native.c counts exactly
@@ -95,7 +95,7 @@ def _counter(name: str) -> Any:
 class NativeAllocator:
     """One device's allocator, like `PythonAllocator`; its blocks' handles are numbers."""
 
-    allocated, reserved, peak_allocated, peak_reserved, requests = map(_counter, _COUNTERS[:5])
+    allocated, reserved, peak_allocated, peak_reserved, requests, was_full = map(_counter, _COUNTERS[:6])
 
     def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
         self._library = library()

@@ -273,7 +273,7 @@ class _Recorded(NamedTuple):
     """A pass of a stack in which a few copies of each run were run.
 
     copies    the copies that were run
-    events    the allocations and frees
+    events    the allocations and frees, in one span
     cuts      positions in `events` at which its parts end
     keys      shape and dtype, and stream, of each key
     storages  number of storages
@@ -281,7 +281,7 @@ class _Recorded(NamedTuple):
     """
 
     copies: tuple[_Copy, ...]
-    events: list[Event]
+    events: Events
     cuts: tuple[int, ...]
     keys: list[tuple[tuple[str, ...], int]]
     storages: int
@@ -299,7 +299,7 @@ def _recorded(
     run_pass(tape, gatherer, stack, dict(depth), options, one_by_one=one_by_one, records=records, casts=casts)
     cuts = (tape.turn, tape.outside[1], tape.over) if records else ()
     labels = tuple(tape.labels) if isinstance(tape, _LabellingRecorder) else ()
-    return _Recorded(tuple(tape.copies), tape.events, cuts, tape.keys, tape.storages, labels)
+    return _Recorded(tuple(tape.copies), Events(tape.events), cuts, tape.keys, tape.storages, labels)
 
 
 _DIFFERENT = 8  # more copies of a run than differ from the others
@@ -333,7 +333,7 @@ class _Expansion:
         self._allocated: dict[tuple[int, Way], list[int]] = {}
         self._origin: dict[int, tuple[_Copy, int]] = {}  # storage -> its copy, and its index there
         for copy in tape.copies:
-            allocated = [number for number, key in tape.events[copy.start : copy.end] if key != FREED]
+            allocated = [number for number, key in self._between(copy.start, copy.end) if key != FREED]
             self._allocated[copy.number, copy.way] = allocated
             self._origin.update((number, (copy, index)) for index, number in enumerate(allocated))
         skipped = {copy.number: copy.skipped for copy in tape.copies}
@@ -354,8 +354,11 @@ class _Expansion:
             if copy.way != "backward":
                 self._add_skipped(copy, range(1, copy.skipped + 1))
             at = copy.end
-        self._add_recorded(at, len(tape.events), None)
+        self._add_recorded(at, len(tape.events.keys), None)
         self.trace.cut(*self._ends, *(len(self.trace.every) for _ in self._cuts))
+
+    def _between(self, start: int, end: int) -> list[Event]:
+        return self._tape.events.of(EventSpan(start, end - start))
 
     def _add_recorded(self, start: int, end: int, copy: _Copy | None) -> None:
         """Add the events of a copy that was run, or of the operations between copies."""
@@ -372,7 +375,7 @@ class _Expansion:
             step = self._tape.storages
             events = [
                 (number + i * step, key)
-                for number, key in self._tape.events[start:end]
+                for number, key in self._between(start, end)
                 for i in range(1 + (self._origin[number][0].skipped if number in self._origin and key == FREED else 0))
             ]
         self._store(events)
@@ -380,10 +383,10 @@ class _Expansion:
     def _events_of(self, copy: _Copy, start: int, end: int, distance: int = 0) -> list[Event]:
         """Return the events of a copy or, at a `distance` from it, of one that it stands for."""
         if not self._skips:
-            return self._tape.events[start:end]
+            return self._between(start, end)
         shift = distance * self._tape.storages
         events: list[Event] = []
-        for number, key in self._tape.events[start:end]:
+        for number, key in self._between(start, end):
             origin, index = self._origin.get(number, (None, 0))
             if origin is not None and origin.number == copy.number:
                 events.append((number + shift, key))

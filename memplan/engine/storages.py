@@ -5,8 +5,10 @@ A repeated block is run once; what every further copy adds is counted per copy. 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from sys import intern
 from typing import Literal
 
 from memplan.core.errors import InternalError
@@ -56,7 +58,7 @@ class LiveStorages:
         self.phase = "forward"
         self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
-        self._changes: list[int] = []  # allocations and frees, as `Moment.events`
+        self._changes = array("i")  # allocations and frees, as `Moment.events`
         self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
@@ -145,7 +147,7 @@ class LiveStorages:
         if self._rising:
             self._rising = False
             layer, op = self._allocated_in
-            where, at = f"{layer}{op.name}", len(self._changes)
+            where, at = intern(f"{layer}{op.name}"), len(self._changes)  # other passes have moments of the same name
             self.moments.append(Moment(self.phase, where, _NOTHING, self._changes, at, self._per_copy))
 
     def snapshot(self) -> Moment:

@@ -422,6 +422,11 @@ class Estimate:
         return self._usage.fits
 
     @property
+    def is_ruled_out(self) -> bool:
+        """Whether bounds tell, without a long replay, that the run does not surely fit its card."""
+        return self._usage.is_ruled_out
+
+    @property
     def may_fit(self) -> bool:
         """Whether memory that does not fit may fit. Cheaper than the verdict."""
         return self._usage.may_fit
@@ -430,6 +435,11 @@ class Estimate:
     def least(self) -> int:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._usage.least
+
+    @property
+    def ample(self) -> int:
+        """The fewest usable bytes with which a card of this kind surely holds the run, as far as the bounds tell."""
+        return self._usage.ample
 
     @property
     def most(self) -> int:

@@ -24,6 +24,12 @@ class Demand(NamedTuple):
         # `least` comes first because it needs no replay
         return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom
 
+    def rules_out(self, answer: Estimate) -> bool:
+        """Return whether bounds tell that the run does not meet the demand."""
+        if answer.gpu is None or not (self.tight or self.headroom):
+            return answer.is_ruled_out
+        return self.fits_card_of(answer, answer.gpu.usable) is False
+
     def fits_card_of(self, answer: Estimate, usable: int) -> bool | None:
         """Return whether a card with `usable` bytes meets the demand, or None if the bounds do not tell."""
         left = usable - self.headroom

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.parallelism.device_map_packing import HOST
@@ -32,16 +33,36 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
 
 def walk(run: RunSpec, model: ModelSpec | None = None) -> Walk:
     """Return the walk of the run on the rank with the most, or on the stage it asks for. Raises as `estimate` does."""
+    return _fullest(_walks(run, model), model)
+
+
+def _walks(run: RunSpec, model: ModelSpec | None) -> list[Walk]:
+    """Return the walks of the stages that may have the most, or the only walk."""
     if find_engine(run.profile) is not None:
         from memplan.estimate.serving import ServingWalk
 
-        return ServingWalk(run, model)
+        return [ServingWalk(run, model)]
     decided = decide(run, model)
     column = TrainingWalk if decided.trains else InferenceWalk
-    if decided.has_stages and run.parallelism.stage is None:
-        walks: list[Walk] = [column(run, stage) for stage in decided.fullest_stages()]
-        return column.fullest(walks).with_side_tasks(model)
-    return column(run, decided).with_side_tasks(model)
+    has_stages = decided.has_stages and run.parallelism.stage is None
+    each = [column(run, stage) for stage in (decided.fullest_stages() if has_stages else (decided,))]
+    return [*each] if len(each) > 1 else [each[0].with_side_tasks(model)]
+
+
+def _fullest(walks: Sequence[Walk], model: ModelSpec | None) -> Walk:
+    return walks[0] if len(walks) == 1 else type(walks[0]).fullest(walks).with_side_tasks(model)
+
+
+def estimate_stages(run: RunSpec, calibration: Calibration | None = None) -> list[Estimate]:
+    """Return the estimates of the stages that may have the most, or the only one. Raises as `estimate` does."""
+    return [Estimate(walk, calibration) for walk in _walks(run, None)]
+
+
+def fullest(stages: Sequence[Estimate]) -> Estimate:
+    """Return the estimate of the stage with the most, to find which may take a replay of each. Raises as `estimate`."""
+    if len(stages) == 1:
+        return stages[0]
+    return Estimate(_fullest([stage.walk for stage in stages], None), stages[0].calibration)
 
 
 def needs_more_than_its_gpus(run: RunSpec) -> bool:

@@ -265,6 +265,9 @@ class InferenceWalk(Walk):
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self._replay, capacity)
 
+    def reserved_within(self, most: int) -> int | None:
+        return reserved.within(self._replay, most)
+
     def surely_reserved(self) -> int:
         prompt = tuple(each for each in self.passes if each.phase != "decode")
         if self.decided.assistant is not None or not len(prompt) < len(self.passes) <= 2 * _MIN_DECODING:

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
-from memplan.catalogue.kernels.wiring import DISTILLING
+from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.side_tasks import generation
+from memplan.estimate.side_tasks import evaluation_run, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
@@ -44,18 +44,23 @@ _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
 def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
-    """Return the generation of a step's completions, and the reward model's pass over them. If other GPUs generate,
-    return the push of weights to them if it gathers any.
+    """Return the generation of a step's completions, and the reward model's pass over them; then that of each batch of
+    an evaluation. If other GPUs generate, return the push of weights to them if it gathers any.
 
     Raises SpecError if the model cannot generate.
     """
-    if run.trainer == "ppo":
-        return tuple(_ppo(run, walked, decided))
+    if TRAINERS[run.trainer].own_loop:
+        return tuple(_ppo(run, walked, decided, sharding_of(decided.structure)))
     sharding = sharding_of(decided.structure)
     has_reward = "reward" in dict(decided.structure.graph.roles)
     reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
     critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
-    return (*_generation(run, walked, decided), *reward, *critic)
+    tasks, e = (*_generation(run, walked, decided), *reward, *critic), run.also.evaluation
+    if e is None:
+        return tasks
+    evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
+    during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
+    return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in during))
 
 
 def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
@@ -100,8 +105,9 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
-    if run.trainer in DISTILLING:  # its step computes in another precision than it generates in
-        alone = {"trainer": "sft", "roles": Roles(), "batch": {"micro": batch.micro, "sequence": batch.tokens}}
+    if run.trainer in DISTILLING or run.kernels.loss == "fused":  # its step computes in another precision
+        one = {"micro": batch.micro, "sequence": batch.tokens}
+        alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
         graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
@@ -116,7 +122,7 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sharding) -> Iterator[SideTask]:
     """Yield the generation of PPO's step, and the passes of its other models over the completions.
 
     PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
@@ -129,7 +135,8 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[
     chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     prompted = _of_rows(alone, graph._replace(trainer=None, roles=()), chunk)
-    task = generation(prompted, library, False, standing, held, samples=True)
+    gathered = tuple(sharding.held_in("generate"))
+    task = generation(prompted, library, False, standing, (*held, *gathered), samples=True)
     yield max(_keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size), key=lambda task: task.peak)
     reference, others = reference_of(graph), dict(graph.roles)
     assert reference is not None
@@ -141,7 +148,8 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[
         passed = sized(step, _of_rows(resolved, other, chunk, batch.new_tokens))
         moving, moment = passed.peak
         where, phase = passed.low().moments[moment].where, "reward" if role == "reward" else "rollout"
-        return SideTask(phase, f"{role}: {where}", standing, held, (passed,), (0, moment), moving)
+        gathered = tuple(sharding.held_in(role))
+        return SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), (passed,), (0, moment), moving)
 
     policy = scored("reference", alone, reference, library.generation.cache)
     values = scored("value", decide(scoring_run(run, "value")), without_gradients(others["value"]))

@@ -286,7 +286,7 @@ class ServingUsage(Usage):
         """Only known for the run's own card, because how an engine is started depends on the card."""
         return self.fits if usable == self.usable else None
 
-    @property
+    @cached_property
     def least(self) -> int:
         b, s = self._budget, self._budget.settings
         return b.parameters + b.step.bytes + b.pool.needs(s.context, s.batch)
@@ -301,7 +301,7 @@ class ServingUsage(Usage):
     def reserved(self) -> int:
         return self.allocated
 
-    @property
+    @cached_property
     def _roomy(self) -> int:
         return self.allocated
 

@@ -89,7 +89,7 @@ def _evaluation(
     run: RunSpec, e: Evaluation, walked: TrainingPeaks, model: ModelSpec | None, standing: int
 ) -> Iterator[SideTask]:
     """Yield an evaluation, and the generation in it."""
-    decided_ = _evaluation_run(run, e, model)
+    decided_ = decide(evaluation_run(run, e), model)
     kind, quantised = decided_.structure.graph.model.model_type, run.method.quantization is not None
     library = library_behaviour(run.profile, kind, quantised)
     division = sharding_of(decided_.structure).division()
@@ -117,18 +117,18 @@ def _evaluation(
         yield generation(decided_._replace(batch=asked), library, one_pass.casts_logits, standing)
 
 
-def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> ResolvedRun:
+def evaluation_run(run: RunSpec, e: Evaluation) -> RunSpec:
     """Return the run as its evaluation runs the model: other lengths, and no checkpointing or dropout."""
     loss = "hf" if e.kept_batches and run.kernels.loss == "fused" else run.kernels.loss
     kernels = {"checkpointing": "none", "reentrant": None, "loss": loss}
-    evaluation_run = changed(run, "also", evaluation=None, saving=None, merging=None)
-    evaluation_run = changed(evaluation_run, "kernels", **kernels)
-    evaluation_run = changed(evaluation_run, "loop", hold_outputs=Loop().hold_outputs)
+    alone = changed(run, "also", evaluation=None, saving=None, merging=None)
+    alone = changed(alone, "kernels", **kernels)
+    alone = changed(alone, "loop", hold_outputs=Loop().hold_outputs)
     batch = {"micro": e.micro, "sequence": e.sequence or run.batch.sequence, "accumulation": 1}
-    evaluation_run = changed(evaluation_run, "batch", **batch)
+    alone = changed(alone, "batch", **batch)
     if run.method.dropout:
-        evaluation_run = changed(evaluation_run, "method", dropout=0.0)
-    return decide(evaluation_run, model)
+        alone = changed(alone, "method", dropout=0.0)
+    return alone
 
 
 def _evaluation_graph(graph: Graph, now: Pass, caching: bool) -> Graph:

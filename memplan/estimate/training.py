@@ -11,6 +11,7 @@ from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import OutOfMemoryError
+from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
@@ -58,16 +59,17 @@ class TrainingWalk(Walk):
         self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
-        trainer = self.decided.structure.graph.trainer
-        if trainer is not None and trainer.name in GENERATING:
-            from memplan.estimate.rollout import rollout
-
-            self._take(self.peaks.followed_by(rollout(self.run, self.peaks, self.decided)))
+        trainer, asked = self.decided.structure.graph.trainer, tuple[SideTask, ...]()
         if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
-            self._take(self.peaks.followed_by(side_tasks_of(self.run, self.peaks, self.decided, model)))
-            self._side_notes = tuple(notes_of(self.run, self.peaks.side_tasks))
+            asked = side_tasks_of(self.run, self.peaks, self.decided, model)
+            self._side_notes = tuple(notes_of(self.run, asked))
+        if trainer is not None and trainer.name in GENERATING:
+            from memplan.estimate.rollout import rollout
+
+            asked = (*rollout(self.run, self.peaks, self.decided), *asked)
+        self._take(self.peaks.followed_by(asked))
         return self
 
     @property
@@ -168,6 +170,9 @@ class TrainingWalk(Walk):
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self.replay, capacity)
 
+    def reserved_within(self, most: int) -> int | None:
+        return reserved.within(self.replay, most)
+
     def free_in_other_streams(self) -> int:
         return sharding_of(self.decided.structure).idle_in_streams()
 
@@ -215,26 +220,28 @@ class TrainingReplay(NamedTuple):
     side_tasks: tuple[SideTask, ...] = ()
 
 
-@lru_cache(maxsize=1024)
+@by_capacity
 @exact
-def reserved(replay: TrainingReplay, capacity: int | None = None) -> int | None:
-    """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
+def reserved(replay: TrainingReplay, capacity: int | None) -> ReservedPeak:
+    """Return the peak that torch reserves on a card with `capacity` bytes."""
     short, extra = shorten_replay(replay)
     if short is not replay:
-        peak = reserved(short, None if capacity is None else capacity - extra)
-        return None if peak is None else peak + extra
+        left = None if capacity is None else capacity - extra
+        peak = reserved(short, left)
+        return ReservedPeak(
+            None if peak is None else peak + extra, left is not None and reserved.within(short, left) is None
+        )
     after = [task.replay for task in replay.side_tasks if task.own_process_graph is None]
     alone = [task.replay for task in replay.side_tasks if task.own_process_graph is not None]
     p, axes = program(replay.structure), dict(replay.axes)
     try:
-        peaks = [replay_steps(p, axes, replay.workspace, replay.expandable, capacity, after)]
+        allocators = [replay_steps(p, axes, replay.workspace, replay.expandable, capacity, after)]
         for replay_task in alone:
-            allocator = new_allocator(replay.expandable, capacity)
-            replay_task(allocator)
-            peaks.append(allocator.peak_reserved)
-        return max(peaks)
+            allocators.append(new_allocator(replay.expandable, capacity))
+            replay_task(allocators[-1])
+        return ReservedPeak(max(a.peak_reserved for a in allocators), any(a.was_full for a in allocators))
     except OutOfMemoryError:
-        return None
+        return OUT_OF_MEMORY
 
 
 @lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
 from memplan.program.structure import Structure
 from memplan.program.training.passes import PHASES
-from memplan.program.training.program import PhaseOffset, Program, phase_offsets, program
+from memplan.program.training.program import Program, phase_offsets, program
 
 
 class TrainingPeaks(NamedTuple):
@@ -64,32 +64,9 @@ class TrainingPeaks(NamedTuple):
 
 def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
     """Return the peak of every phase, of the first and of later steps, for the run's batch and sequence."""
-    workspace = workspace_of(decided)
-    p, offsets, terms = _step_program(decided.structure, workspace)
-    b, lengths = decided.batch, (decided.pictures, decided.batch.target_sequence)
-    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    numbers = values(p.moments.variables, axes)
-    largest = terms.largest(numbers, axes)
-    best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}
-    for phase, (bytes_, index) in zip(PHASES, largest[len(PHASES) :], strict=False):  # in a later micro-batch
-        if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:
-            best[phase] = True, bytes_ + p.accumulated[phase], index
-    best["step"] = False, sum(map(mul, p.moments.held, numbers)), -1
-    phases = [Phase("load", None, p.loading, "")]
-    moments = [(False, -1)]
-    peak, most = 0, p.loading
-    for phase, step, offset, where in offsets:
-        later, moving, index = best[phase]
-        bytes_ = offset + moving
-        if bytes_ < p.parameters:
-            raise InternalError(f"{phase} takes {bytes_} bytes, less than the {p.parameters} of the weights")
-        if index < 0 and not where:  # the rank does not have the phase
-            continue
-        if bytes_ >= most:
-            peak, most = len(phases), bytes_
-        phases.append(Phase(phase, step, bytes_, where or p.moments.where[later][index]))
-        moments.append((later, index))
-    return TrainingPeaks(p, axes, numbers, workspace, phases, moments, peak)
+    b = decided.batch
+    sizes = b.micro, b.sequence, decided.half, decided.large_tiles, decided.pictures, b.target_sequence
+    return _step_program(decided.structure, workspace_of(decided)).peaks(sizes)
 
 
 def workspace_of(decided: ResolvedRun) -> int:
@@ -97,16 +74,53 @@ def workspace_of(decided: ResolvedRun) -> int:
     return cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
 
 
-class _StepProgram(NamedTuple):
-    program: Program
-    offsets: tuple[PhaseOffset, ...]
-    terms: PhaseTerms
+class _StepProgram:
+    """A program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
+
+    def __init__(self, p: Program, workspace: int) -> None:
+        self._program, self._workspace = p, workspace
+        passes = (p.moments.first, p.moments.later)[: 1 + p.structure.accumulates]
+        self._terms = PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], p.moments.products)
+        self._offsets = phase_offsets(p.structure, workspace)
+        self._last: tuple[_Sizes, TrainingPeaks] | None = None
+
+    def peaks(self, sizes: _Sizes) -> TrainingPeaks:
+        """Return the peaks of all phases. Those of the last sizes are kept, as one run is asked for on many GPUs."""
+        last = self._last
+        if last is None or last[0] != sizes:
+            last = self._last = sizes, self._peaks(sizes)
+        return last[1]
+
+    def _peaks(self, sizes: _Sizes) -> TrainingPeaks:
+        p, (micro, sequence, half, large_tiles, pictures, target) = self._program, sizes
+        axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
+        numbers = values(p.moments.variables, axes)
+        largest = self._terms.largest(numbers, axes)
+        best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}
+        for phase, (bytes_, index) in zip(PHASES, largest[len(PHASES) :], strict=False):  # in a later micro-batch
+            if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:
+                best[phase] = True, bytes_ + p.accumulated[phase], index
+        best["step"] = False, sum(map(mul, p.moments.held, numbers)), -1
+        phases = [Phase("load", None, p.loading, "")]
+        moments = [(False, -1)]
+        peak, most = 0, p.loading
+        for phase, step, offset, where in self._offsets:
+            later, moving, index = best[phase]
+            bytes_ = offset + moving
+            if bytes_ < p.parameters:
+                raise InternalError(f"{phase} takes {bytes_} bytes, less than the {p.parameters} of the weights")
+            if index < 0 and not where:  # the rank does not have the phase
+                continue
+            if bytes_ >= most:
+                peak, most = len(phases), bytes_
+            phases.append(Phase(phase, step, bytes_, where or p.moments.where[later][index]))
+            moments.append((later, index))
+        return TrainingPeaks(p, axes, numbers, self._workspace, phases, moments, peak)
+
+
+_Sizes = tuple[int, int, bool, bool, tuple[tuple[str, int], ...], int | None]  # as of `run_axes`
 
 
 @lru_cache(maxsize=1024)
 def _step_program(structure: Structure, workspace: int) -> _StepProgram:
-    """Return a program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
-    p = program(structure)
-    passes = (p.moments.first, p.moments.later)[: 1 + structure.accumulates]
-    terms = PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], p.moments.products)
-    return _StepProgram(p, phase_offsets(structure, workspace), terms)
+    return _StepProgram(program(structure), workspace)

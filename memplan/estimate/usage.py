@@ -6,6 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -68,6 +69,11 @@ class Replay:
         """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
         raise NotImplementedError
 
+    def reserved_within(self, most: int) -> int | None:
+        """Return the peak that torch reserves with room to spare, or None if that is more than `most` bytes."""
+        peak = self.reserved()
+        return peak if peak is not None and peak <= most else None
+
     def surely_reserved(self) -> int:
         """Return bytes that torch reserves at least with room to spare, if a short replay tells; 0 otherwise."""
         return 0
@@ -109,7 +115,16 @@ def run_overhead(
     Communicators mean several ranks: a profile of one rank says nothing about their errors, and assumed rows widen the
     band.
     """
-    context = cuda_context(gpu.compute_capability if gpu else None)
+    return _overhead_of(gpu.compute_capability if gpu else None, communicators, calibration)
+
+
+@lru_cache(maxsize=1024)
+def _overhead_of(
+    compute_capability: tuple[int, int] | None,
+    communicators: tuple[Communicator, ...],
+    calibration: Calibration | None,
+) -> ProcessOverhead:
+    context = cuda_context(compute_capability)
     if calibration:
         measured = calibration.context
         context = context._replace(
@@ -148,6 +163,11 @@ def room(usable: int, overhead: ProcessOverhead) -> SegmentRoom:
         return usable * 1_000_000 // (1_000_000 + error) - overhead.context - more
 
     return SegmentRoom(left(overhead.high, overhead.more), left(overhead.low, -overhead.less))
+
+
+def usable_for(segments: int, overhead: ProcessOverhead) -> int:
+    """Return the fewest usable bytes of a card on which torch may surely reserve `segments`: see `room`."""
+    return -(-(segments + overhead.context + overhead.more) * (1_000_000 + overhead.high) // 1_000_000)
 
 
 def enough_for_segments(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:
@@ -211,28 +231,36 @@ class Usage:
     @cached_property
     def fits(self) -> bool:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
-        if self._gpu is None:
+        if self._gpu is None or self.is_ruled_out:
             return False
-        surely_fits, sure = self.fits_card_of(self._gpu.usable), self._sure(self._gpu.usable)
+        usable = self._gpu.usable
+        return self.fits_card_of(usable) or self._reserves_within(*room(usable, self._overhead))
+
+    @cached_property
+    def is_ruled_out(self) -> bool:
+        """Whether bounds tell, without a long replay, that the run does not surely fit its card."""
+        usable = self._gpu.usable if self._gpu is not None else 0
+        surely_fits = self.fits_card_of(usable)
         if surely_fits is None:
-            return self._replay.surely_reserved() <= sure and self._roomy <= sure
-        return surely_fits
+            return self._replay.surely_reserved() > room(usable, self._overhead).sure
+        return not surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.
 
         `replayed` allows one replay with room to spare, which serves any number of cards.
         """
-        sure = self._sure(usable)
+        sure, possible = room(usable, self._overhead)
         if self.allocated > sure:
             return False
-        return (
-            True
-            if self.enough + self._replay.free_in_other_streams() <= sure or (replayed and self._roomy <= sure)
-            else None
-        )
+        return True if usable >= self.ample or (replayed and self._reserves_within(sure, possible)) else None
 
-    @property
+    @cached_property
+    def ample(self) -> int:
+        """The fewest usable bytes with which a card surely holds the run, as far as the bounds tell."""
+        return usable_for(self.enough + self._replay.free_in_other_streams(), self._overhead)
+
+    @cached_property
     def least(self) -> int:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._shown(self.allocated, self._overhead.low, -self._overhead.less)
@@ -241,10 +269,6 @@ class Usage:
     def most(self) -> int:
         """The most that a card with room to spare may show for the run."""
         return self._shown_at("high", self._roomy)
-
-    def _sure(self, usable: int) -> int:
-        """Return the bytes left for torch's segments."""
-        return room(usable, self._overhead).sure
 
     @property
     def may_fit(self) -> bool:
@@ -301,9 +325,15 @@ class Usage:
         assert peak is not None
         return peak
 
-    @property
+    @cached_property
     def _roomy(self) -> int:
         return max(self._replayed_with_room, self.allocated) + self._replay.unreplayed_bytes()
+
+    def _reserves_within(self, sure: int, possible: int) -> bool:
+        """Return whether torch reserves at most `sure` bytes with room to spare. A replay with the `possible` ones
+        tells, and whether a run that reserves more survives."""
+        is_within = self._replay.is_long or self._replay.reserved_within(max(sure, possible)) is not None
+        return is_within and self._roomy <= sure
 
     def _lives_in(self, capacity: int) -> bool:
         if self._replay.is_long:

@@ -78,6 +78,7 @@ def _fsdp(run: RunSpec) -> Value:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "reshard_after_forward": shared_keys.resharding(run) if shared_keys.fsdp(run) == 2 else True,
         "offload_params": run.parallelism.offload.parameters,
+        "cpu_ram_efficient_loading": run.parallelism.cpu_ram_efficient_loading,
     }
 
 

@@ -56,12 +56,14 @@ def options(asked: RunSpec, changed: RunSpec) -> str:
 
 
 def option_lines(asked: RunSpec, changed: RunSpec) -> Lines:
-    """Return the options as a line to paste; fields that no option sets are in the note."""
+    """Return the options as a line to paste; the note has those to leave out, and fields that no option sets."""
     command = _command(asked, changed)
-    note = (
-        f"set in a file for --spec: {', '.join(command.fields_without_option)}" if command.fields_without_option else ""
-    )
-    return Lines("memplan", "memplan options", (command.options,) if command.options else (), note)
+    unsaid = command.fields_without_option
+    unset = [field for field in unsaid if field in OPTIONS and value_of(changed, field) is None]
+    others = [field for field in unsaid if field not in unset]
+    notes = [f"without {', '.join(OPTIONS[field] for field in unset)}"] if unset else []
+    notes += [f"set in a file for --spec: {', '.join(others)}"] if others else []
+    return Lines("memplan", "memplan options", (command.options,) if command.options else (), "; ".join(notes))
 
 
 def _command(asked: RunSpec, changed: RunSpec) -> ChangeOptions:

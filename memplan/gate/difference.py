@@ -81,8 +81,8 @@ class Changes(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether no run is over its budget that was not over it before."""
-        return not any(each.kind in FAILS for each in self.changes)
+        """Whether nothing is wrong, and no run is over its budget that was not over it before."""
+        return not self.problems and not any(each.kind in (*FAILS, "wrong") for each in self.changes)
 
     def exit_code(self, unknown: str = "warn", strict: bool = False) -> int:
         """Return 2 for wrong input, 1 for a run that no longer fits, else as `Check.exit_code`."""

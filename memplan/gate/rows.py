@@ -134,8 +134,8 @@ class Check(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether every run that can be answered is within its budget."""
-        return not any(row.status == "over" for row in self.rows)
+        """Whether nothing is wrong, and every run that can be answered is within its budget."""
+        return not self.problems and not any(row.status in ("over", "wrong") for row in self.rows)
 
     def exit_code(self, unknown: str = "warn", strict: bool = False) -> int:
         """Return 2 for wrong input, 1 for a run over its budget, 3 for facts that moved, 3 or 2 for a run that cannot

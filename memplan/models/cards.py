@@ -57,7 +57,7 @@ def find_model(model: str | InlineConfig, online: bool = False) -> ModelSpec:
         return _inline(cast(FrozenDict, model.config))
     located = _locate(model, online)
     if isinstance(located, str):
-        return load_card(located)
+        return _of_alias(located, _letters(model.lower().rpartition("/")[2]))
     return ModelSpec(located.config, model, checkpoint=located.checkpoint)
 
 
@@ -121,7 +121,10 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
 _ADDRESS = r"(?i)^(https?://)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s?#]+).*$"
 # Owners of unchanged copies of others' checkpoints, under the same names; on ModelScope, as ms-swift 4.6.0
 # model/models lists them.
-_MIRRORS = ("unsloth", "nousresearch", "01ai", "ai-modelscope", "llm-research", "openai-mirror")
+_MIRRORS = (
+    *("unsloth", "nousresearch", "mistral-community", "01ai", "ai-modelscope", "llm-research", "openai-mirror"),
+    "zhipuai",
+)
 # Owners who publish others' checkpoints in other formats, under the same names with the format at the end.
 _CONVERTERS = (
     *("bartowski", "casperhansen", "ggml-org", "hugging-quants", "lmstudio-community", "neuralmagic", "nvidia"),
@@ -276,6 +279,15 @@ def load_card(name: str) -> ModelSpec:
     return ModelSpec(_card_config(card), name, {k: v for k, v in card.items() if k != "config"})
 
 
+@lru_cache(maxsize=4096)
+def _of_alias(name: str, letters: str) -> ModelSpec:
+    """Return a card's model with what the config of the alias with these letters has other than the card's."""
+    model = load_card(name)
+    own: Mapping[str, Any] = model.card.get("own", {})
+    config = next((each for alias, each in own.items() if _letters(alias.lower().rpartition("/")[2]) == letters), None)
+    return model if config is None else ModelSpec({**model.config, **config}, name, model.card)
+
+
 def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the card's config with its nulls, which TOML cannot hold: it lists their keys, nested ones with a dot."""
     config = dict(card["config"])
@@ -312,13 +324,19 @@ def _card_name(model: str) -> str | None:
 
 @cache
 def _aliases() -> dict[str, str]:
-    """Return every hf_id and alias in lower case, with its card's name. Reads the first table of every card."""
+    """Return every hf_id and alias in lower case, with its card's name."""
     names: dict[str, str] = {}
+    folder = os.fspath(card_folder())
     for name in card_names():
-        card = parsed(_card_text(name).partition("\n[")[0])
-        for alias in (card["hf_id"], *card.get("aliases", ())):
-            names.setdefault(alias.lower(), name)
+        with open(f"{folder}{os.sep}{name}.toml", encoding="utf-8") as file:  # noqa: PTH123 (a Path takes longer)
+            text = file.read()
+        for said in _NAMED.findall(text):  # parsing all cards takes longer than most answers
+            for alias in json.loads(f"[{said}]"):
+                names.setdefault(alias.lower(), name)
     return names
+
+
+_NAMED = re.compile(r'^(?:hf_id = |aliases = \[\s*)("[^\]]*?")(?:,?\s*\])?$', re.MULTILINE)
 
 
 def _original_case(alias: str) -> str:

@@ -181,6 +181,12 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         },
         formats=BITSANDBYTES,
     ),
+    "multitask_prompt_tuning": PeftMethod(
+        options={"num_virtual_tokens": None, "num_tasks": 1, "num_ranks": 1},
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prompt",
+    ),
     "osf": PeftMethod(_OSF, options={"effective_rank": None}),
     "peanut": PeftMethod(_LORA, 32, {"depth": 0}),
     "psoft": PeftMethod(

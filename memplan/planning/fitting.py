@@ -50,12 +50,14 @@ class CardAnswers:
         divides = find_engine(run.profile) is not None or run.rollout == "colocate" or p.strategy in ZERO
         self._is_shared = not divides and p.device_map is None
         self._on: dict[object, Estimate | MemplanError] = {}
+        self._refused: dict[str, MemplanError | None] = {}  # by vendor
         self._fits: dict[str, Fit] = {}
-        self._enough: dict[object, int] = {}  # usable bytes of the smallest GPU of a kind that is known to be enough
 
     def on(self, gpu: GPU) -> Estimate | MemplanError:
         """Return the estimate on this GPU, or one that runs the same kernels; or the error that refuses it."""
-        refusal = next(not_on(gpu, self.run), None)
+        if gpu.vendor not in self._refused:
+            self._refused[gpu.vendor] = next(not_on(gpu, self.run), None)
+        refusal = self._refused[gpu.vendor]
         if refusal is not None:
             return refusal
         key = gpu.compute_capability if self._is_shared else gpu.name
@@ -68,22 +70,20 @@ class CardAnswers:
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
-        if gpu.name not in self._fits:
+        fit = self._fits.get(gpu.name)
+        if fit is None:
             found = self.on(gpu)
             fit = Fit(gpu, None, str(found)) if isinstance(found, MemplanError) else Fit(gpu, self._answer(found, gpu))
             self._fits[gpu.name] = fit
-        return self._fits[gpu.name]
+        return fit
 
     def _answer(self, found: Estimate, gpu: GPU) -> Answer | None:
         if not self._is_shared:
             return found.verdict.answer
         usable = gpu.usable
-        if usable >= self._enough.get(gpu.compute_capability, usable + 1):
+        if usable >= found.ample:
             return "fits"
-        answer = "does not fit" if usable < found.least else found.answer_on(usable)
-        if answer == "fits":
-            self._enough[gpu.compute_capability] = usable
-        return answer
+        return "does not fit" if usable < found.least else found.answer_on(usable)
 
 
 @lru_cache(maxsize=512)
@@ -102,7 +102,7 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     with errors_about("pool", "gpu"):
         gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
     answers = card_answers(run.model_copy(update={"gpu": None}))
-    for gpu in sorted(gpus, key=lambda gpu: gpu.usable):  # what holds the run tells of larger GPUs of its kind
+    for gpu in _largest_first(tuple(gpus)):  # what a replay with much room reserves tells of smaller GPUs, too
         answers.fit(gpu)
     found = tuple(map(answers.fit, gpus))
     if found and all(fit.refusal for fit in found):
@@ -110,3 +110,8 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
         assert isinstance(error, MemplanError)
         raise error
     return found
+
+
+@lru_cache(maxsize=8)
+def _largest_first(gpus: tuple[GPU, ...]) -> list[GPU]:
+    return sorted(gpus, key=lambda gpu: -gpu.usable)

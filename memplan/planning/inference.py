@@ -26,13 +26,14 @@ from memplan.estimate.estimate import estimate
 from memplan.models.cards import find_model
 from memplan.planning.cache_choices import alternative_caches
 from memplan.planning.offers import ANY, CardFilter, by_list_price, has_room, wanted_cards
-from memplan.planning.reach import reach
+from memplan.planning.reach import limit
 from memplan.planning.roofline import DecodingPace, Load, decode, prefill
 from memplan.planning.step_time import Hourly, hourly
-from memplan.planning.trials import attempt, last, needed_gpu
+from memplan.planning.trials import attempt, last, needed_gpu, unless_refused
 from memplan.program.serving.rank_share import bytes_on_rank
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.weights import UNQUANTISED, StoredWeight, stored_weights
+from memplan.resolve.decide import decide
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Parallelism
@@ -281,18 +282,17 @@ class _Base(NamedTuple):
 
 
 def _requests(
-    run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None, looks: bool = True
+    run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None, samples_beyond: bool = True
 ) -> Limit:
-    """Return the most concurrent requests of the run's length; `looks` is passed on to `reach`."""
+    """Return the most concurrent requests of the run's length; `samples_beyond` as in `limit`."""
     serving, engine = answer.serving, find_engine(run.profile)
     if serving is not None and engine is not None and engine.kind != "llama.cpp":  # llama.cpp sizes its pool by the run
-        fitting, limit = _largest(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
-        return Limit(limit, "max_num_seqs") if fitting > limit else Limit(fitting, "memory")
+        fitting, most = _largest(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
+        return Limit(most, "max_num_seqs") if fitting > most else Limit(fitting, "memory")
     if run.generation.assisted:
         fits = demand.met(estimate(changed(run, "batch", micro=1), calibration))
         return Limit(1, "assistant") if fits else Limit(0, "memory")
-    batch = reach(run, "batch", demand, calibration, looks)
-    return Limit(int(batch.value), batch.binds)
+    return Limit(*limit(run, "batch", demand, calibration, samples_beyond))
 
 
 def _largest(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
@@ -314,8 +314,8 @@ def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
         longest = changed(single, "batch", sequence=positions - new)
         if _met(longest, demand, calibration):
             return Limit(positions, "positions")
-    prompt = reach(single, "sequence", demand, calibration)
-    return Limit(int(prompt.value) + new if prompt.value else 0, prompt.binds)
+    tokens, binds = limit(single, "sequence", demand, calibration)
+    return Limit(tokens + new if tokens else 0, binds)
 
 
 def _met(run: RunSpec, demand: Demand, calibration: Calibration | None) -> bool:
@@ -346,8 +346,8 @@ def _placements(run: RunSpec, base: _Base) -> Iterator[Variant]:
             continue
         if gpus == run.parallelism.world == 1 and base.demand.met(base.answer):
             divided = run
-        answer = attempt(divided, base.calibration)
-        if answer is not None and any("stay empty" in note for note in answer.notes):
+        decided = unless_refused(partial(decide, divided), None)
+        if decided is not None and any("stay empty" in note for note in decided.notes):
             return
         yield _choice(str(gpus), divided, base)
 

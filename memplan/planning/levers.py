@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
 from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import has_rank
+from memplan.resolve.refusals.parallelism import ONE_GPU, SETTINGS_OF_STRATEGIES
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import NEWEST, RunSpec, changed
@@ -164,7 +165,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference == "copy" and run.method.kind in ADAPTERS:
         yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
     if run.trainer in GENERATING:
-        if run.reference in ("copy", "adapters") and run.trainer != "ppo":
+        if run.reference in ("copy", "adapters") and not TRAINERS[run.trainer].own_loop:
             yield _lever("reference_none", "no reference model (beta 0)", "reference", ("reference", "none"))
         return
     if run.reference in ("copy", "adapters"):
@@ -173,14 +174,19 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
 
 
 def _roles(run: RunSpec) -> Iterator[Lever]:
-    """Yield another model of the step in 4 bits, and a reward model on other GPUs."""
+    """Yield another model of the step in 4 bits; a reward model or critic on other GPUs; smaller passes of a critic."""
+    inside = TRAINERS[run.trainer].models
     for role, other in run.roles.named:
         if other.location == "gpu" and other.quantization is None and role != "value":  # which trains
             stored = other.model_copy(update={"quantization": Quantization()})
             yield _lever("role_quantized", f"the {role} model in NF4", f"{role} format", (f"roles.{role}", stored))
-        if other.location == "gpu" and role == "reward":
+        if other.location == "gpu" and (role == "reward" or role not in inside):
             away = other.model_copy(update={"location": "server"})
-            yield _lever("role_server", "the reward model on other GPUs", "reward format", (f"roles.{role}", away))
+            yield _lever("role_server", f"the {role} model on other GPUs", f"{role} format", (f"roles.{role}", away))
+        for micro in _halves(other.micro or run.batch.micro) if role not in inside else ():
+            smaller = other.model_copy(update={"micro": micro})
+            title = f"micro-batch {micro:,} of the {role} model"
+            yield _lever("micro_batch", title, f"{role} format", (f"roles.{role}", smaller))
 
 
 _LEAST_SHARE = 0.1
@@ -238,6 +244,8 @@ def _attention(run: RunSpec) -> Iterator[Lever]:
 
 
 def _checkpointing(run: RunSpec) -> Iterator[Lever]:
+    if TRAINERS[run.trainer].own_loop:  # which checkpoints nothing
+        return
     if run.kernels.checkpointing in ("none", "selective"):
         full = ("kernels.checkpointing", "full")
         yield _lever("checkpointing", "gradient checkpointing", "checkpointing", full)
@@ -306,6 +314,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
         ("parallelism.dp", world),
         ("parallelism.strategy", strategy if world > 1 else "none"),
     ]
+    for name, strategies in SETTINGS_OF_STRATEGIES.items():
+        if strategy not in strategies and name in run.parallelism.model_fields_set:
+            fields.append((f"parallelism.{name}", getattr(ONE_GPU, name)))
     q = run.method.quantization
     if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})
@@ -327,9 +338,10 @@ def _sharding(run: RunSpec) -> Iterator[Lever]:
 
 def _more_gpus(run: RunSpec) -> Iterator[Lever]:
     if run.parallelism.world == 1:
+        strategy = "zero3" if TRAINERS[run.trainer].own_loop else _SHARDING  # which it cannot generate under
         for world in (2, 4, 8):
-            title = f"{world} GPUs, sharded by {_SHARDING}"
-            yield _lever("more_gpus", title, "gpus", *spread(run, world, _SHARDING))
+            title = f"{world} GPUs, sharded by {strategy}"
+            yield _lever("more_gpus", title, "gpus", *spread(run, world, strategy))
 
 
 def _double_quant(run: RunSpec) -> Iterator[Lever]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.costs import LeverCost
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import refused
+from memplan.core.errors import SpecError, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, phase_peaks
 from memplan.estimate.demand import Demand
 from memplan.estimate.estimate import estimate
-from memplan.planning.levers import Lever, levers_of
+from memplan.planning.levers import Lever, levers_of, with_fields
 from memplan.planning.search import Set, Trials, cheapest, strongest, under_other_stacks
 from memplan.planning.step_time import ratio, work
 from memplan.spec.run import RunSpec
@@ -137,7 +137,8 @@ class Proposal:
 class Plan:
     """The result of `plan`.
 
-    answer      the estimate of the run without changes
+    asked       the run
+    answer      the estimate of the run without changes, except one without which it does not start
     demand      the condition to meet
     proposals   sets of levers that meet it, ordered by change of the result, number and strength of levers; empty if
                 the run already meets it, or nothing does
@@ -147,8 +148,14 @@ class Plan:
     """
 
     def __init__(
-        self, trials: Trials, levers: tuple[Lever, ...], proposals: tuple[Proposal, ...], is_partial: bool = False
+        self,
+        asked: RunSpec,
+        trials: Trials,
+        levers: tuple[Lever, ...],
+        proposals: tuple[Proposal, ...],
+        is_partial: bool = False,
     ) -> None:
+        self.asked = asked
         self._trials = trials
         self._levers = levers
         self.is_partial = is_partial
@@ -206,12 +213,12 @@ def plan(
     """
     if run.task != "train":
         raise refused("task", f"levers are for training; use memplan.questions for {run.task}")
-    answer = estimate(run, calibration)
+    answer = _started(run, calibration)
     if answer.gpu is None:
         raise refused("gpu", "needed to tell what fits; name one")
     demand = Demand(tight, headroom)
     demand.check(find_gpu(answer.gpu.name))
-    trials = Trials(run, demand, calibration)
+    trials = Trials(answer.asked, demand, calibration)
     all_levers = tuple(lever for lever in levers(answer.run) if lever.group not in without)
     sets: list[Set] = []
     is_partial = False
@@ -224,7 +231,17 @@ def plan(
         sets, is_partial = trials.fitting()[:_MOST_KEPT], True
     all_levers += tuple(dict.fromkeys(lever for pulled in sets for lever in pulled if lever not in all_levers))
     proposals = tuple(Proposal(trials, pulled) for pulled in ranked(sets, all_levers))
-    return Plan(trials, all_levers, proposals, is_partial)
+    return Plan(run, trials, all_levers, proposals, is_partial)
+
+
+def _started(run: RunSpec, calibration: Calibration | None) -> Estimate:
+    """Return the estimate of the run, under DDP with `find_unused_parameters` if it waits for gradients otherwise."""
+    try:
+        return estimate(run, calibration)
+    except SpecError as error:
+        if error.field != "parallelism.find_unused_parameters" or run.parallelism.strategy != "ddp":
+            raise
+        return estimate(with_fields(run, ((error.field, True),)), calibration)
 
 
 _MOST_KEPT = 4  # proposals of a search that was stopped

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError, UnknownNameError, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate, Holding
 from memplan.estimate.demand import FITS, Demand
-from memplan.estimate.estimate import estimate
+from memplan.estimate.estimate import estimate, fullest
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.models.peft_methods import has_rank
-from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, last, needed_gpu
+from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, attempt_stages, last, needed_gpu, unless_refused
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.serving import Serving
@@ -63,22 +63,38 @@ class Reach(NamedTuple):
 
 def largest_batch(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
     """Return the largest `batch.micro` that the run's GPU holds with all other fields unchanged; 0 if none fits."""
-    step = _step(run, "batch")
-    return step * _largest(_tried(run, "batch", calibration, step), demand, *_SAMPLING["batch"])
+    return limit(run, "batch", demand, calibration)[0]
 
 
 def largest_sequence(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
     """Return the largest `batch.sequence` that the run's GPU holds with all other fields unchanged; 0 if none fits."""
-    return _largest(_tried(run, "sequence", calibration), demand, *_SAMPLING["sequence"])
+    return limit(run, "sequence", demand, calibration)[0]
 
 
-def reach(
+def limit(
     run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None, samples_beyond: bool = True
-) -> Reach:
-    """Return the largest value of the axis that the run's GPU holds with all other fields unchanged.
+) -> tuple[int, str]:
+    """Return the `value` of `reach`, and what `binds`, for any axis but the model.
 
-    With `looks` false, values beyond the first that does not fit are not sampled: a tenth of the time, but the result
-    may be slightly too small.
+    Without `samples_beyond`, values beyond the first that does not fit are not sampled: a tenth of the time, but the
+    result may be slightly too small.
+    """
+    step = _step(run, axis)
+    value, binds = _limit(_tried(run, axis, demand, calibration, step), axis, samples_beyond)
+    return value * step, binds
+
+
+def _limit(tried: _Tried, axis: str, samples_beyond: bool = True) -> tuple[int, str]:
+    """Return the largest value of the axis that meets the demand, and what limits it."""
+    samples, multiple = _SAMPLING[axis]
+    value = _largest(tried, samples if samples_beyond else 0, multiple)
+    if value < MAX_VALUE and tried.may_hold(value + 1) is not None:
+        return value, "memory"
+    return value, {"batch": "nothing", "generations": "nothing", "rank": "rank"}.get(axis, "positions")
+
+
+def reach(run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None) -> Reach:
+    """Return the largest value of the axis that the run's GPU holds with all other fields unchanged.
 
     Raises UnknownNameError for an unknown axis, SpecError if the run names no GPU or if `rank` is asked of a run
     without adapters, and whatever `estimate` raises for the run itself.
@@ -92,17 +108,14 @@ def reach(
         what = "rank" if run.method.kind in ADAPTERS else "adapters"
         raise refused("method.rank", f"method.kind {run.method.kind} has no {what}")
     several = " several completions of a prompt" if axis == "generations" else ""
-    trainers = [name for name, group in GENERATING.items() if group > 1 or not several]
+    trainers = [name for name in GENERATING if TRAINERS[name].completions > 1 or not several]
     if axis in _OF_COMPLETIONS and run.trainer not in trainers:
         raise SpecError(f"max: {axis} only applies to trainers that generate{several}: {', '.join(trainers)}", "max")
     step = _step(run, axis)
-    tried = _tried(run, axis, calibration, step)
-    samples, multiple = _SAMPLING[axis]
-    value = _largest(tried, demand, samples if samples_beyond else 0, multiple)
-    beyond = tried(value + 1) if value < MAX_VALUE else None
-    ends = {"batch": "nothing", "generations": "nothing", "rank": "rank"}
-    binds = "memory" if beyond else ends.get(axis, "positions")
-    return Reach(axis, value * step, tried(value) if value else None, beyond, binds, step)
+    tried = _tried(run, axis, demand, calibration, step)
+    value, binds = _limit(tried, axis)
+    beyond = tried.answer(value + 1) if value < MAX_VALUE else None
+    return Reach(axis, value * step, tried.answer(value) if value else None, beyond, binds, step)
 
 
 ROOM_STEPS = {"batch": 1, "sequence": 256}
@@ -113,31 +126,58 @@ def room(run: RunSpec, axis: str, calibration: Calibration | None = None) -> Rea
 
     Takes a fifth of the time of `reach`, whose value may be larger: by less than a step, or beyond ones that fail.
     """
-    tried, step = _tried(run, axis, calibration), ROOM_STEPS[axis]
+    tried, step = _tried(run, axis, FITS, calibration), ROOM_STEPS[axis]
     own: int = getattr(run.batch, FIELDS[axis][1])
-    value = max(own, step * last(lambda n: _holds(tried(step * n)), own // step))
-    beyond = tried(value + step)
-    return Reach(axis, value, tried(value), beyond, "memory" if beyond else "positions")
+    value = max(own, step * last(lambda n: tried.holds(step * n), own // step))
+    beyond = tried.answer(value + step)
+    return Reach(axis, value, tried.answer(value), beyond, "memory" if beyond else "positions")
 
 
-def _holds(answer: Estimate | None, demand: Demand = FITS) -> bool:
-    return answer is not None and demand.met(answer)
+class _Tried(NamedTuple):
+    """Functions that try a run at a value of an axis.
+
+    answer    its estimate; None if memplan refuses the run, for example if there are more tokens than learned positions
+    holds     whether it meets the demand
+    may_hold  whether bounds and the replay of its prompt allow that; None if memplan refuses the run
+    has_room  whether its allocated bytes allow that
+    """
+
+    answer: Callable[[int], Estimate | None]
+    holds: Callable[[int], bool]
+    may_hold: Callable[[int], bool | None]
+    has_room: Callable[[int], bool]
 
 
-def _tried(run: RunSpec, axis: str, calibration: Calibration | None, step: int = 1) -> Callable[[int], Estimate | None]:
-    """Return a function that estimates the run at a value of the axis, in units of `step`; its result is None if
-    memplan refuses the run, for example if there are more tokens than learned positions."""
+def _tried(run: RunSpec, axis: str, demand: Demand, calibration: Calibration | None, step: int = 1) -> _Tried:
+    """Return functions of a value of the axis, in units of `step`."""
     needed_gpu(run)
     group = estimate(run).run.batch.generations if axis == "generations" else 1
     part, field = ("batch", "new_tokens") if axis == "completion" else FIELDS.get(axis, ("batch", axis))
 
     @cache
-    def tried(n: int) -> Estimate | None:
+    def stages(n: int) -> list[Estimate]:
         value = n * step
         more = {"accumulation": value * run.batch.accumulation // group} if axis == "generations" else {}
-        return attempt(lambda: changed(run, part, **{field: value, **more}), calibration)
+        return attempt_stages(lambda: changed(run, part, **{field: value, **more}), calibration)
 
-    return tried
+    @cache
+    def answer(n: int) -> Estimate | None:
+        return unless_refused(lambda: fullest(stages(n)), None) if stages(n) else None
+
+    def holds(n: int) -> bool:
+        tried = answer(n)
+        return tried is not None and demand.met(tried)
+
+    def may_hold(n: int) -> bool | None:
+        return not any(map(demand.rules_out, stages(n))) if stages(n) else None
+
+    def has_room(n: int) -> bool:
+        tried = answer(n)
+        if tried is None or tried.gpu is None:
+            return False
+        return demand.fits_card_of(tried, tried.gpu.usable) is not False
+
+    return _Tried(answer, holds, may_hold, has_room)
 
 
 def _step(run: RunSpec, axis: str) -> int:
@@ -151,29 +191,20 @@ def _step(run: RunSpec, axis: str) -> int:
     return group // gcd(group, parts * run.parallelism.dp)
 
 
-def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
+def _largest(tried: _Tried, samples: int, multiple: int) -> int:
     """Return the largest value that meets the demand, see `_SAMPLING`."""
-
-    def holds(n: int) -> bool:
-        return _holds(tried(n), demand)
-
-    def may_hold(n: int) -> bool:
-        answer = tried(n)
-        return (
-            answer is not None
-            and answer.gpu is not None
-            and demand.fits_card_of(answer, answer.gpu.usable) is not False
-        )
-
-    low = last(holds, 0)
+    holds = tried.holds
+    low = last(tried.may_hold, 0)  # without a replay of all passes
+    if low and not holds(low):
+        low = last(holds, 0)
     if multiple > 1 and low:  # bisection over round values may find a larger one
         low = max(low, multiple * last(lambda n: holds(multiple * n), low // multiple))
         if low < MAX_VALUE and holds(low + 1):
             low = last(holds, low)
-    if not low or low >= MAX_VALUE or not looks:
+    if not low or low >= MAX_VALUE or not samples:
         return low
-    end = last(may_hold, low)  # allocated bytes rule out everything beyond
-    step = max(1, -(-(end - low) // looks))
+    end = last(tried.has_room, low)  # allocated bytes rule out everything beyond
+    step = max(1, -(-(end - low) // samples))
     step = -(-step // multiple) * multiple if step > 1 else 1
     further = next((n for n in range(end // step * step, low, -step) if holds(n)), low)
     return low if further == low else last(holds, further)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.doing import note
 from memplan.core.errors import MemplanError, refused
 from memplan.estimate.answer import Estimate
-from memplan.estimate.estimate import estimate, needs_more_than_its_gpus
+from memplan.estimate.estimate import estimate, estimate_stages, needs_more_than_its_gpus
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
+_Result = TypeVar("_Result")
 MAX_VALUE = 2**32  # ends a search for a run that takes no memory
 
 
@@ -27,12 +28,31 @@ def attempt(
 
     With `if_fits` also None if the GPUs of its device map do not hold it without the host.
     """
+    return unless_refused(lambda: _estimate(_built(run), calibration, if_fits), None)
+
+
+def _estimate(run: RunSpec, calibration: Calibration | None, if_fits: bool) -> Estimate | None:
+    is_too_large = if_fits and calibration is None and needs_more_than_its_gpus(run)
+    return None if is_too_large else estimate(run, calibration)
+
+
+def attempt_stages(run: Callable[[], RunSpec], calibration: Calibration | None) -> list[Estimate]:
+    """Return the estimates of the stages of a run that may have the most; empty if memplan refuses it."""
+    return unless_refused(lambda: estimate_stages(_built(run), calibration), [])
+
+
+def unless_refused(compute: Callable[[], _Result], otherwise: _Result) -> _Result:
+    """Return what the function returns, or `otherwise` if memplan refuses the run that it computes."""
     try:
-        run = run if isinstance(run, RunSpec) else run()
-        note(f"estimating {run.model if isinstance(run.model, str) else 'a config'} under {run.profile}")
-        return None if if_fits and calibration is None and needs_more_than_its_gpus(run) else estimate(run, calibration)
+        return compute()
     except MemplanError:
-        return None
+        return otherwise
+
+
+def _built(run: RunSpec | Callable[[], RunSpec]) -> RunSpec:
+    run = run if isinstance(run, RunSpec) else run()
+    note(f"estimating {run.model if isinstance(run.model, str) else 'a config'} under {run.profile}")
+    return run
 
 
 def needed_gpu(run: RunSpec) -> GPU:
@@ -42,7 +62,7 @@ def needed_gpu(run: RunSpec) -> GPU:
     return find_gpu(run.gpu)
 
 
-def last(holds: Callable[[int], bool], low: int, high: int = 0) -> int:
+def last(holds: Callable[[int], bool | None], low: int, high: int = 0) -> int:
     """Return the last value before one that does not hold, by doubling and bisection; `low` holds or is 0.
 
     The first value tried is `high`, by default twice `low`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.profiles.profile_table import known_name
@@ -20,6 +19,7 @@ from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
+from memplan.spec.training import Kernels
 
 # The optimizers of `memplan.probe.script.optimizers`: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -79,13 +79,12 @@ def _refuse_trl(run: RunSpec) -> None:
         raise SpecError(
             f"profile: {installed} is installed, which {known_name(installed)} stands for, not {run.profile}", "profile"
         )
-    defaults = RunSpec(model=run.model)
+    is_fused = run.trainer == "grpo" and run.kernels.loss == "fused"
+    defaults = RunSpec(model=run.model, kernels=Kernels(loss="fused") if is_fused else Kernels())
     for part, fields in _NOT_SET.items():
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
                 raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
-    if run.trainer in GENERATING and run.also != defaults.also:
-        raise SpecError(f"also: a probe of {run.trainer} runs steps only", "also")
 
 
 _NOT_SET = {
@@ -117,7 +116,8 @@ def _refuse(run: RunSpec) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
             raise refused("loop.grad_scaler", "a probe scales no losses for an optimizer on the host")
-    refuse(contradictions(run))
+    # context-parallel ranks without a strategy are traced with all weights
+    refuse(error for error in contradictions(run) if cp == 1 or error.field != "parallelism.strategy")
     _optimizer(run)
     _kernels(run)
     _precision(run)
@@ -167,14 +167,16 @@ def _parallelism(run: RunSpec) -> None:
         return
     ep = p.ep if p.ep == p.tp else 1  # tensor-parallel ranks may also divide the experts
     if (
-        p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
+        p.model_copy(update={"strategy": "none"} if p.cp > 1 and p.strategy == "fsdp2" else {})
+        == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
         and min(p.tp, p.cp) == 1
     ):
         return
     if p.dp != p.world:
         raise refused(
             "parallelism",
-            "a probe runs on one GPU, or as one rank of data, tensor or context parallelism, but not of a combination",
+            "a probe runs on one GPU, or as one rank of data, tensor or (with fsdp2) context parallelism, but not of a "
+            "combination",
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))

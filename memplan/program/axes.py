@@ -14,7 +14,7 @@ from memplan.catalogue.attention.efficient_workspace import efficient_workspace_
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
-from memplan.catalogue.kernels.trl_losses import TILE_TOKENS, TILE_WIDTH
+from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, TILE_TOKENS, TILE_WIDTH
 from memplan.catalogue.kernels.unsloth_loss import CHUNK_BYTES, LEAST_LOGITS, LEAST_ROWS, TILE_ROWS, TILE_WORDS
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.records import NamedTuple
@@ -140,6 +140,7 @@ def axes_of(
         scored = s - 1 if graph.trainer is not None and graph.trainer.prompt_logits else completion
         axes |= {"kept": scored + 1, "completion_rows": b * scored}
         axes["generated"] = b * more["accumulation"]
+        axes |= {"earlier_rows": (b - 1) * completion, "fused_tokens": by.least(completion, FUSED_TOKENS)}
     for role, other in graph.roles:  # those inside the step
         own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
         if own:

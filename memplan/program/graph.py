@@ -335,7 +335,7 @@ def without_gradients(graph: Graph) -> Graph:
     """Return the graph of a trainer's model as it runs without gradients."""
     assert graph.trainer is not None
     return graph._replace(
-        recipe=graph.recipe._replace(dropout=False),
+        recipe=graph.recipe._replace(dropout=False, **graph.trainer.scoring),
         wiring=graph.wiring._replace(records=False, caches=False, checkpoints=False),
         checkpoint=False,
         input_requires_grad=False,
@@ -559,7 +559,7 @@ def _options(graph: Graph) -> ExecutionOptions:
 def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """Return the graph's operations, and the number of copies of each run of blocks."""
     stack, axes = operations_of(graph)
-    inside = [op.model for op in (*stack.before, *stack.loss) if op.model is not None] if graph.trainer else ()
+    inside = [op.model for op in operations(stack) if op.model is not None] if graph.trainer else ()
     return stack, {run.times: axes[run.times] for each in (stack, *inside) for run in each.runs}
 
 

@@ -12,7 +12,7 @@ from memplan.catalogue.methods.methods import Recipe, apply
 from memplan.core.ir import Stack, Weight, operations, outside
 from memplan.engine.copies import read_dtype
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, operations_of
+from memplan.program.graph import Graph, operations_of, weights_of
 from memplan.program.weight_sizes import matrix_shape
 
 
@@ -165,3 +165,10 @@ def shared_tables(graph: Graph) -> list[Weight]:
     before, *between = outside(operations_of(graph)[0])[:-1]
     tables = {w.name: w for op in before for w in op.weights if w.group == "embedding"}
     return [w for name, w in tables.items() if any(name == v.name for ops in between for op in ops for v in op.weights)]
+
+
+@lru_cache(maxsize=128)
+def looked_up_weights(graph: Graph) -> frozenset[str]:
+    """Return the names of nn.Embedding's weights, and of their copies that peft's `modules_to_save` trains."""
+    tables = {w.name for w, _, _ in weights_of(graph) if w.group == "embedding" and not w.matrix}
+    return frozenset(tables | {f"{name}.saved" for name in tables})

@@ -136,7 +136,9 @@ def asked(answer: Estimate) -> str:
     if answer.serving is not None:
         return f"serving {model(answer)} with {run.profile}"
     word = run.method.kind if run.task == "train" else run.task
-    trainer = {"reward": "reward modelling", "distill": "distillation"}.get(run.trainer, run.trainer.upper())
+    trainer = {"reward": "reward modelling", "distill": "distillation", "simpo": "SimPO"}.get(
+        run.trainer, run.trainer.upper()
+    )
     return f"{f'{trainer} with ' if run.trainer != 'sft' else ''}{_METHODS.get(word, word)} of {model(answer)}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
@@ -14,8 +14,9 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
-from memplan.program.graph import Graph, TensorGroup, tensor_group
+from memplan.program.graph import Graph, TensorGroup, operations_of, tensor_group
 from memplan.program.run import ResolvedRun
+from memplan.program.sharding.choice import sharding_of
 from memplan.program.stack_facts import tower_dtype
 from memplan.program.structure import Structure
 from memplan.program.training.program import program
@@ -79,7 +80,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
         ungrouped=""
         if run.roles.value is not None  # a critic compares no completions
-        else _ungrouped(batch, run.parallelism.dp, GENERATING.get(run.trainer) == 1),
+        else _ungrouped(batch, run.parallelism.dp, TRAINERS[run.trainer].completions == 1),
         packing=batch.packing or "",
         packed=packed,
     )
@@ -99,7 +100,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if batch.new_tokens:
         pictures = (*pictures, ("completion", batch.new_tokens), ("accumulation", batch.accumulation))
     parts = {**decided.parts, "batch": batch, "loop": loop}
-    if run.trainer == "ppo":
+    if TRAINERS[run.trainer].own_loop:
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     if run.rollout == "colocate":
@@ -120,14 +121,18 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
 
 
-def _resident_critic(structure: Structure) -> tuple[TensorGroup, ...]:
-    """Return what a critic holds between its updates: its weights, and the states of its optimizer."""
-    p, source = program(structure), "the critic's update"
-    states = p.between_steps(0) - p.parameters
-    return (
-        tensor_group("parameter", "value.weights", p.parameters, "uint8", source, "critic"),
-        tensor_group("optstate", "value.optimizer states", states, "uint8", source, "critic"),
-    )
+def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:
+    """Yield what a critic holds between its updates: its weights, the states of its optimizer, and buffers."""
+    p, axes = program(structure), operations_of(structure.graph)[1]
+    for w in sharding_of(structure).weights():
+        shape = " ".join(str(axes.get(axis, axis)) for axis in w.shape.split())  # the policy's differ
+        yield w._replace(what=f"value.{w.what}", shape=shape)
+    for s in (s for s in p.optimizer.states if not s.host):
+        what, shape = f"value.{s.parameter} {s.what}", " ".join(map(str, s.shape))
+        yield TensorGroup("optstate", what, "optimizer", shape, s.dtype, s.count, s.bytes, p.optimizer.source)
+    buffers = p.between_steps(0) - p.parameters - p.states
+    if buffers:
+        yield tensor_group("other", "value.buffers", buffers, "uint8", "the critic's update", "critic")
 
 
 def _ungrouped(batch: Batch, replicas: int, alone: bool) -> str:

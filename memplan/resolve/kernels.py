@@ -39,7 +39,7 @@ def runs_varlen(run: OpenRun) -> bool:
 
 
 def version_attention(
-    model: ModelSpec, kernels: Kernels, profile: str, library: LibraryBehaviour
+    model: ModelSpec, kernels: Kernels, profile: str, library: LibraryBehaviour, capability: tuple[int, int] | None
 ) -> tuple[str, bool, list[str]]:
     """Return the attention and whether blocks are checkpointed, as this version of the framework does it, and notes.
 
@@ -52,9 +52,12 @@ def version_attention(
             "kernels.attention",
             f"{find_profile(profile).title} has no eager attention; supported: sdpa, sdpa_efficient, sdpa_math",
         )
-    if library.attention.no_sdpa and attention == "sdpa":
+    no_sdpa, on = library.attention.no_sdpa, ""
+    if no_sdpa == "before 8.0":
+        no_sdpa, on = capability is not None and capability < (8, 0), " before compute capability 8.0"
+    if no_sdpa and attention == "sdpa":
         attention = "eager"
-        notes.append(f"{profile} has no sdpa for {model.model_type}: counted with eager attention")
+        notes.append(f"{profile} has no sdpa for {model.model_type}{on}: counted with eager attention")
     if library.checkpointing.no_checkpoints and checkpoints:
         checkpoints = False
         notes.append(f"{profile} ignores gradient checkpointing for {model.model_type}: nothing is recomputed")

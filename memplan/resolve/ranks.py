@@ -155,6 +155,7 @@ def _ranks(run: OpenRun) -> Ranks:
     if p.strategy not in FSDP:
         waits = trainer and accumulates and p.bucket_view  # gradients stay outside of the buckets until reduced
         return Ranks(p.strategy, copies, views=p.bucket_view, delayed=waits)
+    stages = p.strategy == "fsdp2" and run.method.kind == "qlora" and run.library.sharding.stages_nf4
     ranks = Ranks(
         p.strategy,
         copies if p.shard_group in (None, 1) else p.shard_group,
@@ -164,12 +165,12 @@ def _ranks(run: OpenRun) -> Ranks:
         ahead=p.forward_prefetch,
         prefetches_at=p.backward_prefetch,
         offloads=p.offload.parameters,
-        efficient=p.cpu_ram_efficient_loading and q is None,
+        efficient=p.cpu_ram_efficient_loading and (q is None or stages),
         is_unsharded=p.shard_group == 1,
         reduces=run.library.sharding.fsdp_reduces if p.strategy == "fsdp2" else "",
     )
     if q is not None:
-        ranks = ranks._replace(storage=q.storage)
+        ranks = ranks._replace(storage="uint8" if ranks.efficient else q.storage)
     recipe = run.recipe
     if not recipe.autocast:
         if q is not None and trainer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from memplan.catalogue.inference.one_pass import Pass
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about, refused
-from memplan.models.cards import find_config, find_model
+from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
 from memplan.program.graph import Graph, TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
@@ -27,14 +29,18 @@ Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
 DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
-def step_precision(trainer: str, precision: Precision) -> Precision:
-    """Return the precision in which a trainer's step computes, which is not that of its generation for distill.
+def step_precision(trainer: str, loss: str | None, precision: Precision) -> Precision:
+    """Return the precision in which a trainer's step computes.
 
-    DistillationTrainer calls the backbones of both models, past the forward that accelerate wraps in autocast.
+    Distill, and GRPO with Liger's loss, call the model's backbone, past the forward that accelerate wraps in autocast.
+    They generate with it.
 
-    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state.
+    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl
+    1.13.0 trainer/grpo_trainer.py compute_liger_loss.
     """
-    return precision.model_copy(update={"autocast": False, "compute": None}) if trainer == "distill" else precision
+    if trainer == "distill" or (trainer, loss) == ("grpo", "fused"):
+        return precision.model_copy(update={"autocast": False, "compute": None})
+    return precision
 
 
 def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
@@ -70,14 +76,15 @@ def graphs_of_roles(
     """
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
+    facts_of_trainer = TRAINERS[run.trainer]
     for role, other in models_of(run):
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
         _refuse_vocabulary(role, model, found)
-        if run.trainer == "ppo" and found.objectives[0] != "causal_lm":
+        if facts_of_trainer.own_loop and found.objectives[0] != "causal_lm":
             raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
-        if other.location != "gpu" or (role == "value" and run.trainer != "ppo"):  # a program of its own
+        if other.location != "gpu" or role not in facts_of_trainer.models:  # a program of its own
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
@@ -103,28 +110,35 @@ def critic_run(run: RunSpec) -> RunSpec | None:
     Source: openrlhf 0.11.2 trainer/ray/ppo_critic.py CriticModelActor, models/model.py get_llm_for_sequence_regression.
     """
     other = run.roles.value
-    if other is None or run.trainer == "ppo" or other.location != "gpu":
+    if other is None or "value" in TRAINERS[run.trainer].models or other.location != "gpu":
         return None
     rows, micro = run.batch.micro * run.batch.accumulation, other.micro or run.batch.micro
     batch = {"micro": micro, "accumulation": -(-rows // micro), "sequence": run.batch.tokens}
     kernels = run.kernels.model_copy(update={"fused": None, "loss": None})
     fields = {**fields_of_role(run.precision, other), "method": run.method, "parallelism": run.parallelism}
     fields |= {"profile": RunSpec.model_fields["profile"].default, "serving": Serving(), "kernels": kernels}
-    model = InlineModel(config={**find_config(other.model), "num_labels": 1})
-    fields |= {"model": model, "objective": "sequence_classification", "batch": batch}
+    fields |= {"model": _with_score(find_model(other.model)), "objective": "sequence_classification", "batch": batch}
     return RunSpec.model_validate({**dict(run), **fields})
 
 
+@lru_cache(maxsize=256)
+def _with_score(model: ModelSpec) -> InlineModel:
+    """Return the model with a head of one score."""
+    return InlineModel(config={**model.config, "num_labels": 1})
+
+
 def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
-    """Yield the other models of the run's step by role. PPO's value model is like its reward model unless named."""
+    """Yield the other models of the run's step by role. A value model in it is like the reward model unless named."""
     yield from run.roles.named
-    if run.trainer == "ppo" and run.roles.value is None and run.roles.reward is not None:
+    if "value" in TRAINERS[run.trainer].models and run.roles.value is None and run.roles.reward is not None:
         yield "value", run.roles.reward.model_copy(update={"location": "gpu", "quantization": None})
 
 
 def _parts(run: RunSpec, other: RoleModel) -> Parts:
-    precision = step_precision(run.trainer, run.precision)
-    kernels = run.kernels.model_copy(update={"checkpointing": "none"}) if run.trainer == "ppo" else run.kernels
+    precision = step_precision(run.trainer, run.kernels.loss, run.precision)
+    kernels = (
+        run.kernels.model_copy(update={"checkpointing": "none"}) if TRAINERS[run.trainer].own_loop else run.kernels
+    )
     return Parts.of(run)._replace(kernels=kernels, **fields_of_role(precision, other))
 
 
@@ -150,9 +164,7 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     rows = batch.micro * batch.accumulation
     fields = fields_of_role(run.precision, other)
     return RunSpec(
-        model=InlineModel(config={**find_config(other.model), "num_labels": 1})
-        if run.trainer == "ppo"
-        else other.model,
+        model=_with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model,
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),

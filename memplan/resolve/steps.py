@@ -50,7 +50,9 @@ def note_weights(run: OpenRun) -> None:
 
 def choose_attention(run: OpenRun) -> None:
     """Choose the attention and the checkpointing of this version of the framework."""
-    run.attention, run.checkpoints, notes = version_attention(run.model, run.kernels, run.profile, run.library)
+    run.attention, run.checkpoints, notes = version_attention(
+        run.model, run.kernels, run.profile, run.library, run.capability
+    )
     run.attention_dtype = attention_compute_dtype(run.model, run.recipe)
     run.notes += notes
     if not run.library.model.has_family:

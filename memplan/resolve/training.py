@@ -13,7 +13,7 @@ from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED, Trainer
+from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -105,7 +105,7 @@ def decide_training(
         step(run)
     is_divided = asked.parallelism.world > 1 and not run.structure.is_one_process
     parts: dict[str, Part] = {name: getattr(run, name) for name in ("method", "precision", "optimizer", "kernels")}
-    if step_precision(run.trainer, asked.precision) != asked.precision:
+    if step_precision(run.trainer, asked.kernels.loss, asked.precision) != asked.precision:
         parts["precision"] = fill_precision(asked.precision)
     return ResolvedRun(
         run.structure,
@@ -155,23 +155,16 @@ def _choose_trainer(run: OpenTraining) -> None:
     if run.trainer == "sft" and run.reference is None:
         return
     refuse(trainers.trainer(run))
-    name, behaviour = run.trainer, run.library.trainer
+    name, behaviour, facts = run.trainer, run.library.trainer, TRAINERS[run.trainer]
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
         recipes = [other.recipe for role, other in run.others if role == "teacher"]
         dtype = "".join("fp32" if teacher.autocast else teacher.weights for teacher in recipes)  # empty on a server
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
-        asked = run.precision
-        if run.step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
-            run.precision = step_precision(name, asked)
-        if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
-            run.notes.append(
-                "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
-                "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
-            )
-    elif name == "ppo":
+    elif facts.own_loop:
         run.reference = run.reference or own
-        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=1)
+        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=facts.rows)
+        behaviour = behaviour._replace(divided_logits="in_place")
         if run.precision.autocast:
             run.notes.append(
                 "ppo: PPOTrainer makes an Accelerator that does not read bf16 of its config with transformers 5, so "
@@ -179,19 +172,19 @@ def _choose_trainer(run: OpenTraining) -> None:
             )
         # both models' outputs stay until the mini-batch is over, and nothing clips
         run.loop = run.loop.model_copy(update={"hold_outputs": "step", "clip_grad_norm": False})
-    elif name in (*PAIRED, "reward"):
+    elif not facts.reference:
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
-        run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
+        run.step = Trainer(name, log_probs, "none", likelihood=facts.likelihood and log_probs != "gathered")
     else:
-        run.reference = run.reference or ("none" if name == "grpo" else own)  # RLOO's beta is 0.05, GRPO's 0
+        run.reference = run.reference or (own if facts.reference == "own" else "none")
         run.step = Trainer(
             name,
             behaviour.log_probs,
             run.reference,
-            trains_copy=name in GENERATING or behaviour.trained_reference,
+            trains_copy=bool(facts.completions) or behaviour.trained_reference,
             copy_dtype=behaviour.reference_dtype,
             shards_copy=run.is_sharded,
-            rows=1 if name in ("kto", *GENERATING) else 2,
+            rows=facts.rows,
         )
         if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
             run.notes.append(
@@ -200,17 +193,33 @@ def _choose_trainer(run: OpenTraining) -> None:
             )
     casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
     run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
-    if name in GENERATING:
+    if facts.completions:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name not in (*DISTILLING, "ppo")
-            and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
+            old_log_probs=name not in DISTILLING
+            and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
-            divided_logits="in_place" if name == "ppo" else behaviour.divided_logits,
+            divided_logits=behaviour.divided_logits,
+            fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
         )
+        _without_autocast(run, run.step)
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
+
+
+def _without_autocast(run: OpenTraining, step: Trainer) -> None:
+    """Let a step that calls the model's backbone compute without autocast, and its passes without gradients with it."""
+    asked = run.precision
+    if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
+        run.precision = step_precision(run.trainer, run.kernels.loss, asked)
+        if asked.autocast and step.fused_gradients:
+            run.step = step._replace(scored_in=asked.compute or "bf16")
+    if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
+        run.notes.append(
+            f"{run.trainer}: TRL calls the backbone past accelerate's autocast, so fp32 weights compute in fp32, "
+            "except in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
+        )
 
 
 def _fill_from_profile(run: OpenTraining) -> None:
@@ -302,7 +311,7 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
-        caching=run.trainer == "ppo" or bool(run.recipe.prefix),  # PPOTrainer leaves use_cache on
+        caching=TRAINERS[run.trainer].own_loop or bool(run.recipe.prefix),
         prefixed=bool(run.recipe.prefix),
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
@@ -376,7 +385,7 @@ def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "
         return "graph"
     if run.loop.hold_outputs != "step" or not run.batch_facts.accumulates:
         return ""
-    return "returned" if run.trainer == "ppo" else "outputs"
+    return "returned" if TRAINERS[run.trainer].own_loop else "outputs"
 
 
 def _logits(run: OpenTraining) -> str:

@@ -38,6 +38,7 @@ MethodKind = Literal[
     "loha",
     "lokr",
     "miss",
+    "multitask_prompt_tuning",
     "oft",
     "osf",
     "p_tuning",
@@ -68,7 +69,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # kind of parameters.
 _NEAREST = {
     "lora": "adamss poly shadow xlora",
-    "prompt_tuning": "cpt multitask_prompt_tuning",
+    "prompt_tuning": "cpt",
     "fourierft": "frod",
 }
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}

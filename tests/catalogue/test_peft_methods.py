@@ -56,6 +56,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"block_share": True}},
     ),
     "miss": ({"rank": 5},),
+    "multitask_prompt_tuning": (
+        {"targets": "default", "options": {"num_virtual_tokens": 5, "num_tasks": 3, "num_ranks": 2}},
+    ),
     "p_tuning": ({"targets": "default", "options": {"num_virtual_tokens": 5, "encoder_hidden_size": 12}},),
     "prefix_tuning": (
         {"targets": "default", "options": {"num_virtual_tokens": 5, "prefix_projection": True}},
@@ -75,6 +78,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 # Settings that a method does not run without, in models this small.
 NEEDED: dict[str, dict[str, Any]] = {
+    "multitask_prompt_tuning": {"options": {"num_virtual_tokens": 7}},
     "p_tuning": {"options": {"num_virtual_tokens": 7}},
     "adaption_prompt": {"options": {"adapter_len": 7, "adapter_layers": 2}},
     "cartridge": {"options": {"num_virtual_tokens": 7}},

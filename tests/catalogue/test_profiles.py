@@ -219,6 +219,13 @@ def test_every_row_sets_a_field_to_a_value_of_its_type(name: str, quantised: boo
             assert value in [r.value for r in row]
 
 
+@pytest.mark.parametrize("model", ["gemma-3-1b", "gemma-3-4b"])
+def test_unsloth_runs_gemma_3_with_eager_attention_before_ampere(model: str) -> None:
+    for gpu, eager in (("t4", True), ("v100-16gb", True), ("3090", False), (None, False)):
+        run = RunSpec(model=model, method="lora", profile="unsloth", precision="fp16", gpu=gpu)
+        assert any("counted with eager attention" in note for note in decide(run).notes) == eager, gpu
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [

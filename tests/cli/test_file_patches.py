@@ -11,12 +11,12 @@ import pytest
 from typer.main import get_command
 
 from memplan.cli.app import app
-from memplan.report.schema import plan_model, plan_schema
+from memplan.report.schema import plan_model
 from memplan.report.text import Screen
+from tests.cli.test_plan import SCHEMA
 from tests.report.test_reports import conforms
 
 COMMAND = get_command(app)
-SCHEMA = plan_schema()
 # Of each kind of file: a run that does not fit, with comments.
 FILES = {
     "axolotl.yml": """# packed

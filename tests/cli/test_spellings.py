@@ -95,6 +95,19 @@ def test_the_driver_names_this_machines_card(monkeypatch: pytest.MonkeyPatch) ->
         next(typed_cards(["auto"]))
 
 
+def test_a_files_rules_know_how_many_cards_were_typed(tmp_path: Path) -> None:
+    """FSDP shards floating-point storage, which Axolotl's rule sets on several GPUs."""
+    file = tmp_path / "axolotl.yml"
+    base = (
+        "base_model: Qwen/Qwen2-7B\nadapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nmicro_batch_size: 1\n"
+    )
+    file.write_text(base + "fsdp_version: 2\nfsdp_config: {offload_params: false}\n", "utf-8")
+    for gpu in ("2x4090", "2x4090,4x4090"):
+        for run in runs_of({"model": str(file), "gpu": [gpu]}):
+            assert run.method.quantization is not None
+            assert run.method.quantization.storage == "bf16"
+
+
 def test_two_numbers_of_cards_are_refused() -> None:
     with pytest.raises(SpecError, match="2 of a card, but --gpus 4"):
         runs_of({"model": "qwen2-7b", "gpu": ["2x4090"], "gpus": 4})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.engine import native
 from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, PythonAllocator
+from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
 from memplan.engine.events import FREED, RELEASED, Event, Events, EventSpan
 from memplan.engine.native import NativeAllocator
 from memplan.estimate.training import reserved
@@ -51,7 +52,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
 def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     peaks = allocator.peak_allocated, allocator.peak_reserved
     number_of_live = sum(block not in (None, native.NONE) for block in live)
-    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, number_of_live
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.was_full, number_of_live
 
 
 def shifted(events: list[Event], streams: list[int], shift: int, times: int = 1) -> Events:
@@ -117,6 +118,29 @@ def test_repeated_events_have_the_same_result(
     assert found[0] == found[1]
 
 
+@settings(laws, max_examples=examples(500))
+@given(programs(), st.booleans(), st.lists(st.integers(0, 400).map(MIB.__mul__), min_size=2, max_size=6))
+def test_one_replay_serves_the_capacities_of_many_cards(
+    program: tuple[list[Event], list[int], list[int]], expandable: bool, capacities: list[int]
+) -> None:
+    events, sizes, streams = program
+
+    def peak_of(_: int, capacity: int | None) -> ReservedPeak:
+        allocator = NativeAllocator(expandable, capacity, STREAMS)
+        live = allocator.live_blocks(len(events))
+        try:
+            allocator.replay(Events(events, streams, len(events)), sizes, live)
+        except OutOfMemoryError:
+            return OUT_OF_MEMORY
+        return ReservedPeak(allocator.peak_reserved, allocator.was_full)
+
+    replayed = by_capacity(peak_of)
+    with_room = peak_of(0, None).bytes or 0
+    for capacity in capacities:
+        assert replayed.within(0, capacity) == (with_room if with_room <= capacity else None)
+        assert replayed(0, capacity) == peak_of(0, capacity).bytes
+
+
 def test_beyond_64_bits_a_replay_runs_in_python() -> None:
     @native.exact
     def reserved_by(*sizes: int) -> tuple[int, type]:
@@ -136,7 +160,7 @@ def test_beyond_64_bits_a_replay_runs_in_python() -> None:
 @given(runs())
 def test_runs_reserve_the_same_without_the_compiled_library(run: dict[str, Any]) -> None:
     replay, replay_again = estimate(RunSpec(**run)).walk.replay, reserved.__wrapped__
-    compiled = replay_again(replay)
+    compiled = replay_again(replay, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: None)
-        assert replay_again(replay) == compiled
+        assert replay_again(replay, None) == compiled

@@ -10,9 +10,13 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate, grid
+from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
+from memplan.core.ir import Weight
+from memplan.engine.walk import size
+from memplan.planning.levers import levers_of, pull
 from memplan.planning.reach import reach
-from tests.cases import in_groups
+from tests.cases import each, in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
@@ -30,6 +34,14 @@ def test_a_step_is_near_its_trace(row: dict[str, Any]) -> None:
     assert compared.same
 
 
+@in_groups(rows("traced_critics.jsonl"), lambda row: row["name"])
+def test_a_critics_update_is_near_its_trace(row: dict[str, Any]) -> None:
+    compared = compared_with_trace(row)
+    assert compared.peak < 1e-3, compared
+    assert compared.phase < 5e-3, compared
+    assert compared.same
+
+
 def test_steps_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
@@ -38,10 +50,29 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["ppo", profile] for profile in ("trl-1.10", "trl-0.24", "trl-1.6")) >= 8
     assert sum(row["run"].get("roles", {}).get("teacher", {}).get("location") == "server" for row in ROWS) >= 2
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
+    assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 10
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
+    assert sum("evaluation" in row["run"].get("also", {}) for row in ROWS) >= 6
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
     assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 7
+
+
+@each([(4, 7.2352), (8, 7.3602)])
+def test_ligers_loss_takes_what_its_own_benchmark_measured(case: tuple[int, float]) -> None:
+    """Forward and backward of `fused_linear_grpo_loss_token` on an A100: liger-kernel 0.6.1 all_benchmark_data.csv.
+
+    Two heads and two references exist, Liger's and torch's, and the head's gradient of the repetition before; the
+    inputs, those of the reference, and the inputs' gradient.
+    """
+    completions, gib = case
+    axes = {"v": 128256, "h": 4096, "completion": 1024, "completion_rows": 1024 * completions}
+    axes["earlier_rows"] = 1024 * (completions - 1)
+    loss = fused_policy_loss(Weight("head", "v h", "lm_head", "bf16"), (), "compiled")
+    made = next(op.scratch for op in loss if op.name == "loss.logits")
+    held = [("v h", "bf16")] * 5 + [("completion_rows h", "bf16")] * 3
+    held += [(t.shape, t.dtype.replace("=kept", "bf16")) for t in made]
+    assert sum(size(*tensor, axes)[1] for tensor in held) / 2**30 == pytest.approx(gib, rel=0.01)
 
 
 def grpo(**run: Any) -> Estimate:
@@ -115,6 +146,10 @@ def test_a_critic_updates_next_to_the_policy() -> None:
     assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
     away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
     assert away.bytes.allocated == policy.bytes.allocated
+    long = grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1, "sequence": 2048})
+    levers = {lever.title: lever for lever in levers_of(long.run)}
+    for title in ("the value model on other GPUs", "micro-batch 1 of the value model"):
+        assert estimate(pull(long.run, [levers[title]])).bytes.allocated < long.bytes.allocated, title
 
 
 def test_nothing_is_compared_without_a_reference() -> None:
@@ -141,8 +176,8 @@ def ppo(**run: Any) -> Estimate:
 
 def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     answer, other = ppo(method="lora"), ppo(method="lora", roles={"reward": "llama-3.2-1b", "value": "qwen2.5-0.5b"})
-    for each in (answer, other):
-        assert sum(line.bytes for line in each.ledger) == each.bytes.allocated
+    for trained in (answer, other):
+        assert sum(line.bytes for line in trained.ledger) == trained.bytes.allocated
     policy = 1_235_814_400
     adapters = grpo(method="lora").parameters.trainable
     assert answer.parameters.trainable == adapters + policy + 2048  # whose head is a score
@@ -150,6 +185,25 @@ def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     kept = next(line for line in answer.ledger if line.what == "logits of all completions")
     assert kept.bytes == 4 * 4 * 2 * 128 * 128256
     assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
+
+
+def test_ppo_divides_all_its_models_under_zero3_only() -> None:
+    zero2, zero3 = (
+        ppo(precision="mixed", parallelism={"world": 4, "dp": 4, "strategy": strategy})
+        for strategy in ("zero2", "zero3")
+    )
+    whole = 2 * (4 * 1_235_814_400 + 2 * 2048)  # bf16 weights of policy, reference, value and reward model
+    held = [
+        sum(line.bytes for line in answer.ledger if line.kind == "parameter" and "weight" in line.what.split(",")[0])
+        - sum(
+            line.bytes for line in answer.ledger if line.what in ("gathered weights", "fp32 partition of the weights")
+        )
+        for answer in (zero2, zero3)
+    ]
+    assert held == [whole, pytest.approx(whole / 4, rel=1e-3)]  # and norms, which stay whole
+    titles = {lever.title for lever in levers_of(ppo().run)}
+    assert "4 GPUs, sharded by zero3" in titles
+    assert "gradient checkpointing" not in titles  # which PPOTrainer's loop does not enable
 
 
 def test_ppo_generates_and_scores_64_completions_at_once() -> None:
@@ -310,6 +364,15 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
+        ({"kernels": {"loss": "fused"}}, "not supported yet with trainer grpo and trl-1.15; supported: tiled_lm_head"),
+        (
+            {
+                "profile": "trl-1.13",
+                "kernels": {"loss": "fused"},
+                "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp"},
+            },
+            "not supported yet with trainer grpo and loss fused; supported: ddp",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:

@@ -105,6 +105,25 @@ CASES |= {
     f"command: [torchrun, {_SFT}], resourcesPerNode: {_LIMITS}}}}}": {"parallelism.world": 2 * 2},
     "apiVersion: ray.io/v1\nkind: RayJob\nspec: {entrypoint: 'torchrun --nproc_per_node 2 sft.py --dataset_name mine "
     "--model_name_or_path Qwen/Qwen2-7B'}": {"parallelism.world": 2},
+    "resources: {accelerators: 'H100:4'}\nnum_nodes: 2\nenvs: {LEN: 512}\nrun: |\n  cd a\n  torchrun --nnodes "
+    "$SKYPILOT_NUM_NODES --nproc_per_node $SKYPILOT_NUM_GPUS_PER_NODE sft.py --model_name_or_path Qwen/Qwen2-7B "
+    "--dataset_name mine --max_length $LEN": {"parallelism.world": 2 * 4, "batch.sequence": 512},
+    "resources: {accelerators: {A100-80GB: 8}}\nrun: vllm serve a -tp $SKYPILOT_NUM_GPUS_PER_NODE": {
+        "parallelism.tp": 8
+    },
+    "type: task\nenv: [MODEL=Qwen/Qwen2-7B]\ncommands:\n  - pip install trl\n  - accelerate launch sft.py "
+    "--model_name_or_path $MODEL --dataset_name mine\nresources: {gpu: '24GB:2'}": {"parallelism.world": 2},
+    "resources: {gpu: {name: H100, memory: 80GB, count: 4}}\ncommands: [vllm serve a -tp $DSTACK_GPUS_PER_NODE]": {
+        "parallelism.tp": 4
+    },
+    "resources: {accelerators: [A100:8, 'H100:8']}\nrun: vllm serve a -tp $SKYPILOT_NUM_GPUS_PER_NODE": {
+        "parallelism.tp": 8
+    },
+    "apiVersion: kubeai.org/v1\nkind: Model\nspec: {url: 'hf://Qwen/Qwen2-7B', engine: VLLM, "
+    "args: [--max-num-seqs, '8']}": {
+        "model": "Qwen/Qwen2-7B",
+        "serving.max_num_seqs": 8,
+    },
     f"services: {{a: {{gpus: [{{count: 2}}], command: [accelerate, launch, {_SFT}]}}}}": {"parallelism.world": 2},
     f"services: {{a: {{environment: {{NVIDIA_VISIBLE_DEVICES: '1,3'}}, command: [accelerate, launch, {_SFT}]}}}}": {
         "parallelism.world": 2
@@ -120,6 +139,8 @@ def test_images_and_environments_are_part_of_the_command(tmp_path: Path, text: s
 
 REFUSED = {
     "services: {a: {image: nginx}}": "spec: compose.yaml has no container with a command, or with an image",
+    "resources: {}\nrun: [1]": "compose.yaml does not train or serve",
+    "resources: 3\nrun: {a: 1}": "spec: compose.yaml has no container",
     "services: 3": "spec: compose.yaml has no container",
     "services:\n  a:\n    command: sleep 1": "compose.yaml does not train or serve; accelerate launch, ",
     "services:\n  a:\n    command: trl ppo": "compose.yaml:3: trl ppo is not supported yet; supported: trl sft",

@@ -421,11 +421,16 @@ MANIFESTS = {
         ('"--num_processes"\n        - "1"', "gpu: 1", '- "768"'),
         ('"--num_processes"\n        - "4"', "gpu: 4", ""),
     ),
+    "task": (
+        f"resources:\n  accelerators: H100:1\nrun: |\n  cd a\n  accelerate launch --num_processes 1 {_WORDS}\n",
+        ("--num_processes 1", "H100:1", "--max_length 768"),
+        ("--num_processes 4", "H100:4", ""),
+    ),
     "compose": (
-        "services:\n  a:\n    gpus: [{count: 1}]\n    command: "
+        "services:\n  a:\n    retry: {count: 1}\n    gpus: [{count: 1}]\n    deploy: {count: 1}\n    command: "
         f"[accelerate, launch, {', '.join(_WORDS.replace('_length ', '_length=').split())}]\n",
-        ("count: 1", "_length=768"),
-        ("count: 4", ""),
+        ("gpus: [{count: 1", "_length=768"),
+        ("gpus: [{count: 4", ""),
     ),
 }
 

@@ -34,6 +34,18 @@ args = SFTConfig(max_length=512, **{"packing": True}, attn_implementation="flash
                  gradient_checkpointing=False)
 trainer = SFTTrainer(model="Qwen/Qwen2-7B", args=args, peft_config=config)
 """
+DPO = """
+model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-7B-Instruct", torch_dtype=torch.bfloat16)
+args = DPOConfig("out", per_device_train_batch_size=2, beta=0.1, max_length=2048, max_prompt_length=512)
+DPOTrainer(model, None, args=args).train()
+"""
+GRPO = """
+args = GRPOConfig("out", num_generations=4, max_completion_length=512, max_prompt_length=64, use_vllm=True,
+                  vllm_mode="colocate", model_init_kwargs={"torch_dtype": "bfloat16", "use_cache": False,
+                                                           "attn_implementation": "flash_attention_2"})
+score = "Qwen/Qwen2.5-1.5B-Instruct"
+GRPOTrainer("Qwen/Qwen2.5-1.5B-Instruct", reward_funcs=score, args=args, peft_config=LoraConfig()).train()
+"""
 TRAINER = """
 import argparse, os, torch
 parser = argparse.ArgumentParser()
@@ -47,7 +59,7 @@ model = AutoModelForCausalLM.from_pretrained(opts.model, quantization_config=bnb
 model = prepare_model_for_kbit_training(model)
 model = get_peft_model(model, LoraConfig(r=Settings.rank, lora_alpha=int(os.environ.get("ALPHA", 64)),
                                          target_modules=["q_proj"]))
-args = TrainingArguments("out", per_device_train_batch_size=opts.batch_size, bf16=True, optim=choose(),
+args = TrainingArguments("out", per_device_train_batch_size=opts.batch_size, bf16=True, optim=choose(), seed=choose(),
                          gradient_checkpointing=True if torch.cuda.is_bf16_supported() else False)
 Trainer(model=model, args=args).train()
 """
@@ -94,6 +106,34 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
             "kernels.checkpointing": "none",
             "precision.weights": "fp32",
         },
+        (),
+    ),
+    "DPO": (
+        DPO,
+        "train.py: TRL 1.16, by train.py:4 DPOTrainer",
+        {"trainer": "dpo", "batch.sequence": 2048, "batch.micro": 2, "precision.weights": "bf16"},
+        (),
+    ),
+    "GRPO": (
+        GRPO,
+        "train.py: TRL 1.16, by train.py:6 GRPOTrainer",
+        {
+            "trainer": "grpo",
+            "model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "method.kind": "lora",
+            "batch.generations": 4,
+            "batch.new_tokens": 512,
+            "rollout": "colocate",
+            "kernels.attention": "flash_attention_2",
+            "precision.weights": "bf16",
+            "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct",
+        },
+        (),
+    ),
+    "SimPO": (
+        "CPOTrainer(model='Qwen/Qwen2-7B', args=CPOConfig(loss_type='simpo', cpo_alpha=0.0))",
+        "train.py: TRL 1.16, by train.py:1 CPOTrainer",
+        {"trainer": "simpo", "precision.weights": "fp32"},
         (),
     ),
     "transformers": (
@@ -164,11 +204,16 @@ def test_nothing_is_executed(tmp_path: Path, ask: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, Trainer, "),
+    "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, DPOTrainer, "),
     "another trainer": (
         "train.py",
-        "\nDPOTrainer(model='a')",
-        "train.py:2: DPOTrainer is not supported yet; ",
+        "\nGKDTrainer(model='a')",
+        "train.py:2: GKDTrainer is not supported yet; ",
+    ),
+    "another trainer with Unsloth": (
+        "train.py",
+        UNSLOTH.replace("SFTTrainer(", "GRPOTrainer("),
+        "train.py:10: GRPOTrainer with Unsloth is not supported yet; supported: SFTTrainer",
     ),
     "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
     "NUL": ("train.py", "x = '\0'", "train.py"),

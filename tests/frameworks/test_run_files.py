@@ -309,6 +309,16 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "finetuning_type: freeze\nfreeze_trainable_layers: 3": {"method.kind": "freeze", "method.trainable_layers": 3},
     "quantization_bit: 4": {"method.quantization.format": "nf4", "method.quantization.double_quant": True},
     "quantization_bit: 8": {"method.quantization.format": "int8"},
+    "finetuning_type: oft\nquantization_bit: 4": {
+        "method.kind": "oft",
+        "method.options": {"oft_block_size": 32},
+        "method.quantization.format": "nf4",
+        "method.rank": None,
+    },
+    "model_name_or_path: /data/models/Qwen2.5-7B-Instruct-GPTQ-Int4": {
+        "model": "qwen2.5-7b",
+        "method.quantization.format": "gptq-int4",
+    },
     "lora_target: all\nlora_rank: 4\nlora_alpha: 4": {"method.targets": "all-linear", "method.alpha": 4},
     "packing: true": {"batch.sequence": 512, "batch.packing": "knapsack", "loop.padded": None},
     "packing: true\nneat_packing: true": {"batch.packing": "neat_packing", "loop.padded": None},
@@ -335,6 +345,7 @@ def test_llamafactorys_keys(tmp_path: Path, keys: str, expected: dict[str, Any])
 # --- TRL and transformers ---
 
 TRL_KEYS: dict[str, dict[str, Any]] = {
+    "{packing: true, packing_strategy: ffd}": {"batch.packing": "bfd"},
     "{activation_offloading: true, torch_compile: true}": {
         "kernels.checkpointing": "offload",
         "kernels.compile": True,
@@ -493,6 +504,32 @@ def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> No
         read(tmp_path, LLAMAFACTORY_LORA + "deepspeed: zero2.json\n")
 
 
+PUBLISHED = {
+    "examples/deepspeed/ds_z3_offload_config.json": ("zero3", ["parameters", "optimizer"], "LLaMA-Factory's ds_z3_off"),
+    "../deepspeed_configs/zero2.json": ("zero2", ["optimizer"], "Axolotl's zero2.json"),
+}
+
+
+@pytest.mark.parametrize(("path", "expected"), PUBLISHED.items())
+def test_a_config_that_a_framework_publishes_is_known_by_its_path(
+    tmp_path: Path, path: str, expected: tuple[str, list[str], str]
+) -> None:
+    strategy, offloaded, title = expected
+    file = read(tmp_path, f"{LLAMAFACTORY_LORA}deepspeed: {path}\n")
+    found = values(file)
+    assert found["parallelism.strategy"] == strategy
+    assert [name for name in ("parameters", "optimizer") if found.get(f"parallelism.offload.{name}")] == offloaded
+    assert why(file)["parallelism.strategy"].startswith(title)
+
+
+def test_a_file_with_a_folder_is_found_in_folders_around_the_run(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_configs").mkdir()
+    (tmp_path / "deepspeed_configs" / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "examples").mkdir()
+    file = read(tmp_path, LLAMAFACTORY_LORA + "deepspeed: deepspeed_configs/zero2.json\n", name="examples/run.yaml")
+    assert values(file).get("parallelism.offload.optimizer") is None
+
+
 def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(AXOLOTL_QLORA)
     [run] = runs_of({"model": str(tmp_path / "run.yaml"), "batch_size": 2, "seq_len": 100, "gpus": 2})
@@ -597,6 +634,8 @@ REFUSED: dict[str, str] = {
     "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: remax}": "adv_estimator: 'remax' is not supported",
     "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
+    f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",
+    "policy_model: {a: b}\ntokenizer: {c: d}\nmax_grad_norm: 1": "policy_model: torchtune's PPO files are not read yet",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }

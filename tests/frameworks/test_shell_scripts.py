@@ -20,6 +20,7 @@ FILES = {
     "auto.yaml": "model: {pretrained_model_name_or_path: Qwen/Qwen2-7B}\nstep_scheduler: {local_batch_size: 4}\n"
     "packed_sequence: {packed_sequence_size: 64}\n",
     ".env": "# where\nexport LEN='48' # tokens\nHALF=\"unclosed\nSIZE=${LEN}\n",
+    "hosts": "# two\na slots=4\nb slots=2\n",
     "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
 }
 
@@ -101,6 +102,43 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepspeed --include localhost:1,3 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
     "CUDA_VISIBLE_DEVICES=2,3 trl sft --config trl.yaml": ("trl", {"parallelism.world": 2}),
     "CUDA_VISIBLE_DEVICES=2,3 axolotl train axolotl.yml": ("axolotl", {"parallelism.world": 2}),
+    "mpirun --hostfile hosts -x A=1 python x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 2}),
+    "mpirun -H a:4,b:4 python x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 4}),
+    "deepspeed --hostfile=hosts x.py --config trl.yaml": ("trl", {"parallelism.world": 4 + 2}),
+    "deepspeed --hostfile hosts --num_gpus 2 --num_nodes 1 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "docker run --gpus 3 --rm image accelerate launch x.py --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "docker run --gpus '\"device=0,2\"' axolotl accelerate launch x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 2},
+    ),
+    "docker run -e CUDA_VISIBLE_DEVICES=0,1,2 image trl sft --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "srun --nodes=2 --gres=gpu:4 torchrun --nnodes 2 --nproc_per_node gpu x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 2 * 4},
+    ),
+    "LEN=$((2 * (16 + 8) - 4 / 2))\nARGS=(\n  --max_length ${LEN:-8}  # tokens (all)\n  --use_peft  # (q) # k\n)  # (e)"
+    '\nARGS+=(--gradient_accumulation_steps 5)\npython3 prepare.py --out a\ntrl sft --config trl.yaml "${ARGS[@]}"': (
+        "trl",
+        {"batch.sequence": 2 * (16 + 8) - 2, "method.kind": "lora", "batch.accumulation": 5},
+    ),
+    "read -r -d '' line <<EOF\nopenrlhf.cli.train_sft \\\n  --model.model_name_or_path Qwen/Qwen2-7B \\\n"
+    "  --data.max_len 64\nEOF\ndeepspeed --module $line": ("openrlhf", {"batch.sequence": 64}),
+    "MODEL=${MODEL:-${BASE}/models/Qwen2___5-7B-Instruct}\ntrl sft --model_name_or_path $MODEL --dataset_name mine": (
+        "trl",
+        {"model": "Qwen2.5-7B-Instruct"},
+    ),
+    "llama-server -m /none/Qwen2.5-7B-Instruct-Q4_K_M-00001-of-00002.gguf -c 64": (
+        "llama.cpp",
+        {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
+    ),
+    "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
+        "trl",
+        {"model": "qwen2-7b", "method.kind": "qlora", "method.quantization.format": "nf4"},
+    ),
+    "vllm serve /none/hub/models--Qwen--Qwen2-7B/snapshots/1a2b": ("vllm", {"model": "Qwen2-7B"}),
+    "vllm serve https://huggingface.co/Qwen/Qwen2-7B": ("vllm", {"model": "https://huggingface.co/Qwen/Qwen2-7B"}),
+    "accelerate launch scripts/run_dpo.py --config trl.yaml": ("trl", {"trainer": "dpo", "parallelism.world": 1}),
+    "python examples/scripts/reward_modeling.py --config trl.yaml": ("trl", {"trainer": "reward"}),
     "mpirun -np 8 -H a:4,b:4 --allow-run-as-root -x A=1 python x.py --config trl.yaml": (
         "trl",
         {"parallelism.world": 8},
@@ -276,6 +314,9 @@ def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
 QUOTED = {
     "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
     "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
+    "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
+    "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
+    "between files": 'trl sft --config trl.yaml < in &>> out --max_length 32 "$@"',
     "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
 }
 
@@ -301,6 +342,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 REFUSED = {
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
+    "A=(ab)\n" + 'A+=("${A[@]}" "${A[@]}")\n' * 60: "train.sh does not train or serve",
     "A=ab\n" + "A=$A$A\n" * 60: "train.sh does not train or serve",  # 2 ** 60 letters, if it went on
     "swift infer --model a": "swift infer with infer_backend transformers is not supported yet; supported: ",
     "swift deploy run.yaml": "swift deploy with a file is not supported yet",
@@ -310,6 +352,10 @@ REFUSED = {
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
+    "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINEDPO, which is not supported yet; --tr",
+    "python3 -m verl.trainer.main_ppo actor_rollout_ref.actor.megatron.x=1 --config-name=$C": (
+        "actor_rollout_ref.actor.megatron: verl with Megatron is not supported yet; supported: fsdp"
+    ),
     "trl sft 'unclosed": "train.sh:1: a quote is not closed",
     "trl sft --config trl.yaml --max_length long": "train.sh:1 --max_length: must be a number, not 'long'",
 }
@@ -320,6 +366,14 @@ def test_a_script_that_is_not_understood_is_one_line(tmp_path: Path, script: str
     with pytest.raises(SpecError) as error:
         read(tmp_path, script)
     assert expected in str(error.value)
+
+
+def test_a_line_of_data_is_no_command(tmp_path: Path) -> None:
+    """shlex takes time quadratic in the length of a word."""
+    with pytest.raises(SpecError, match=r"train\.sh does not train or serve"):
+        read(tmp_path, f"trl sft --config {20_000 * 'x'}")
+    with pytest.raises(SpecError, match=r"train\.sh:1: a quote is not closed"):
+        read(tmp_path, f"trl sft '{4 * (10_000 * 'x' + chr(10))}' --config trl.yaml")
 
 
 WORDS = [

@@ -44,6 +44,7 @@ def qlora(model: str, quantization: dict[str, Any] | None = None, sequence: int 
 
 
 UNCHECKPOINTED = {"kernels": {"checkpointing": "none"}}
+PACKED, SHARDED = {"storage": "bf16"}, {"parallelism": {"world": 4, "dp": 4, "strategy": "fsdp2"}}
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": qlora("qwen3-30b-a3b"),
     "qwen3_moe, attention": qlora("qwen3-30b-a3b", targets=ATTENTION, sequence=2048, precision=AUTOCAST),
@@ -57,6 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
     "olmoe, scales not quantised": qlora("olmoe-1b-7b", {"double_quant": False}, batch={"micro": 2}, **UNCHECKPOINTED),
     "qwen2_moe, fp4": qlora("qwen1.5-moe-a2.7b", {"format": "fp4"}, targets=ATTENTION, batch={"micro": 2}),
     "glm4_moe, attention": qlora("glm-4.5-air", targets=ATTENTION),
+    "qwen3_moe, fsdp2": qlora("qwen3-30b-a3b", PACKED, targets=ATTENTION, **SHARDED),
+    "qwen3_moe, fsdp2, Trainer": qlora(
+        "qwen3-30b-a3b", PACKED, targets=ATTENTION, sequence=512, loop={"trainer": True}, **SHARDED
+    ),
+    "mixtral, fsdp2": qlora("mixtral-8x7b", PACKED, targets=ATTENTION, sequence=512, precision=AUTOCAST, **SHARDED),
+    "gpt_oss, fsdp2, uncheckpointed": qlora("gpt-oss-20b", PACKED, targets=ATTENTION, **UNCHECKPOINTED, **SHARDED),
     "prepared": qlora("qwen3-30b-a3b", {"kbit_preparation": True}, targets=ATTENTION),
 }
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]

@@ -60,6 +60,12 @@ REWARDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], 
     ("blocks", "qlora", BF16, (8, 1024, 8, 8, 1), "none", {}),
     ("qwen2", "lora", BF16, (8, 256, 8, 8, 1), "none", {}),
 )
+# With an evaluation on twice as many completions after the steps; the first also on four GPUs.
+EVALUATED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 12, 4, 1), "copy", {}),
+    ("blocks", "lora", BF16, (4, 512, 8, 4, 2), "adapters", {}),
+    ("qwen2", "qlora", BF16, (4, 256, 8, 4, 1), "none", {}),
+)
 # Under PPO, whose reward and value models are like the policy unless they are `rewarded`.
 PURE = {"weights": "bf16"}
 PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
@@ -87,11 +93,21 @@ PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, 
     ("blocks", "lora", PURE, (16, 512, 16, 1, 1), "none", {}),
     ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
 )
+# On four GPUs under DDP: its generation fails under FSDP.
+PPO_DIVIDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 16, 1, 1), "none", {}),
+    ("blocks", "full", PURE, (2, 512, 8, 1, 2), "none", {}),
+    ("llama", "lora", BF16, (4, 256, 8, 1, 2), "copy", {}),
+    ("tied", "full", FP32, (2, 256, 8, 1, 2), "none", {}),
+    ("blocks", "lora", PURE, (8, 512, 8, 1, 1), "copy", {}),
+    ("mistral", "qlora", PURE, (4, 256, 8, 1, 1), "copy", {}),
+)
 # With a teacher on a server.
 SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
     ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
     ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
 )
+_LIGER = {"trl-1.13": CASES[::2], "trl-1.10": CASES[1:14:6], "trl-1.6": CASES[1:14:6]}
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -108,18 +124,25 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
+    cases += [(case, "evaluated") for case in EVALUATED[:: 1 if profile == "trl-1.15" else 3]]
+    if (profile, trainer) == ("trl-1.15", "grpo"):
+        cases += [(EVALUATED[0], f"evaluated {strategy}") for strategy in STRATEGIES]
+    if trainer == "grpo" and profile in _LIGER:  # Liger's loss, in the releases that have it
+        cases += [(case, "liger") for case in _LIGER[profile]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
             *((case, "rewarded") for case in REWARDED),
+            *((case, "ddp") for case in PPO_DIVIDED[:: 1 if profile == "trl-1.10" else 3]),
         ]
     if trainer in DISTILLING:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
         cases += [(case, "server") for case in SERVED]
         cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
-    for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
+    for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), how in cases:
+        strategy = how.removeprefix("evaluated ")
         precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
-        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
+        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), how]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         distills = trainer in DISTILLING
         if distills and reference != "none":
@@ -148,8 +171,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,
-                    "kernels": kernels,
+                    "kernels": {**kernels, **({"loss": "fused"} if strategy == "liger" else {})},
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
+                    "also": {"evaluation": {"micro": 2 * micro}} if how.startswith("evaluated") else {},
                     "profile": profile,
                 }
             ),

@@ -114,8 +114,8 @@ APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # special cas
 )
 
 
-OVER = ("t5", "flan-t5", "whisper")  # whose decoders read an encoder's output
-SOURCE: dict[str, dict[str, Any]] = {"t5": {"sequence": 75}, "flan-t5": {"sequence": 75}, "whisper": {}}
+OVER = ("bart", "m2m_100", "t5", "flan-t5", "umt5", "whisper")  # whose decoders read an encoder's output
+SOURCE: dict[str, dict[str, Any]] = {name: {"sequence": 75} if name != "whisper" else {} for name in OVER}
 ACROSS: tuple[dict[str, Any], ...] = (
     *(
         {

@@ -224,6 +224,15 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": {"sequence": 40},
         "loop": {"use_cache": False},
     },
+    "fp32 states of a trained copy of the embeddings": {
+        **small("llama"),
+        **lora(["embed_tokens"], optimizer="adamw_8bit", loop={"trainer": True}),
+    },
+    "outputs of layers, freed before the head": {
+        **small("deberta-v2", {"deberta-v2": {**SMALL["deberta-v2"], "vocab_size": 6000}}),
+        "task": "forward",
+        "batch": {"micro": 3, "sequence": 90},
+    },
 }
 
 

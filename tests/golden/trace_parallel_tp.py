@@ -7,7 +7,7 @@ python tests/golden/trace_parallel_tp.py ulysses > tests/golden/traced_parallel_
 
 transformers' own plan shards the model, on a fake process group: every family of tests/tiny.py with a plan on two
 ranks, and a few at real widths on common numbers of ranks. Experts are tensor- or expert-parallel. torch's context
-parallelism divides sequences, with full weights.
+parallelism divides sequences, with full weights, and with weights that accelerate's FSDP2 shards among the same ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from memplan.core.errors import MemplanError
 from memplan.estimate.estimate import estimate
 from memplan.models.configs import families
 from memplan.probe.libraries import versions
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
 from tests.golden.trace_families import config_of
 from tests.golden.trace_runs import write
 from tests.tiny import TINY
@@ -145,6 +145,16 @@ def context_runs() -> Iterator[tuple[str, RunSpec]]:
         ("mistral-7b-v0.3", 16, {"batch": {"micro": 1, "sequence": 32768, "accumulation": 2}}),
     ):
         yield f"{name}-cp{cp}", _context(config_of(name, 0), cp, {"micro": 1, "sequence": 16384}, options)
+    for name, cp, options in (
+        ("llama-3.2-1b", 2, {}),
+        ("qwen2.5-0.5b", 4, {"kernels": {"checkpointing": "none"}}),
+        ("llama-3.2-1b", 8, {"method": {"kind": "lora", "rank": 64}}),
+        ("qwen3-4b", 4, {"precision": "amp", "loop": {"trainer": True}}),
+        ("olmo-2-1b", 2, {"optimizer": "adamw_torch", "batch": {"micro": 1, "sequence": 8192, "accumulation": 2}}),
+        ("llama-3.2-3b", 4, {"method": {"kind": "freeze"}}),
+    ):
+        run = _context(config_of(name, 0), cp, {"micro": 1, "sequence": 8192}, options)
+        yield f"{name}-cp{cp}-fsdp2", changed(run, "parallelism", strategy="fsdp2")
 
 
 def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:

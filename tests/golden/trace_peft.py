@@ -86,6 +86,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"num_virtual_tokens": 33, "prefix_projection": True}},
         {"options": {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 128}},
     ),
+    "multitask_prompt_tuning": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 33, "num_tasks": 4, "num_ranks": 8}},
+    ),
     "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
     "randlora": ({"rank": 64, "dropout": 0.1},),
     "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),

@@ -73,7 +73,7 @@ DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, A
     ("qwen2", "full", BF16, 2, 2048, "precomputed", {"checkpointing": "none"}),
 )
 _DIVIDED_STEPS = dict.fromkeys(
-    (("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-1.15", "kto"), ("trl-1.15", "reward")), 2
+    (("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-0.24", "dpo"), ("trl-1.15", "kto"), ("trl-1.15", "reward")), 2
 )
 
 
@@ -104,6 +104,8 @@ EVALUATED = (
     ("trl-1.15", "reward", "blocks", "full", 2, 1024),
     ("trl-1.15", "orpo", "llama", "lora", 2, 1024),
     ("trl-1.13", "dpo", "llama", "lora", 2, 1024),
+    ("trl-1.15", "gkd", "llama", "full", 2, 512),
+    ("trl-1.15", "gkd", "blocks", "lora", 2, 512),
 )
 
 

@@ -740,3 +740,10 @@ def test_a_config_with_nan_is_the_same_model_when_read_again(tmp_path: Path) -> 
     path.write_text(json.dumps({"model_type": "llama", **TINY["llama"], "attention_dropout": float("nan")}))
     assert find_model(str(path)) == find_model(str(path))
     assert hash(find_model(str(path))) == hash(find_model(str(path)))
+
+
+def test_an_alias_has_what_its_own_config_says() -> None:
+    base, instruct = find_model("qwen2.5-7b"), find_model("Qwen/Qwen2.5-7B-Instruct")
+    assert (base.max_position_embeddings, instruct.max_position_embeddings) == (131072, 32768)
+    assert {**base.config, "max_position_embeddings": 32768} == dict(instruct.config)
+    assert find_model("unsloth/Qwen2.5-7B-Instruct") == find_model("Qwen2.5 7B Instruct") == instruct

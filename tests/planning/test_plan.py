@@ -235,6 +235,14 @@ def test_a_plan_needs_a_gpu() -> None:
         plan(RunSpec(model="qwen2-7b"))
 
 
+def test_a_run_whose_tower_ddp_waits_for_is_planned_with_sharding() -> None:
+    run = RunSpec(model="gemma-3-12b", gpu="h100-sxm", parallelism={"world": 4})
+    found = plan(run)
+    assert (found.asked, found.answer.asked.parallelism.find_unused_parameters) == (run, True)
+    chosen = found.proposals[0].run.parallelism
+    assert (chosen.strategy, chosen.find_unused_parameters) == ("fsdp2", None)
+
+
 def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     run = estimate(
         RunSpec(
@@ -309,24 +317,23 @@ def test_the_largest_batch_equals_an_exhaustive_search(fields: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("held", "looks", "multiple", "most"),
+    ("held", "bound", "samples", "multiple", "most"),
     [
-        ({*range(1, 11)}, 64, 1, 10),
-        ({*range(1, 11), 13, 17}, 64, 1, 17),  # above the first that does not fit
-        ({*range(1, 11), 30}, 64, 1, 10),  # there the tensors alone do not fit
-        ({*range(1, 11), 13, 14}, 2, 1, 10),  # two probes: at 20 and 15
-        ({*range(1, 11), 12, 13}, 4, 4, 13),  # probes multiples of four: 12, and on from there
-        (set[int](), 64, 1, 0),
+        ({*range(1, 11)}, 20, 64, 1, 10),
+        ({*range(1, 11), 13, 17}, 20, 64, 1, 17),  # above the first that does not fit
+        ({*range(1, 11), 13, 17}, 10, 64, 1, 17),  # and above the first that its prompt rules out
+        ({*range(1, 11), 30}, 20, 64, 1, 10),  # there the tensors alone do not fit
+        ({*range(1, 11), 13, 14}, 20, 2, 1, 10),  # two probes: at 20 and 15
+        ({*range(1, 11), 12, 13}, 20, 4, 4, 13),  # probes multiples of four: 12, and on from there
+        ({*range(1, 11), 20}, 20, 0, 1, 20),  # the last that bounds allow is tried first
+        (set[int](), 20, 64, 1, 0),
     ],
 )
 def test_batches_that_fit_above_the_first_that_does_not_are_found(
-    held: set[int], looks: int, multiple: int, most: int
+    held: set[int], bound: int, samples: int, multiple: int, most: int
 ) -> None:
-    def tried(n: int) -> Any:
-        gpu = SimpleNamespace(usable=20)
-        return SimpleNamespace(gpu=gpu, fits=n in held, fits_card_of=lambda usable: False if n > usable else None)
-
-    assert _largest(tried, Demand(), looks, multiple) == most
+    tried: Any = SimpleNamespace(holds=lambda n: n in held, may_hold=lambda n: n <= bound, has_room=lambda n: n <= 20)
+    assert _largest(tried, samples, multiple) == most
 
 
 @ALL

@@ -13,6 +13,7 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.core.errors import SpecError
 from memplan.estimate.training_peaks import training_peaks
 from memplan.models.configs import families
+from memplan.probe.refusals import checked_run
 from memplan.program.sharding.ranks import SINGLE_RANK
 from memplan.resolve.decide import decide
 from tests.program.test_tensor_parallel import LLAMA
@@ -21,6 +22,7 @@ from tests.sampling import sampled
 FAMILIES = [name for name, row in families().items() if row.parallel.context]
 
 TRACED: list[dict[str, Any]] = rows("traced_parallel_cp.jsonl")
+SHARDED = [case for case in TRACED if "strategy" in case["run"]["parallelism"]]
 EXCHANGED: list[dict[str, Any]] = rows("traced_parallel_ulysses.jsonl")
 
 
@@ -32,10 +34,12 @@ def run(cp: int, config: dict[str, Any] | None = None, **options: Any) -> RunSpe
 
 
 def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str], int]:
-    """Return the rank's peaks with full weights, as in the trace, without cuBLAS's workspaces."""
+    """Return the rank's peaks without cuBLAS's workspaces, with full weights if the trace names no strategy."""
     asked = dict(case["run"])
-    decided = decide(RunSpec(**{**asked, "parallelism": {**asked["parallelism"], "strategy": strategy}}))
-    walked = training_peaks(decided._replace(structure=decided.structure._replace(ranks=SINGLE_RANK)))
+    decided = decide(RunSpec(**{**asked, "parallelism": {"strategy": strategy, **asked["parallelism"]}}))
+    if "strategy" not in asked["parallelism"]:
+        decided = decided._replace(structure=decided.structure._replace(ranks=SINGLE_RANK))
+    walked = training_peaks(decided)
     found: dict[tuple[int, str], int] = {}
     for phase in walked.phases:
         if phase.phase in PHASES:
@@ -46,7 +50,7 @@ def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str]
     return found
 
 
-@pytest.mark.parametrize("case", sampled(TRACED, 8), ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", [*sampled(TRACED, 8), *SHARDED], ids=lambda case: case["name"])
 def test_a_ranks_estimate_equals_torchs_allocations(case: dict[str, Any]) -> None:
     mine = peaks(case)
     for step, traced in case["steps"].items():
@@ -54,6 +58,14 @@ def test_a_ranks_estimate_equals_torchs_allocations(case: dict[str, Any]) -> Non
         for phase, bytes_ in expected.items():
             assert mine[int(step), phase] == pytest.approx(bytes_, rel=0.02), (step, phase)
     assert max(mine.values()) == pytest.approx(case["peak"], rel=1e-3)
+
+
+def test_a_probe_takes_the_traced_runs_and_no_others() -> None:
+    for case in (TRACED[0], EXCHANGED[0], SHARDED[0]):
+        assert checked_run(RunSpec(**case["run"])).parallelism.cp > 1
+    for other in ({"strategy": "zero3", "context": "ulysses"}, {"world": 4, "dp": 2}):
+        with pytest.raises(SpecError, match="a probe runs on one GPU, or as one rank"):
+            checked_run(run(2, parallelism=other))
 
 
 def test_every_family_is_traced_with_0_01_per_cent_mean_error() -> None:

@@ -15,7 +15,7 @@ from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
-from memplan.planning.reach import reach
+from memplan.planning.reach import limit
 from memplan.program.graph import operations_of
 from memplan.program.inference.passes import numbers_of, pass_peak, token_after
 from memplan.resolve.decide import decide
@@ -227,7 +227,7 @@ def test_code_published_with_weights_has_only_the_caches_it_has(name: str, asked
 
 
 def test_tensor_parallel_inference_refuses_quantised_formats() -> None:
-    with pytest.raises(MemplanError, match="'nf4' is not supported yet; supported: weights in 16"):
+    with pytest.raises(MemplanError, match="'nf4' is not supported yet; supported: fp8, and weights in 16"):
         estimate(generating("llama-3.1-8b", method={"quantization": {}}, parallelism={"world": 2, "tp": 2}))
 
 
@@ -261,7 +261,7 @@ def over_source(name: str, **fields: Any) -> RunSpec:
     return generating({"config": SMALL[name]}, batch=batch, **fields)
 
 
-@pytest.mark.parametrize("name", ["t5", "flan-t5", "whisper"])
+@pytest.mark.parametrize("name", ["bart", "m2m_100", "t5", "flan-t5", "umt5", "whisper"])
 def test_a_decoder_caches_its_tokens_and_the_encoders_output(name: str) -> None:
     run = over_source(name, batch={"micro": 64})
     decided = decide(run)
@@ -303,7 +303,7 @@ def test_an_encoders_weights_stay_while_its_decoder_runs() -> None:
 
 
 ACROSS = {
-    "name": st.sampled_from(["t5", "flan-t5", "whisper"]),
+    "name": st.sampled_from(["bart", "m2m_100", "t5", "flan-t5", "umt5", "whisper"]),
     "attention": st.sampled_from(["sdpa", "eager", "sdpa_efficient"]),
     "beams": st.integers(1, 4),
     "cache": st.sampled_from(["dynamic", "static"]),
@@ -461,7 +461,7 @@ def windows_of_tokens(**fields: Any) -> RunSpec:
 def test_a_run_fits_if_its_prompt_and_then_all_its_passes_do(fields: dict[str, Any]) -> None:
     """A search replays the prompt first, and the rest only if that leaves room. The verdict replays all."""
     run = generating(**{"gpu": "3060-12gb", "batch": {"sequence": 2000, "new_tokens": 200}, **fields})
-    most = int(reach(run, "batch", samples_beyond=False).value)
+    most = limit(run, "batch", samples_beyond=False)[0]
     for micro in (most, most + 1):
         answer = estimate(changed(run, "batch", micro=micro))
         walked, replays = answer.walk, bool(answer.fits_card_of(find_gpu(str(run.gpu)).usable, replayed=True))

@@ -166,6 +166,28 @@ def test_axolotl_moves_a_model_before_it_is_divided() -> None:
     assert peaks("transformers-5", False)["load"] < 0.7 * whole
 
 
+def test_axolotl_makes_a_model_nf4_on_one_process() -> None:
+    """The load ends with the head, whole and in parts. By then each GPU has its parts, and all scales."""
+
+    def load(profile: str, efficient: bool) -> int:
+        parallelism = {"world": 8, "dp": 8, "strategy": "fsdp2", "cpu_ram_efficient_loading": efficient}
+        method = {"kind": "qlora", "targets": ["q_proj"], "quantization": {"storage": "bf16"}}
+        return (
+            estimate(RunSpec(model="qwen2.5-7b", method=method, profile=profile, parallelism=parallelism))
+            .phases[0]
+            .peak
+        )
+
+    table = 152_064 * 3_584  # of the embeddings, and of the head
+    linear = 7_615_616_512 - 2 * table
+    whole = 2 * table + linear // 2
+    scales = linear // 64 + linear // 64 // 64  # a byte per block, and fp32 per 256 of them
+    parts = (4 * table + linear // 2) // 8 + scales
+    assert load("axolotl-0.21", True) == pytest.approx(parts + 2 * table, rel=0.01)
+    assert load("axolotl-0.21", False) > whole
+    assert load("transformers-5", True) > whole
+
+
 def test_gradients_wait_where_the_framework_delays_their_reduction() -> None:
     def gradients(profile: str) -> int:
         parallelism = {"world": 8, "dp": 8, "strategy": "fsdp2"}

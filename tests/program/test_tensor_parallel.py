@@ -51,6 +51,18 @@ def run(tp: int, config: dict[str, Any] | None = None, **options: Any) -> RunSpe
     return RunSpec(model={"config": {**LLAMA, **(config or {})}}, parallelism=parallelism, **options)
 
 
+def stored(tp: int, format: str = "fp8") -> RunSpec:
+    return run(tp, method={"kind": "full", "quantization": {"format": format}}, task="generate")
+
+
+def test_ranks_divide_fp8_weights() -> None:
+    """As transformers 5.24 `apply_tensor_parallelism` divides `FP8Linear`; scales fill less than 512 bytes here."""
+    for tp in (1, 2):
+        layers = 3 * (512 * (512 + 256 + 256 + 512) + 3 * 512 * 1536) // tp
+        rest = 2 * 2 * 4096 * 512 // tp + 2 * (2 * 3 + 1) * 512
+        assert estimate(stored(tp)).categories["parameter"] == layers + 3 * 7 * 512 + rest
+
+
 def label(case: dict[str, Any]) -> str:
     kernels = case["run"].get("kernels", {})
     method = case["run"].get("method", {}).get("kind", "full")
@@ -209,7 +221,7 @@ REFUSED = {
     "key heads": (run(8), "parallelism.tp: 8 does not divide 4 key/value heads"),
     "family": (
         RunSpec(model="gpt2", parallelism={"world": 2, "tp": 2}),
-        "parallelism.tp: 2 is not supported yet for gpt2; supported: 60 families, such as gptj, gpt_oss",
+        "parallelism.tp: 2 is not supported yet for gpt2; supported: 61 families, such as gptj, gpt_oss",
     ),
     "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "use fsdp2"),
     "method": (run(2, method="qlora"), "method.kind: transformers 5.24 cannot run qlora"),
@@ -236,6 +248,8 @@ REFUSED = {
         "parallelism.dp",
     ),
     "adapters": (run(2, profile="megatron-core", method="lora"), "method.kind: 'lora' is not supported yet"),
+    "nf4": (stored(2, "nf4"), "method.quantization.format: 'nf4' is not supported yet; supported: fp8"),
+    "blocks": (stored(8), "parallelism.tp: 8 ranks would divide blocks of 128 x 128 fp8 weights (of 256)"),
     "profile": (run(2, profile="transformers-4.48"), "parallelism.tp: 2 is not supported yet with profile"),
 }
 

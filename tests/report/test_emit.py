@@ -145,6 +145,7 @@ def test_a_site_names_its_types_and_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "run", "how", "line"),
     [
+        ("hami", {"gpu": "mi300x"}, {}, "emit: hami asks for NVIDIA's GPUs, and mi300x is AMD's; use slurm or ray"),
         ("kubernetes", RUN, {"share": True}, "share: kubernetes cannot ask for part of a GPU; hami, volcano, kai"),
         (
             "modal",

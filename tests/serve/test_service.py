@@ -179,6 +179,7 @@ def test_a_file_of_this_machine_is_never_read(client: httpx.Client, name: str) -
     files = {"a.yaml": f"{AXOLOTL}deepspeed: {name}\n", "b.sh": f"trl sft --config {name}\n", "c.json": '{"model": 1}'}
     found = client.post("/v1/check", json={"files": files, "gpu": ["3090"], "runs": ["a.yaml", "b.sh"]}).json()
     assert [row["status"] for row in found["runs"]] == ["wrong", "wrong"]
+    assert not found["fits"]
     assert all("there is no file" in row["error"] for row in found["runs"])
 
 

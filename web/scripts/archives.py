@@ -25,7 +25,7 @@ LEFT_OUT = re.compile(
     r"|memplan/cli/(check|lock|calibrate|card|serve|web|schema|probe)\.pyc"
     r"|(pdb|bdb|doctest|pydoc|turtle|_pyio|_pydecimal|pickletools|statistics|imaplib|smtplib|ftplib|poplib|mailbox|tarfile"
     r"|cProfile|profile|pstats|trace|optparse|netrc|ssl|urllib/request|zipapp|webbrowser|socketserver"
-    r"|_pydatetime|plistlib|wave|modulefinder)\.pyc"
+    r"|_pydatetime|plistlib|wave|modulefinder|cmd|fileinput|compileall|runpy|asyncio/(tools|__main__))\.pyc"
     r"|encodings/(?!__init__|aliases|ascii|latin_1|utf_|cp437|idna|punycode|unicode_escape|raw_unicode).*"
     r"|asyncio/(proactor|windows)_\w+\.pyc|concurrent/futures/process\.pyc|logging/(handlers|config)\.pyc|pyodide/console\.pyc"
     r"|pydantic/(mypy|color|experimental/pipeline)\.pyc|typer/(testing|cli|_click/_winconsole)\.pyc"

@@ -9,19 +9,25 @@ from memplan.core.ir import Op, Tensor
 
 
 def fused_mlp(
-    x: str, y: str, name: str = "mlp", layers: tuple[str, str] = ("gate_up_proj", "down_proj"), bias: bool = False
+    x: str,
+    y: str,
+    name: str = "mlp",
+    layers: tuple[str, str] = ("gate_up_proj", "down_proj"),
+    bias: bool = False,
+    width: str = "f",
 ) -> tuple[Op, ...]:
     """Return an MLP with fused gate and up projections.
 
     The joint output lives as long as either half. The gradients of the halves are joined in one tensor.
     """
     up, down = layers
+    shape = f"b s {width}"
     return (
-        ops.linear(f"{name}.{up}", x, "gate_up", "2 f", "h", "mlp", bias),
-        ops.split(f"{name}.chunk", "gate_up", (Tensor("gate", "b s f"), Tensor("up", "b s f"))),
-        ops.activation(f"{name}.activation_fn", "gate", "act", "b s f"),
-        ops.mul(f"{name}.product", "up", "act", "product", "b s f"),
-        ops.linear(f"{name}.{down}", "product", y, "h", "f", "mlp", bias),
+        ops.linear(f"{name}.{up}", x, "gate_up", f"2 {width}", "h", "mlp", bias),
+        ops.split(f"{name}.chunk", "gate_up", (Tensor("gate", shape), Tensor("up", shape))),
+        ops.activation(f"{name}.activation_fn", "gate", "act", shape),
+        ops.mul(f"{name}.product", "up", "act", "product", shape),
+        ops.linear(f"{name}.{down}", "product", y, "h", width, "mlp", bias),
         ops.release_names("gate", x),
     )
 

@@ -1,17 +1,26 @@
-"""BART, mBART, Pegasus and M2M-100 (NLLB): an encoder and a decoder whose branches have a norm after or before them."""
+"""BART, mBART, Marian, Pegasus and M2M-100: an encoder and a decoder whose branches have a norm before or after."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from memplan.catalogue.attention.attention import QUERIES
-from memplan.catalogue.decoder.encoder_decoder import attend_to_encoder, decoding, ids_of_labels
+from memplan.catalogue.attention.attention import QUERIES, attention
+from memplan.catalogue.decoder.encoder_decoder import (
+    MASK,
+    SOURCES,
+    attend_to_encoder,
+    cached_across,
+    decoding,
+    encoder_results,
+    ids_of_labels,
+    read_encoder_results,
+)
 from memplan.catalogue.decoder.frame import masks, returned
 from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss, vocabulary_projection
-from memplan.catalogue.families.bert import encoder_attention, table
+from memplan.catalogue.families.bert import plain_attention_ops, table
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
-from memplan.catalogue.kernels.rewriting import renamed
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
 from memplan.core.records import NamedTuple
@@ -29,6 +38,7 @@ class _Row(NamedTuple):
     table     positions are looked up in a table that is `learned`, `frozen`, or a `buffer` and read by the tokens' ids
     scaled    the model scales the embeddings, instead of the embedding module
     biased    the logits have a bias
+    indices   the decoder's function has a name for the indices of its positions
     """
 
     before: bool = True
@@ -36,50 +46,63 @@ class _Row(NamedTuple):
     table: str = "learned"
     scaled: bool = False
     biased: bool = True
+    indices: bool = False
 
 
 def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
     """Build a model for conditional generation. One table is the embeddings of both halves, and by default the head."""
-    cross_wiring, wiring = wiring._replace(causal=False), wiring._replace(padded=False)
-    encoder_wiring = cross_wiring._replace(caching=False)
-    mask = (Tensor("attention_mask", "b s", "int64"),) if encoder_wiring.padded else ()
-    inputs = Op("inputs", (), (Tensor("ids", "b s", "int64"), *mask, labels_of(m)), holds="step")
+    encoder_wiring = wiring._replace(causal=False, caching=False, decodes=False)
+    cross_wiring, wiring = encoder_wiring._replace(caching=wiring.caching), wiring._replace(padded=False)
+    half = wiring.encoder_decoder_half
+    rows, t = ("prompts source", "s") if half else ("b s", "t")
+    names = ("ids", *(("attention_mask",) if encoder_wiring.padded or half else ()))  # generate always passes one
+    inputs = Op("inputs", (), (*(Tensor(n, rows, "int64") for n in names), labels_of(m)), holds="step")
     own = masks(encoder_wiring, "embeds.tokens")
     across = tuple(renamed(attend_to_encoder(masks(encoder_wiring, "stream.tokens"), wiring), {"mask.cross": _CROSS}))
-    before = (inputs, ids_of_labels(), *_embedded(m, row, _ENCODER, "ids", "embeds"), *own)
+    shifted = () if half else (ids_of_labels(),)
+    before = (inputs, *shifted, *_embedded(m, row, _ENCODER, "ids", "embeds"), *own)
     stream = (*_embedded(m, row, _DECODER, "decoder_ids", "stream"), *masks(wiring, "stream.tokens"))
-    between = (
-        *_ended(row, _ENCODER, "encoded"),
+    output = (
+        *_encoded(row, "encoded"),
         ops.release_names("embeds.tokens", "embeds.places", *(op.name for op in own)),
-        *decoding(stream, wiring),
-        *across,
     )
+    begun = (*decoding(stream, wiring), *across)
     last = "normed" if row.before else "x"
-    head = vocabulary_projection("lm_head", last, f"{_SHARED}.weight" if m.tie_word_embeddings else "", tokens="t")
+    head = vocabulary_projection("lm_head", last, f"{_SHARED}.weight" if m.tie_word_embeddings else "", tokens=t)
     bias = Weight("final_logits_bias", "v", "buffer", "", False)
     biased = (
-        head._replace(writes=(Tensor("unbiased", "b t v"),)),
-        ops.add_weight("final_logits_bias", "unbiased", "logits", "b t v", bias),
+        head._replace(writes=(Tensor("unbiased", f"b {t} v"),)),
+        ops.add_weight("final_logits_bias", "unbiased", "logits", f"b {t} v", bias),
         ops.release_names("unbiased"),
     )
-    frame = ops.release_names("stream.tokens", "stream.places", *(op.name for op in masks(wiring, "stream.tokens")))
+    places = ("stream.places", *(("stream.positions",) if row.indices else ()))
+    frame = ops.release_names("stream.tokens", *places, *(op.name for op in masks(wiring, "stream.tokens")))
     after = (
-        *decoding((*(_ended(row, _DECODER, last) if row.before else ()), frame), wiring),
+        *decoding((*(_normed(_DECODER, last) if row.before else ()), frame), wiring),
         ops.release_names(*(t.name for op in across for t in op.writes)),
         *(biased if row.biased else (head,)),
     )
-    blocks = _encoder(m, row, encoder_wiring), _decoder(m, row, wiring, cross_wiring)
-    runs = (Run(blocks[:1], "L"), Run(blocks[1:], "D", between))
+    encoder = Run((_encoder(m, row, encoder_wiring),), "L")
+    if half == "encoder":
+        return Stack(before, (encoder,), encoder_results(output, ("encoded",), "ids", "attention_mask", wiring.beams))
+    block = _decoder(m, row, wiring, cross_wiring)
+    if half:
+        kept = read_encoder_results(SOURCES, MASK, Tensor("encoded", "rows source h", f"={_SHARED}.weight"))
+        ids = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"),), holds="step")
+        return Stack((*kept, ids, *renamed(begun, {"stream": "embeds"})), (Run((block,), "D"),), after)
+    runs = (encoder, Run((block,), "D", (*output, *begun)))
     return Stack(before, runs, after, (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", last)))
 
 
-def _ended(row: _Row, half: str, y: str) -> tuple[Op, ...]:
-    """The output of a half, normalised if its branches' outputs are not. The model also returns its encoder's."""
-    holds = "forward" if half == _ENCODER else ""
-    if not row.before:
-        return (ops.view(y, "x", y, "b s h")._replace(holds=holds),)
-    norm = ops.layer_norm(f"{half}.layer_norm", "x", y, "b s h", "h")
-    return (norm._replace(holds=holds), ops.release_names("x"))
+def _normed(half: str, y: str) -> tuple[Op, ...]:
+    return (ops.layer_norm(f"{half}.layer_norm", "x", y, "b s h", "h"), ops.release_names("x"))
+
+
+def _encoded(row: _Row, y: str) -> tuple[Op, ...]:
+    """The encoder's output, normalised if its branches' outputs are not. The model returns it, too."""
+    whole = f"{y}.whole" if row.before else "x"
+    output = ops.view(y, whole, y, "b s h")._replace(holds="forward")
+    return (*_normed(_ENCODER, whole), output, ops.release_names(whole)) if row.before else (output,)
 
 
 def _embedded(m: ModelSpec, row: _Row, half: str, ids: str, y: str) -> tuple[Op, ...]:
@@ -112,21 +135,33 @@ def _embedded(m: ModelSpec, row: _Row, half: str, ids: str, y: str) -> tuple[Op,
         ),
         ops.release_names(*((summed,) if row.embedded else ())),
         *dropped(f"{half}.dropout", f"{y}.normed", y, "b s h", drops(m, "dropout")),
-        ops.release_names(positions),
+        *(() if row.indices and half == _DECODER else (ops.release_names(positions),)),
     )
 
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: str = "") -> tuple[Op, ...]:
-    """Attention, with keys and values computed from x or from `states`."""
-    backend, source = wiring.masked if wiring.has_mask() else wiring.backend, states or x
+    """Attention, with keys and values computed from x or from `states`, or read from a cache of these."""
+    n, masked, caching, wiring = f"{name}.attention", wiring.has_mask(), wiring.caching, wiring._replace(caching=False)
+    backend, source, drop = wiring.masked if masked else wiring.backend, states or x, drops(m, "attention_dropout")
     back = "new" if backend in ("eager", "math") else "same"
-    return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
-        ops.view(f"{name}.q_heads", "q0", "q", QUERIES, back),
+    keys_and_values = (
         ops.linear(f"{name}.k_proj", source, "k0", "a d", "h", "attention", bias=True),
         ops.linear(f"{name}.v_proj", source, "v", "a d", "h", "attention", bias=True),
         ops.view(f"{name}.k_heads", "k0", "k", QUERIES, back),
-        *encoder_attention(m, wiring, f"{name}.attention", "attention_dropout"),
+    )
+    self_cache = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
+    cache = cached_across(n, "q", wiring.has_cross_cache) if states else self_cache
+    kernel = (
+        plain_attention_ops(n, drop, ("mask",) if masked else (), wiring.decodes, caching)
+        if wiring.backend == "eager"
+        else attention(n, "q", "k", "v", "o", wiring._replace(drops=drop), False)
+    )
+    return (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
+        ops.view(f"{name}.q_heads", "q0", "q", QUERIES, back),
+        *(skipped(keys_and_values) if states and wiring.has_cross_cache else keys_and_values),
+        *(cache if caching else ()),
+        *kernel,
         ops.linear(f"{name}.out_proj", "o", f"{y}.whole", "h", "a d", "attention", bias=True),
         ops.release_names("q", "k", "v", "o", *_own(x)),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drops(m, "dropout")),
@@ -221,8 +256,9 @@ def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> B
 
 
 BUILDERS = {
-    "bart": partial(_build, row=_Row(before=False, embedded=True)),
+    "bart": partial(_build, row=_Row(before=False, embedded=True, indices=True)),
     "m2m_100": partial(_build, row=_Row(table="buffer", biased=False)),
+    "marian": partial(_build, row=_Row(before=False, table="frozen", scaled=True)),
     "mbart": partial(_build, row=_Row(embedded=True)),
     "pegasus": partial(_build, row=_Row(table="frozen", scaled=True)),
 }

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa and ELECTRA: encoders with a norm after each residual, dropout, and their heads."""
+"""BERT, RoBERTa, XLM-RoBERTa, data2vec and ELECTRA: a norm after each residual, dropout, and the heads."""
 
 from __future__ import annotations
 
@@ -318,6 +318,7 @@ def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...
 BUILDERS = {
     "bert": bert,
     "camembert": partial(bert, name="roberta", roberta=True),
+    "data2vec-text": partial(bert, name="data2vec_text", roberta=True),
     "electra": electra,
     "roberta": partial(bert, name="roberta", roberta=True),
     "xlm-roberta": partial(bert, name="roberta", roberta=True),

@@ -29,7 +29,7 @@ _ONLY = {
 
 
 def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build the model with the head of the run's objective. The model returns every layer's output."""
+    """Build the model with the head of the run's objective. The encoder returns every layer's output."""
     for key, value in _ONLY.items():
         if (said := m.config.get(key)) != value:
             raise UnsupportedModelError(f"{key}: {said!r:.60} is not supported yet; supported: {value!r}", key)
@@ -43,8 +43,8 @@ def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(
         _before(m, wiring, body),
         (Run((_block(m, body),), "L"),),
-        (release, *head),
-        (*loss, Op("hidden_states", releases="states")),
+        (release, Op("hidden_states", releases="states"), *head),
+        loss,
     )
 
 
@@ -158,7 +158,7 @@ def _block(m: ModelSpec, body: str) -> Block:
 
 
 def _returned(y: str) -> Op:
-    """Hold y until the model returns it, among its hidden states."""
+    """Hold y until the model without its head returns, whose encoder returns it among its hidden states."""
     return Op("hidden_states", (y,), (Tensor(f"{y}.state", "b s h"),), view=True, holds="states")
 
 

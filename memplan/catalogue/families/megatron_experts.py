@@ -97,12 +97,12 @@ def _router(m: ModelSpec, x: str) -> tuple[Op, ...]:
 def gather_buffer(m: ModelSpec) -> tuple[Op, ...]:
     """The buffer into which all tokens are gathered in every layer; empty if tokens are not gathered.
 
-    Source: megatron-core 0.12 tensor_parallel/utils.py GlobalMemoryBuffer.
+    Source: megatron-core 0.12 utils.py GlobalMemoryBuffer.
     """
     if not experts_of(m) or not dispatches_all(m) or m.axes()["eg"] == 1:
         return ()
     gathered = Tensor("gathered", f"{_ALL} h", "=embeds")
-    source = "megatron-core 0.12 tensor_parallel/utils.py GlobalMemoryBuffer"
+    source = "megatron-core 0.12 utils.py GlobalMemoryBuffer"
     return (Op("all-gather buffer", (), (gathered,), gradient="none", holds="step", source=source),)
 
 
@@ -221,7 +221,7 @@ def _weighted_activation(m: ModelSpec, name: str, x: str, y: str, gated: bool) -
     With a gate it is one kernel, which keeps its input and the scores. Otherwise it is the activation, its product with
     the scores in their dtype, and a cast.
 
-    Source: megatron-core 0.12 fusions/fused_bias_swiglu.py weighted_swiglu, transformer/moe/experts.py bias_act_func.
+    Source: megatron-core 0.16.1 fusions/fused_bias_swiglu.py weighted_swiglu, transformer/moe/experts.py bias_act_func.
     """
     shape = f"{_ROWS} m"
     if gated:
@@ -234,7 +234,7 @@ def _weighted_activation(m: ModelSpec, name: str, x: str, y: str, gated: bool) -
                 (),
                 tuple(Keep(what, of) for of in (x, "probs") for what in (x, "probs")),
                 scratch_back=back,
-                source="megatron-core 0.12 fusions/fused_bias_swiglu.py",
+                source="megatron-core 0.16.1 fusions/fused_bias_swiglu.py weighted_swiglu",
             ),
         )
     acted, weighed = f"{y}.whole", f"{y}.weighed"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import BOTH, after, before
-from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.mlp import fused_mlp, gated_mlp
 from memplan.catalogue.decoder.norms import layer_norm
 from memplan.catalogue.decoder.rotation import attend_heads_first, partial_rope, rope_and_norm
 from memplan.catalogue.experts import expert_loops, experts, routers
@@ -220,11 +220,23 @@ def _deepseek(m: ModelSpec) -> tuple[Op, ...]:
     )
 
 
-def _granite(m: ModelSpec) -> tuple[Op, ...]:
-    """Granite's mixture, which both peft and bitsandbytes leave alone."""
-    name = "block_sparse_moe"
+def granite_mixture(shared: str = "") -> tuple[Op, ...]:
+    """Granite's mixture, which both peft and bitsandbytes leave alone. `shared`: width of a dense MLP next to it."""
+    name, y = "block_sparse_moe", "routed" if shared else Y
     routed = routers.late_softmax_router(f"{name}.router", X)
-    return mixture(X, routed, experts.experts(X, Y, f"{name}.experts", gate_up=(), down=()))
+    mixed = mixture(X, routed, experts.experts(X, y, f"{name}.experts", gate_up=(), down=()))
+    if not shared:
+        return mixed
+    add = ops.add("add_experts", y, "dense.out", Y, "b s h")
+    return (*mixed, *granite_mlp("dense.out", shared), add, ops.release_names(y, "dense.out"))
+
+
+def _granite(m: ModelSpec) -> tuple[Op, ...]:
+    return granite_mixture("fs" if m.axes().get("fs") else "")
+
+
+def granite_mlp(y: str, width: str = "f") -> tuple[Op, ...]:
+    return fused_mlp(X, y, "shared_mlp", ("input_linear", "output_linear"), width=width)
 
 
 _LLAMA = Decoder(bias="attention_bias", out_bias="attention_bias")
@@ -235,6 +247,7 @@ BUILDERS = {
     "ernie4_5_moe": ernie4_5_moe,
     "glm4_moe": glm4_moe,
     "granitemoe": GRANITE._replace(experts=_granite),
+    "granitemoeshared": GRANITE._replace(experts=_granite),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
     "minimax_m2": Decoder(qk_norm="all", rotate=partial_rope, attend=attend_heads_first, experts=_minimax_m2),
     "mixtral": Decoder(experts=_mixtral),

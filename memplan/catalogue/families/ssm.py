@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import after, before, decoder_block, inputs, lm_head, masks, returned, runs
-from memplan.catalogue.decoder.mlp import fused_mlp
 from memplan.catalogue.decoder.scaling import scaled_branch, scaled_embeddings, scaled_logits
 from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.families.mixtures import granite_mixture, granite_mlp
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
@@ -31,7 +31,6 @@ from memplan.catalogue.kernels.recurrent import (
     unpadded,
 )
 from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update_2
-from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Stack, Tensor, Weight
 from memplan.models.layers import Layer
@@ -240,18 +239,10 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     """
     rotary = m.get("position_embedding_type") == "rope"
     table = ("cos", "sin") if rotary else ()
-    bias, name = m.get("attention_bias", False), "block_sparse_moe"
+    bias = m.get("attention_bias", False)
     mixer = mamba2_mixer(m, wiring, "ao", "mamba", ("mamba_proj_bias", "mamba_conv_bias"))
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, rotary=rotary)
-    dense = fused_mlp("n2", "dense.out", "shared_mlp", ("input_linear", "output_linear"))
-    routed = routers.late_softmax_router(f"{name}.router", "n2")
-    mixture = experts.mixture("n2", routed, experts.experts("n2", "routed", f"{name}.experts", gate_up=(), down=()))
-    both = (*mixture, *dense, ops.add("add_experts", "routed", "dense.out", "mo", "b s h"))
-    ffn = (
-        (*both, ops.release_names("routed", "dense.out"))
-        if m.config_int("num_local_experts", 8, least=0)
-        else _write_to(dense, "mo")
-    )
+    ffn = granite_mixture("f") if m.config_int("num_local_experts", 8, least=0) else granite_mlp("mo")
 
     def block(layer: Layer) -> Block:
         attends = layer.mixer == "attention"
@@ -260,10 +251,6 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
 
     first = before(wiring, embedded=scaled_embeddings(), table=None if rotary else ())
     return Stack(first, runs(m, block), scaled_logits(after(m, wiring, table=table)))
-
-
-def _write_to(operations: tuple[Op, ...], y: str) -> tuple[Op, ...]:
-    return renamed(operations, {"dense.out": y})
 
 
 def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from memplan.catalogue.attention.attention import attention
 from memplan.catalogue.decoder.encoder_decoder import (
@@ -29,8 +30,13 @@ _SOURCE = "transformers 5.24 models/t5/modeling_t5.py"
 _SORTED = ("ids", "order", "original order", "counts", "starts")  # for pairs of tokens, if there are more than 3072
 
 
-def t5(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build T5. A head tied to the embeddings scales its input; Flan-T5's, which has a separate weight, does not."""
+def t5(m: ModelSpec, wiring: Wiring, shares_bias: bool = True) -> Stack:
+    """Build T5. A head tied to the embeddings scales its input; Flan-T5's, which has a separate weight, does not.
+
+    `shares_bias`: the first block's bias is that of all blocks. If not, as in UMT5, every block has its own, and the
+    zeros for the encoder's tokens never require a gradient.
+    """
+    wiring = wiring._replace(checkpoints=wiring.checkpoints and shares_bias)
     encoder_wiring = wiring._replace(causal=False, caching=False, decodes=False)
     decoder_wiring = wiring._replace(padded=False)  # labels get no mask
     cross_wiring = encoder_wiring._replace(caching=wiring.caching)
@@ -45,28 +51,27 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
             "decoder.tokens",
             *_masks(decoder_wiring, "mask"),
             *_masks(encoder_wiring, "cross_mask"),
-            "decoder_bias",
-            *_cross_biases(wiring, cross_wiring),
+            *(("decoder_bias", *_cross_biases(wiring, cross_wiring)) if shares_bias else ()),
         ),
     )
-    encoder = (Run((_encoder(m, encoder_wiring, True),), "L1"), Run((_encoder(m, encoder_wiring, False),), "L2"))
-    first, later = (_decoder(m, decoder_wiring, cross_wiring, place) for place in (True, False))
+    encoder = tuple(Run((_encoder(m, encoder_wiring, times == "L1", shares_bias),), times) for times in ("L1", "L2"))
+    first, later = (_decoder(m, decoder_wiring, cross_wiring, place, shares_bias) for place in (True, False))
     after = (
         *decoding(last, wiring),
         vocabulary_projection("lm_head", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
         *((ops.release_names("returned"),) if wiring.encoder_decoder_half else ()),
     )
-    numbers = m.axes()
+    numbers, output = m.axes(), _encoder_output(m, encoder_wiring, ("encoder_bias",) if shares_bias else ())
     if wiring.encoder_decoder_half == "encoder":
         names = ("encoded.normed", "encoded")
-        last = encoder_results(_encoder_output(m, encoder_wiring), names, "ids", "attention_mask", wiring.beams)
+        last = encoder_results(output, names, "ids", "attention_mask", wiring.beams)
         return Stack(_before(m, encoder_wiring), _nonempty(encoder, numbers), last)
     decoder_ops = _decoder_before(m, decoder_wiring, encoder_wiring)
     if wiring.encoder_decoder_half:
         return Stack(
             _standalone_decoder(decoder_ops), _nonempty((Run((first,), "D1"), Run((later,), "D2")), numbers), after
         )
-    between = (*_encoder_output(m, encoder_wiring), ids_of_labels(), *decoder_ops)
+    between = (*output, ids_of_labels(), *decoder_ops)
     runs = (*encoder, Run((first,), "D1", between), Run((later,), "D2"))
     loss = (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", "returned", "n"))
     return Stack(_before(m, encoder_wiring), _nonempty(runs, numbers), after, loss)
@@ -97,13 +102,16 @@ def _shared_embedding(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def relative_bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
-    """One number per head for each distance of two tokens. The first block makes it, and all blocks of its stack add
-    it.
+def relative_bias(name: str, y: str, keys: str = "s", shared: bool = True) -> tuple[Op, ...]:
+    """One number per head for each distance of two tokens.
+
+    `shared`: the first block makes it, and all blocks of its stack add it. UMT5, whose blocks each make one, has a name
+    for the logarithms until the buckets are made.
     """
     w = Weight(f"{name}.relative_attention_bias.weight", "buckets a", "embedding", rows=1)
     wide, distances, places = Tensor("distances", f"s {keys}", "int64"), f"{y}.distances", (f"{y}.rows", f"{y}.columns")
     steps = ("signs", "absolute", "large", "largest")[: 4 if y == "encoder_bias" else 3]
+    logarithms = () if shared else (wide._replace(name="logarithms", dtype="fp32"),)
     source = f"{_SOURCE} T5Attention.compute_bias, _relative_position_bucket"
     return (
         Op(f"{y}.rows", (), (Tensor(places[0], "s 1", "int64"),), scratch=(Tensor("arange", "s", "int64"),)),
@@ -113,7 +121,7 @@ def relative_bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
             f"{y}.buckets",
             (distances,),
             (Tensor(f"{y}.buckets", f"s {keys}", "int64"),),
-            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", f"s {keys}", "bool")),
+            scratch=(*(wide._replace(name=step) for step in steps), *logarithms, Tensor("small", f"s {keys}", "bool")),
             gradient="none",
             source=source,
         ),
@@ -154,7 +162,7 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
     )
 
 
-def _encoder_output(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+def _encoder_output(m: ModelSpec, wiring: Wiring, bias: tuple[str, ...]) -> tuple[Op, ...]:
     """The encoder's last norm. The model also returns its output."""
     *before, last = dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drops(m, "dropout_rate"))
     return (
@@ -162,7 +170,7 @@ def _encoder_output(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         ops.release_names("x"),
         *before,
         last._replace(holds="forward"),
-        ops.release_names("tokens", "encoder_bias", *_masks(wiring, "encoder_mask")),
+        ops.release_names("tokens", *bias, *_masks(wiring, "encoder_mask")),
     )
 
 
@@ -199,10 +207,12 @@ def _attention(
     mask: str,
     states: str = "",
     bias_ops: tuple[Op, ...] = (),
+    own: tuple[str, ...] = (),
 ) -> tuple[Op, ...]:
     """Attention with `bias` added to the scores, and `mask` if there is one.
 
     bias_ops  ops that make the bias, if this block does
+    own       names of biases that no other block adds, which are freed with the heads
     states    what keys and values are computed from, if it is not x
     """
     drop, masked = drops(m, "dropout_rate"), wiring.has_mask()
@@ -251,7 +261,7 @@ def _attention(
         *bias_ops,
         *kernel,
         ops.linear(f"{name}.o", "o", f"{y}.whole", "h", "a d", "attention"),
-        ops.release_names("q", "k", "v", "o", *(("past_seen_tokens",) if caching and wiring.static else ())),
+        ops.release_names("q", "k", "v", "o", *own, *(("past_seen_tokens",) if caching and wiring.static else ())),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
     )
 
@@ -369,31 +379,31 @@ def _clamped(name: str, x: str, y: str) -> tuple[Op, ...]:
     return (*(op._replace(only_dtype="fp16") for op in operations), ops.release_names(x, least))
 
 
-def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
-    name = "layer.0"
+def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool, shares: bool) -> tuple[Op, ...]:
+    name, own = "layer.0", () if shares else (bias,)
     # a static cache has room for more keys; without a mask, attention reads only some of them
     keys = "kv_static" if wiring.static else "kv" if wiring.decodes else "s"
-    bias_ops = relative_bias(f"{name}.SelfAttention", bias, keys) if first else ()
+    bias_ops = relative_bias(f"{name}.SelfAttention", bias, keys, shares) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
-        *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, bias_ops=bias_ops),
+        *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, bias_ops=bias_ops, own=own),
         ops.add(f"{name}.residual", "x", "ao", "x1.sum", "b s h"),
         ops.release_names("n1"),
         *_clamped(f"{name}.clamp", "x1.sum", "x1"),
     )
 
 
-def _encoder(m: ModelSpec, wiring: Wiring, first: bool) -> Block:
+def _encoder(m: ModelSpec, wiring: Wiring, first: bool, shares: bool) -> Block:
     held, bias = ("probs",) if wiring.backend == "eager" else (), "encoder_bias"
     operations = (
-        *_self_attention(m, wiring, bias, "encoder_mask", first),
+        *_self_attention(m, wiring, bias, "encoder_mask", first, shares),
         *_mlp(m, "layer.1", "x1", "y"),
-        ops.release_names(bias, *held),
+        ops.release_names(*((bias,) if shares else ()), *held),
     )
-    return Block("encoder.block", operations, (bias,) if first else (), returned=True)
+    return Block("encoder.block", operations, (bias,) if first and shares else (), returned=True)
 
 
-def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) -> Block:
+def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool, shares: bool) -> Block:
     """A decoder block. The biases for the encoder's tokens are all 0; under checkpointing they require a gradient."""
     name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
     self_bias, biases = "decoder_bias", _cross_biases(wiring, cross_wiring)
@@ -407,25 +417,25 @@ def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) ->
         requires_gradient=wiring.checkpoints,
         source=f"{_SOURCE} T5Attention.forward",
     )
-    zero_bias = (zeros,) if first else ()
+    zero_bias, own = (zeros,) if first else (), () if shares else biases
     cross = _attention(
-        m, cross_wiring, f"{name}.EncDecAttention", "n2", "co", cross_bias, "cross_mask", "encoded", zero_bias
+        m, cross_wiring, f"{name}.EncDecAttention", "n2", "co", cross_bias, "cross_mask", "encoded", zero_bias, own
     )
-    before = (*_self_attention(m, wiring, self_bias, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2"))
+    before = (*_self_attention(m, wiring, self_bias, "mask", first, shares), *norm(f"{name}.layer_norm", "x1", "n2"))
     after = (
         ops.release_names("probs") if wiring.backend == "eager" else ops.release_names("x1"),
         ops.add(f"{name}.residual", "x1", "co", "x2.sum", "b s h"),
         ops.release_names("n2"),
         *_clamped(f"{name}.clamp", "x2.sum", "x2"),
         *_mlp(m, "layer.2", "x2", "y"),
-        ops.release_names(self_bias, *biases, *held),
+        ops.release_names(*((self_bias, *biases) if shares else ()), *held),
     )
     operations = (
         *decoding(before, wiring),
-        *attend_to_encoder(cross, wiring, "co", *biases),
+        *attend_to_encoder(cross, wiring, "co", *(biases if shares else ())),
         *decoding(after, wiring),
     )
-    return Block("decoder.block", operations, (self_bias, *biases) if first else (), returned=True)
+    return Block("decoder.block", operations, (self_bias, *biases) if first and shares else (), returned=True)
 
 
-BUILDERS = {"mt5": t5, "t5": t5}
+BUILDERS = {"mt5": t5, "t5": t5, "umt5": partial(t5, shares_bias=False)}

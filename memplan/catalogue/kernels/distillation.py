@@ -121,8 +121,8 @@ def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: 
 def _divergence(outputs: str) -> Iterator[Op]:
     """Compute the Jensen-Shannon divergence of all logits.
 
-    Variables of the function hold both models' logits divided by the temperature, the teacher's log-softmax and both
-    divergences from the mixture until it returns. FSDP2 returns a student's logits in another dtype than a teacher's.
+    Variables of the function hold both models' logits divided by the temperature, their log-softmax, the mixture's and
+    both divergences from it until it returns. FSDP2 returns a student's logits in another dtype than a teacher's.
     """
     both = ("log_probs", "teacher_log_probs")
 
@@ -157,5 +157,5 @@ def _divergence(outputs: str) -> Iterator[Op]:
     yield step("divergence", divergences, "divergence", scratch=weighted)
     labelled = (tensor("divergence of labelled tokens"),)
     yield Op("loss.gkd", ("divergence",), (Tensor("loss", "", "fp32"),), scratch=labelled, source=_GKD)
-    yield ops.release_names("scaled", "teacher_scaled", "teacher_log_probs", *divergences)
+    yield ops.release_names("scaled", "teacher_scaled", *both, "mixture", *divergences)
     yield ops.release_names(outputs, "teacher_outputs")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.preference import RETURNED, begins_head, returned, selected_log_probs
-from memplan.catalogue.kernels.trl_losses import tiled_lm_head
+from memplan.catalogue.kernels.trl_losses import fused_policy_loss, tiled_lm_head
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 
@@ -48,9 +48,13 @@ def attach(
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    if trainer.log_probs == "tiled":
+    if trainer.log_probs == "tiled" or (trainer.fused_gradients and not trainer.is_reference):
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
+        if trainer.fused_gradients:
+            read = tuple(t.name for op in scored for t in op.writes)
+            ends = ops.release_names(*read)
+            return stack._replace(after=body, loss=(*fused_policy_loss(matrix, bias, trainer.fused_gradients), ends))
         after, loss = (
             body,
             (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), RETURNED),

@@ -67,7 +67,7 @@ def attach(
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
-        tail = (*tail, *_joined_log_probs(logits, outputs, is_fp32))
+        tail = (*tail, *_joined_log_probs(logits, outputs, is_fp32, trainer.is_reference))
         return _finished(stack, trainer, tail, reference, ())
     if trainer.log_probs == "rolled":
         source = source_of(trainer)
@@ -211,12 +211,13 @@ def converted_states(logits: str) -> Iterator[Op]:
 
 
 def selected_log_probs(
-    name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str
+    name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str, *, is_reference: bool = False
 ) -> Iterator[Op]:
     """Compute log-probabilities of the tokens, one sequence after the other.
 
     From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax until
-    the sequence's gradient is there. Backward makes every sequence's gradient, and joins them.
+    the sequence's gradient is there. Backward makes every sequence's gradient, and joins them. A reference has none, so
+    a sequence's log-softmax only lasts until the next one's exists.
     """
     written = Tensor(log_probs, "b s", f"={x}")
     if is_fp32:
@@ -225,19 +226,24 @@ def selected_log_probs(
         kept = (Keep(x, x),)
         yield Op(name, (x, "ids"), (written,), (), kept, (exponents,), (gradients,), source=source)
         return
+    if is_reference:
+        two = (Tensor("log-softmax of two sequences", f"2 {row} v", f"={x}"),)
+        yield Op(name, (x, "ids"), (written,), scratch=two, gradient="none", source=source)
+        return
     rows, all_ = f"{x} by sequence", Tensor(f"{log_probs}.all", shape, f"={x}")
     yield Op(f"{name}.sequences", (x,), (Tensor(rows, shape, f"={x}"),), view=True, source=source)
     yield Op(name, (rows, "ids"), (written, all_), keeps=(Keep(all_.name, rows),), source=source)
 
 
-def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
+def _joined_log_probs(logits: str, outputs: str, is_fp32: bool, is_reference: bool) -> Iterator[Op]:
     """Compute log-probabilities of all tokens, and mean logits of the chosen half from a copy of it.
 
     The model returned its hidden states too, which accelerate casts with the logits.
     """
     source, cast = _SOURCES["joined"], tuple(converted_states(logits)) if is_fp32 else ()
     yield from cast
-    yield from selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
+    of = {"is_reference": is_reference}
+    yield from selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source, **of)
     half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
     yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
     yield Op("return", (outputs, *(t.name for op in cast for t in op.writes)), releases="states")
@@ -252,7 +258,8 @@ def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> I
     yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
     name = f"loss.{result}"
     if kind == "shifted":
-        yield from selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
+        of = {"is_reference": bool(prefix)}
+        yield from selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source, **of)
         return
     numbers = tuple(f"{result}.{what}" for what in ("entropy", "log_z", "expected_logit"))
     written = tuple(Tensor(what, "shifted_rows", "fp32") for what in (result, *numbers))

@@ -1,14 +1,16 @@
-"""TRL's losses of SFT, which never hold all logits: in chunks that backward recomputes, or tile by tile.
+"""TRL's losses that never hold all logits: in chunks that backward recomputes, tile by tile, and Liger's of GRPO.
 
-Both gather the rows of hidden states that have a label; memplan counts a label for every token but the last. `head` is
-the model's own head, of which they use the matrix and the bias; soft capping stays inside a chunk or a kernel.
+The first two gather the rows of hidden states that have a label; memplan counts a label for every token but the last.
+`head` is the model's own head, of which all use the matrix and the bias; soft capping stays inside a chunk or kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import FusedGradients
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 TRL_LOSSES = ("chunked_nll", "chunked_nll_fp32", "tiled_lm_head")  # values of `kernels.loss`
@@ -178,3 +180,61 @@ def _kept_logits(head: tuple[Op, ...]) -> Iterator[str]:
     """Yield the names of tensors as large as the logits that the head keeps for backward, such as soft capping's."""
     written = {t.name for op in head for t in op.writes if "v" in t.shape.split()}
     yield from dict.fromkeys(keep.what for op in head for keep in op.keeps if keep.what in written)
+
+
+FUSED_WIDTH = 4096  # liger-kernel 0.8.5 chunked_loss/fused_linear_ppo.py _SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+FUSED_TOKENS = 2048  # _SELECTIVE_LOGPROB_SEQ_CHUNK_SIZE, tokens of one completion
+
+
+def fused_policy_loss(
+    matrix: Weight, bias: tuple[Weight, ...], gradients: FusedGradients, rows: str = "completion_rows"
+) -> tuple[Op, ...]:
+    """Compute Liger's loss of GRPO, a completion at a time, in tiles of 2,048 tokens by 4,096 words.
+
+    Forward computes what backward returns. A completion's gradients of rows and matrix are summed in fp32 and cast when
+    it ends; then the matrix's is added to that of the completions before. The first two operations are the largest
+    moments until all gradients of rows are joined.
+
+    gradients  of the matrix: if it is `trained`; `always`, as up to Liger 0.8.2; or `compiled`, as up to Liger 0.6,
+               which computes all logits of a completion, and their gradient in their place
+    """
+    compiled, has_gradient = gradients == "compiled", matrix.trains or gradients != "trained"
+    source = f"liger-kernel {'0.6.4' if compiled else '0.8.5'} chunked_loss/fused_linear_ppo.py LigerFusedLinearPPOBase"
+    gradient = (Tensor("head_gradient", matrix.shape, matrix.dtype),) if has_gradient else ()
+    of_completion = tuple(t._replace(name="gradient of the matrix by a completion") for t in gradient)
+    wide = tuple(t._replace(name="gradient of the matrix in fp32", dtype="fp32") for t in gradient)
+    of_rows = (Tensor("gradient of rows in fp32", "completion h", "fp32"),)
+    fp32 = partial(Tensor, dtype="fp32")
+    whats = ("logits", "probabilities", "gradients")
+    tile = (
+        *(fp32(f"{what} of a tile", f"fused_tokens {FUSED_WIDTH}") for what in whats),
+        fp32("part of the matrix", f"{FUSED_WIDTH} h"),
+        fp32("product of a tile", "fused_tokens h"),
+    )
+    before = (*gradient, Tensor("gradients of earlier rows", "earlier_rows h", "=kept"))
+    cast = of_completion if matrix.dtype != "fp32" else ()
+    moments = {"tiles": (*wide, *of_rows, *tile), "casts": (*wide, *cast, *of_rows)}
+    if compiled:
+        moments = {"logits": (*of_completion, Tensor("logits of a completion", "completion v", "=kept"))}
+    return (
+        Op("loss.drop_last", ("n",), (Tensor("shifted", "shifted_rows h"),), gradient="new", view=True, source=source),
+        Op("loss.keep", ("shifted",), (Tensor("kept", f"{rows} h"),), gradient="new", view=True, source=source),
+        *(
+            Op(f"loss.{name}", ("kept",), (), (matrix, *bias), scratch=(*before, *made), gradient="none", source=source)
+            for name, made in moments.items()
+        ),
+        Op(
+            "loss.fused",
+            ("kept", "ids"),
+            (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", f"{rows} h", "=kept"), *gradient),
+            (matrix, *bias),
+            (
+                Keep("hidden_gradient", "kept", is_gradient=True),
+                *(Keep(t.name, matrix.name if matrix.trains else "kept", is_gradient=matrix.trains) for t in gradient),
+            ),
+            scratch=(Tensor("gradients of completions", f"{rows} h", "=kept"),),
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("kept", "shifted", "n"),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from memplan.catalogue.kernels.packing import PackedRows
 from memplan.core.records import NamedTuple
@@ -148,12 +148,65 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
+FusedGradients = Literal["", "trained", "always", "compiled"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
 LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
-PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
-# Trainers that generate, and how many completions of a prompt by default.
-GENERATING = {"grpo": 8, "rloo": 2, "ppo": 1, "distill": 1}
-DISTILLING = ("gkd", "distill")  # trainers that learn a teacher's distribution
+
+
+class TrainerFacts(NamedTuple):
+    """A trainer as it is in every release of TRL that has it.
+
+    reference    by default: `own`, the model without its adapters, or a copy of one that has none; or `none`. Empty if
+                 it can have none
+    models       other models that run inside its step, by role
+    rows         sequences of one example
+    least        examples that a pass needs
+    completions  of a prompt by default; 0 if it generates none
+    tokens       of a completion by default; 0 if the release decides
+    older        it is as all trainers were in TRL 0.24
+    likelihood   its loss adds the likelihood of the chosen half
+    rescores     it always computes the log-probabilities of completions once more before the step
+    own_loop     it does not run transformers' loop. Its own checkpoints nothing, prepares no quantised model, casts no
+                 adapters, clips nothing, leaves use_cache on, divides logits in place, and holds the outputs of a
+                 micro-batch and the logits of all completions until the next ones exist. A value model trains in the
+                 policy's pass
+    """
+
+    reference: str = ""
+    models: tuple[str, ...] = ()
+    rows: int = 1
+    least: int = 1
+    completions: int = 0
+    tokens: int = 0
+    older: bool = False
+    likelihood: bool = False
+    rescores: bool = False
+    own_loop: bool = False
+
+    @property
+    def together(self) -> int:
+        """Return the examples of the smallest pass: the completions of a prompt, if it generates."""
+        return self.completions or self.least
+
+
+TRAINERS = {
+    "sft": TrainerFacts(),
+    "dpo": TrainerFacts("own", rows=2),
+    "kto": TrainerFacts("own", least=2),
+    "orpo": TrainerFacts(rows=2, older=True, likelihood=True),
+    "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
+    "simpo": TrainerFacts(rows=2, older=True),
+    "reward": TrainerFacts(rows=2),
+    "grpo": TrainerFacts("none", ("reward",), completions=8),  # beta is 0; RLOO's is 0.05
+    "rloo": TrainerFacts("own", ("reward",), completions=2, rescores=True),
+    # trl 1.12.0 experimental/ppo/ppo_config.py, 0.24.0 trainer/utils.py OnPolicyConfig: response_length
+    "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, own_loop=True),
+    "gkd": TrainerFacts(models=("teacher",)),
+    "distill": TrainerFacts(models=("teacher",), completions=1),
+}
+PAIRED = tuple(name for name, facts in TRAINERS.items() if facts.older)
+GENERATING = tuple(name for name, facts in TRAINERS.items() if facts.completions)
+DISTILLING = tuple(name for name, facts in TRAINERS.items() if "teacher" in facts.models)
 
 
 class Trainer(NamedTuple):
@@ -185,6 +238,9 @@ class Trainer(NamedTuple):
     prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
+    fused_gradients   Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
+                      `always`; or all logits of a completion at once, `compiled`; empty without it
+    scored_in         dtype to which autocast computes passes without gradients, if the step itself has no autocast
     """
 
     name: str
@@ -205,11 +261,18 @@ class Trainer(NamedTuple):
     old_log_probs: bool = False
     prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
+    fused_gradients: FusedGradients = ""
+    scored_in: str = ""
 
     @property
     def calls_backbone(self) -> bool:
         """Whether the step calls the model without its head, past the forward that accelerate wraps in autocast."""
-        return self.name == "distill" and bool(self.teacher_dtype)
+        return (self.name == "distill" and bool(self.teacher_dtype)) or bool(self.fused_gradients)
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The fields of the recipe in which passes without gradients differ from the step."""
+        return {"autocast": True, "compute": self.scored_in} if self.scored_in else {}
 
     @property
     def has_reference_pass(self) -> bool:

@@ -137,7 +137,7 @@ def inside(path: str, modules: tuple[str, ...]) -> bool:
 
     Source: peft 0.21 tuners/tuners_utils.py _check_target_module_exists.
     """
-    return not set(path.split(".")).isdisjoint(modules)
+    return bool(modules) and not set(path.split(".")).isdisjoint(modules)
 
 
 def ends_like(path: str, modules: tuple[str, ...]) -> bool:

@@ -1,7 +1,8 @@
 """peft's methods that train virtual tokens before each sequence: prompt tuning, p-tuning, prefix tuning and cartridges.
 
 Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
-tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cartridge/model.py.
+tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cartridge/model.py,
+tuners/multitask_prompt_tuning/model.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import once_each, rewrite_blocks
 from memplan.catalogue.methods.adaption_prompt import with_adaption_prompts
 from memplan.catalogue.methods.trained_tokens import with_trained_tokens
-from memplan.core.ir import Op, Stack, Tensor, Weight
+from memplan.core.ir import Keep, Op, Stack, Tensor, Weight
 from memplan.models.peft_methods import trains_prefix
 
 _SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
@@ -115,6 +116,20 @@ def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:
     return stack._replace(before=tuple(before))
 
 
+def _of_tasks(options: Mapping[str, Any], number: str, prompt: str) -> Iterator[Op]:
+    """The virtual tokens, multiplied in place by the product of two small matrices of each sequence's task."""
+    n, rank, tasks, rows = "prompt_encoder", str(options["num_ranks"]), str(options["num_tasks"]), f"b {number} h"
+    yield Op(f"{n}.tasks", (), (Tensor("prompt.tasks", "b", "int64"),), gradient="none", holds="forward")
+    for y, shape in (("cols", f"{number} {rank}"), ("rows", f"{rank} h")):
+        w = Weight(f"{n}.prefix_task_{y}", f"{tasks} {shape}", "adapter", "fp32", rows=1)
+        yield ops.lookup(f"{n}.{y}", "prompt.tasks", f"prompt.{y}", f"b {shape}", w, "index_select")
+    yield ops.matmul(f"{n}.product", "prompt.cols", "prompt.rows", "prompt.product", rows)
+    yield ops.copy(f"{n}.clone", prompt, "prompt.clone", rows, "none")  # autograd keeps what is overwritten
+    weighed = ops.mul(f"{n}.mul_", prompt, "prompt.product", "prompt.repeated", rows)
+    keeps = (Keep("prompt.product", prompt), Keep("prompt.clone", "prompt.product"))
+    yield weighed._replace(reads=(*weighed.reads, "prompt.clone"), view=True, keeps=keeps)
+
+
 def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> Iterator[Op]:
     """The virtual tokens, put before the embeddings `text` of the others, and their labels."""
     n, one, rows = "prompt_encoder", f"1 {number} h", f"b {number} h"
@@ -129,7 +144,9 @@ def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> 
     yield Op(f"{n}.tokens", (), (Tensor("prompt.ids", f"b {number}", "int64"),), gradient="none", source=_SOURCE)
     table = Weight(f"{n}.embedding.weight", f"{number} h", "adapter", "fp32", rows=1)
     prompt = "prompt.embedded"
-    yield ops.lookup(f"{n}.embedding", "prompt.ids", prompt, one, table)
+    yield ops.lookup(f"{n}.embedding", "prompt.ids", prompt, rows if "num_tasks" in options else one, table)
+    if "num_tasks" in options:
+        yield from _of_tasks(options, number, prompt)
     if "encoder_hidden_size" in options:
         width = str(options["encoder_hidden_size"] or "h")
         for i, (out, into) in enumerate(((width, "h"), (width, width), ("h", width))):
@@ -140,7 +157,8 @@ def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> 
             if i < 2:
                 name, prompt = f"{n}.mlp_head.{2 * i + 1}", f"{prompt}.relu"
                 yield ops.keeping_output(name, f"prompt.{i}", prompt, f"{lead} {out}", "relu")
-    yield ops.copy(f"{n}.repeat", prompt, "prompt.repeated", rows, "new")
+    if "num_tasks" not in options:
+        yield ops.copy(f"{n}.repeat", prompt, "prompt.repeated", rows, "new")
     yield ops.cast(f"{n}.cast", "prompt.repeated", "prompt", rows, f"={text}")
     yield ops.view(f"{n}.held", "prompt", "prompts", rows)._replace(holds="forward")
     cat = ops.cat(f"{n}.cat", ("prompts", text), embeds, "b s h", f"={text}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import DividedLogits, LogitsDtype, LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, FusedGradients, LogitsDtype, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -74,7 +74,8 @@ class AttentionBehaviour(NamedTuple):
 
     sdpa_copies           tensors copied before torch's attention: heads (repeated k and v), all (q, k and v), or none
     flash_2_copies        tensors copied before flash attention 2, likewise
-    no_sdpa               the version has no sdpa for the family, and uses eager attention
+    no_sdpa               the version has no sdpa for the family, and uses eager attention; or only on cards of a lower
+                          compute capability than 8.0
     sdpa_skips_cap        sdpa is used although scores should be capped, and does not cap them
     half_math             torch's plain attention stays in the dtype of its inputs
     rotary_tables         rotary tables kept by every layer: gathered, computed, or none; by the model: cached
@@ -91,7 +92,7 @@ class AttentionBehaviour(NamedTuple):
 
     sdpa_copies: Literal["", "heads", "all"]
     flash_2_copies: Literal["", "heads", "all"]
-    no_sdpa: bool
+    no_sdpa: Literal[False, True, "before 8.0"]
     sdpa_skips_cap: bool
     half_math: bool
     rotary_tables: Literal["", "gathered", "computed", "cached"]
@@ -137,6 +138,8 @@ class ShardingBehaviour(NamedTuple):
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
+    stages_nf4                 FSDP2 with `cpu_ram_efficient_loading`: one process makes the weights NF4, and sends the
+                               others their parts, in bytes
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
                                again
     """
@@ -150,6 +153,7 @@ class ShardingBehaviour(NamedTuple):
     finds_unused: bool
     moves_before_sharding: bool
     quantises_before_sharding: bool
+    stages_nf4: bool
     regathers_weights: bool
 
 
@@ -217,6 +221,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
+    fused_gradients    how Liger's loss of GRPO computes the head's gradient; empty without it
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     """
 
@@ -229,6 +234,7 @@ class TrainerBehaviour(NamedTuple):
     older_trainers: bool
     completion_tokens: int
     divided_logits: DividedLogits
+    fused_gradients: FusedGradients
     reward_caches: bool
 
 

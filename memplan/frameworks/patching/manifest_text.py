@@ -16,7 +16,7 @@ from memplan.frameworks.patching.yaml_text import end_of, newline_of
 from memplan.frameworks.reading.manifests import Container
 from memplan.frameworks.reading.shell import Launched
 
-_KEYS = ("entrypoint", "command", "args")
+_KEYS = ("entrypoint", "command", "args", "run", "commands")
 
 
 def edited_manifest(text: str, command: Launched, container: Container, edits: Mapping[str, Value]) -> str:

@@ -35,12 +35,18 @@ def edited_script(text: str, command: Launched, edits: Mapping[str, Value], expo
 # Where a command or the script around it says how many processes a node has.
 _PROCESSES = re.compile(
     r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =\"',]|\\\r?\n|\r?\n\s*- )+"
-    r"|\bNPROC_PER_NODE=)[\"']?)(?:(\d{1,9})|\$\{?(\w+))"
+    r"|\bNPROC_PER_NODE=)[\"']?)(?:(?P<gpus>\d{1,9})|\$\{?(\w+))"
 )
-_SLURM_GPUS = r"(#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*)(\d{1,9})"
-_VISIBLE = r"(\bCUDA_VISIBLE_DEVICES=[\"']?)(\d{1,9}(?:,\d{1,9})*)"
-_LIMITS = r"(nvidia\.com/gpu[\"']?\s*:\s*[\"']?)(\d{1,9})"
-_DEVICES = r"(\bcount\s*:\s*[\"']?)(\d{1,9})"
+_SLURM_GPUS = r"#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*(?P<gpus>\d{1,9})"
+_VISIBLE = r"\bCUDA_VISIBLE_DEVICES=[\"']?(?P<gpus>\d{1,9}(?:,\d{1,9})*)"
+_LIMITS = r"nvidia\.com/gpu[\"']?\s*:\s*[\"']?(?P<gpus>\d{1,9})"
+_ACCELERATORS = r"\baccelerators\s*:\s*[\"']?\{?\s*[\w-]+\s*:\s*(?P<gpus>\d{1,9})\b"
+_DOCKER = r"\bdocker\s[^\n]{0,400}--gpus[= ](?P<gpus>\d{1,9})\b"
+# `count` of the devices of a Compose file: on their line, or below it and further to the right.
+_DEVICES = (
+    r"^(?P<indent>[ ]*)(?:- )?[^\n#]{0,99}\b(?:devices|gpus)\s*:[^\n]{0,99}?(?:\n(?P=indent)[ -][^\n]{0,99}?){0,9}?"
+    r"\bcount\s*:\s*[\"']?(?P<gpus>\d{1,9})"
+)
 _ACCELERATE = re.compile(r"\baccelerate\s+launch\b")
 
 
@@ -50,15 +56,16 @@ def with_processes(text: str, times: int, per: int) -> str:
     visible. A launcher whose config file says the number is given a flag. Raises SpecError if it does not say it."""
     found = _PROCESSES.search(text)
     if found is not None and found[2] is None:
-        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d{{1,9}})", text)
-    count = int(found[2]) if found is not None else None
-    places = {found.span(2): found[2]} if found is not None else {}
-    for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES):
-        for match in re.finditer(pattern, text):
-            gpus = match[2].count(",") + 1 if pattern == _VISIBLE else int(match[2])
+        by_slurm = found[3].startswith("SLURM_")
+        found = re.search(_SLURM_GPUS if by_slurm else rf"\b{found[3]}=[\"']?(?P<gpus>\d{{1,9}})", text)
+    count = int(found["gpus"]) if found is not None else None
+    places = {found.span("gpus"): found["gpus"]} if found is not None else {}
+    for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES, _DOCKER, _ACCELERATORS):
+        for match in re.finditer(pattern, text, re.MULTILINE):
+            gpus = match["gpus"].count(",") + 1 if pattern == _VISIBLE else int(match["gpus"])
             count = gpus if count is None else count
             if gpus == count:
-                places[match.span(2)] = match[2]
+                places[match.span("gpus")] = match["gpus"]
     launch = _ACCELERATE.search(text)
     if not places and launch is not None and "--config_file" in text[launch.end() :]:
         return f"{text[: launch.end()]} --num_processes {times}{text[launch.end() :]}"

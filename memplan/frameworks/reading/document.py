@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,15 +92,27 @@ def document_of(values: Mapping[str, Any], within: Document, key: str) -> Docume
 
 
 def named_document(name: str, within: Document, key: str) -> Document:
-    """Return the file that a key names: relative to the document, or else to the working directory.
+    """Return the file that a key names: relative to the document, else to the working directory, or to a folder around
+    the document if the name has a folder, too; one that a framework publishes by its path.
 
-    Raises SpecError if neither is a file.
+    Raises SpecError if it is none of these.
     """
     folder = within.path.parent if within.path is not None else Path()
-    for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
+    around = folder.absolute().parents if "/" in name else ()
+    for place in (folder, Path(), *around):
+        path = place / Path(name).expanduser()
         if is_there(path) and not is_folder(path):
             return read_document(str(path))
+    for end, values in _published().items():
+        if f"/{name}".endswith(f"/{end}"):
+            kept = {key: value for key, value in values.items() if key != "title"}
+            return Document(f"{values['title']}'s {Path(end).name}", None, kept, {})
     raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here")
+
+
+@cache
+def _published() -> Mapping[str, Any]:
+    return json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))["configs"]
 
 
 def is_there(path: Path) -> bool:

@@ -19,8 +19,14 @@ _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
 _RANK = 16  # of both, unless it is set
 # Stages of trainers that are not read. Source: train/ppo/trainer.py, train/rm/trainer.py; trl 0.24 value-head models.
 _UNREAD = {
-    "ppo": "it runs with trl 0.8.6 to 0.9.6 only",
-    "rm": "its value head stands next to the language model's head",
+    "ppo": (
+        "its own trainer takes trl 0.8.6 to 0.9.6 only, not the 0.18 to 0.24 that it is installed with; memplan MODEL "
+        "--trainer ppo counts TRL's of 0.24 and later"
+    ),
+    "rm": (
+        "its value head stands next to the language model's, whose logits it computes in fp32, too; memplan MODEL "
+        "--trainer reward --profile trl-0.24 counts a reward model without them"
+    ),
 }
 
 
@@ -33,10 +39,10 @@ def _method(config: Config) -> None:
         trainer.preference(config, loss if loss in ("orpo", "simpo") else stage, "stage", "pref_loss")
         if config.text("ref_model") is not None and loss not in ("orpo", "simpo"):
             config.set("reference", "copy", "ref_model", why="counted as large as the policy")
-    kind = config.word("finetuning_type", "lora", "freeze", "full") or "lora"
+    kind = config.word("finetuning_type", "lora", "oft", "freeze", "full") or "lora"
     bits = config.whole("quantization_bit")
     if bits is not None:
-        if kind != "lora":
+        if kind not in ("lora", "oft"):
             raise config.error("quantization_bit", f"LLaMA-Factory does not quantise under {kind}; use lora")
         if bits not in (4, 8) or config.get("quantization_method") not in _BITSANDBYTES:
             raise config.refuse("quantization_bit", "4 and 8 with bitsandbytes")
@@ -53,8 +59,8 @@ def _method(config: Config) -> None:
         if layers < 0:
             config.leave("freeze_trainable_layers", "the first layers train: the last are counted instead")
         config.set("method.trainable_layers", abs(layers), "freeze_trainable_layers")
-    if kind == "lora":
-        _adapters(config)
+    if kind in ("lora", "oft"):
+        _adapters(config, kind)
     model = trainer.model_of(config)
     if model is not None and model.has_tower:
         if config.said("image_max_pixels") is not None:
@@ -65,8 +71,16 @@ def _method(config: Config) -> None:
         config.set("method.frozen", frozen, *parts.values())
 
 
-def _adapters(config: Config) -> None:
-    if config.said("lora_alpha") is None and config.value("method.rank"):
+def _adapters(config: Config, kind: str) -> None:
+    if kind == "oft":
+        config.set("method.kind", "oft", "finetuning_type")
+        names = {"r": "oft_rank", "oft_block_size": "oft_block_size", "module_dropout": "module_dropout"}
+        whole = {name: config.whole(key) for name, key in [*names.items()][:2]}
+        settings = {**whole, "module_dropout": config.number("module_dropout")}
+        for field in ("rank", "alpha", "dropout"):
+            config.found.pop(f"method.{field}", None)
+        config.set("method.options", {name: value for name, value in settings.items() if value}, *names.values())
+    elif config.said("lora_alpha") is None and config.value("method.rank"):
         config.set("method.alpha", 2 * config.value("method.rank"), "lora_rank", why="twice the rank")
     targets = config.names("lora_target") or ["all"]
     config.set("method.targets", "all-linear" if targets == ["all"] else targets, "lora_target")
@@ -136,7 +150,7 @@ def _evaluation(config: Config) -> None:
     does = str(config.get("eval_strategy")) not in ("no", "None", "False")
     does = does and (bool(config.number("val_size")) or config.said("eval_dataset") is not None)
     trainer.evaluation(config, does, "eval_strategy", "per_device_eval_batch_size")
-    if does and config.flag("compute_accuracy"):
+    if does and config.flag("compute_accuracy") and config.value("trainer") in (None, "sft"):
         config.set("also.evaluation.preprocess", "argmax", "compute_accuracy")
         config.set("also.evaluation.kept_batches", 1, "compute_accuracy", why="assumed: one batch")
 

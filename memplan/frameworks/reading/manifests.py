@@ -1,4 +1,9 @@
-"""Commands of containers: those of a Docker Compose file's services, and of a Kubernetes manifest's pods."""
+"""Commands of containers and tasks: of Docker Compose's services, Kubernetes' pods, KubeAI's models, and SkyPilot's and
+dstack's tasks.
+
+Source: Kubeflow's training-operator and trainer; KubeAI's Model of kubeai.org/v1; SkyPilot 0.14.1 utils/schemas.py,
+skylet/constants.py; dstack 0.22.5 core/models/configurations.py.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,7 @@ from memplan.spec.file import documents_of
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
 _GPU = "/gpu"  # nvidia.com/gpu, amd.com/gpu
 _TRAIN_JOB = ("spec", "trainer")
+_COUNT = re.compile(r":\s*[\"']?(\d{1,4})\b(?![.\w])")  # H100:8, {H100: 8}, 24GB:2, 8
 
 
 class Container(NamedTuple):
@@ -66,11 +72,18 @@ def containers(
 ) -> Iterator[Container]:
     """Yield the commands in a document, in its order. A Compose file's variables are those of `.env` in its folder."""
     shared: dict[str, str] | None = None
+    script = _script(values)
+    if script:
+        line = next((lines[(key,)] for key in ("run", "commands") if (key,) in lines), 0)
+        yield Container(script, _of_task(values), line)
     for path, inner in _mappings(values, ()):
         is_service = len(path) > 1 and path[-2] == "services"
         is_pod = (len(path) > 1 and path[-2] == "containers") or (
             path == _TRAIN_JOB and values.get("kind") == "TrainJob"
         )
+        if path == ("spec",) and values.get("kind") == "Model" and inner.get("engine") == "VLLM":
+            name = str(inner.get("url")).removeprefix("hf://")
+            yield Container(f"vllm serve {shlex.quote(name)} {_text(inner.get('args'))}", {}, lines.get(path, 0), path)
         if path == ("spec",) and values.get("kind") == "RayJob":
             yield Container(_text(inner.get("entrypoint")), {}, lines.get((*path, "entrypoint"), 0), path)
         if not (is_service or is_pod):
@@ -84,6 +97,24 @@ def containers(
             shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
             own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}
             yield Container(text, {**(shared or {}), **_of_operator(values), **own}, line, path)
+
+
+def _script(values: Mapping[str, Any]) -> str:
+    """Return the script of a SkyPilot or dstack task, which asks for resources; empty if it is none."""
+    said: object = values.get("run", values.get("commands")) if "resources" in values else None
+    if isinstance(said, list):
+        return "\n".join(map(str, cast("list[Any]", said)))
+    return said if isinstance(said, str) else ""
+
+
+def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of a SkyPilot or dstack task: its own, and those that say its nodes and their GPUs."""
+    asked: object = _section(values, "resources").get("accelerators", _section(values, "resources").get("gpu"))
+    gpus = min(map(int, _COUNT.findall(f":{asked}")), default=1)  # the fewest, if several kinds of GPUs will do
+    nodes, ranks = str(values.get("num_nodes", values.get("nodes", 1))), str(gpus)
+    own = {**_environment({"env": values.get("env", values.get("envs"))}, None), **visible(gpus)}
+    names = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": ranks, "DSTACK_NODES_NUM": nodes}
+    return {**own, **names, "DSTACK_GPUS_PER_NODE": ranks}
 
 
 def _of_operator(values: Mapping[str, Any]) -> dict[str, str]:

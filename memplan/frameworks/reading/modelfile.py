@@ -74,7 +74,7 @@ def _model(config: Config) -> None:
         if GGUF.fullmatch(tag):
             config.set("serving.weights", tag, "from")
     elif "/" in name and not tag:
-        trainer.set_model(config, name, "from")
+        trainer.checkpoint(config, name, "from", trains=False)
     else:
         _library(config, name)
 

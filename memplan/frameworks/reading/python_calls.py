@@ -234,6 +234,15 @@ class _Names:
         return UNKNOWN
 
 
+def arithmetic(text: str, numbers: Mapping[str, int]) -> int | None:
+    """Return the whole number that an expression of numbers and names is; None if it cannot be told."""
+    try:
+        value = _Names(ast.Module([], []), numbers).value(ast.parse(text.strip(), mode="eval").body, 0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):

@@ -7,7 +7,7 @@ Source: transformers 5.24 modeling_utils.py from_pretrained, utils/quantization_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
@@ -17,9 +17,13 @@ from memplan.frameworks.reading.document import Document
 from memplan.frameworks.reading.python_calls import UNKNOWN, CallsOfScript, PythonCall
 from memplan.frameworks.reading.run_format import RunFormat, format_named
 
-_TRAINERS = {"SFTTrainer": "SFTConfig", "Trainer": "TrainingArguments", "Seq2SeqTrainer": "Seq2SeqTrainingArguments"}
+_OF_TRL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "RLOO")
+_TRAINERS = {f"{name}Trainer": f"{name}Config" for name in _OF_TRL} | {
+    "Trainer": "TrainingArguments",
+    "Seq2SeqTrainer": "Seq2SeqTrainingArguments",
+}
 _CONFIGS = (*_TRAINERS.values(), "UnslothTrainingArguments")
-_OTHERS = ("DPO", "GRPO", "ORPO", "KTO", "PPO", "RLOO", "Reward", "CPO", "Online", "GKD", "XPO", "Nash")
+_OTHERS = ("PPO", "Online", "GKD", "XPO", "Nash", "Distillation", "PRM", "BCO")
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 # Arguments of a call -> keys of TRL's command line.
 _LOADED = {
@@ -47,7 +51,17 @@ _ADAPTERS = {
     "use_rslora": "use_rslora",
     "target_parameters": "lora_target_parameters",
 }
-_TRAINED = {"max_seq_length": "max_length", "packing": "packing", "max_length": "max_length"}
+_TRAINED = {"max_seq_length": "max_length", "packing": "packing", "max_length": "max_length"} | {
+    "max_prompt_length": "max_prompt_length",
+    "beta": "beta",
+}
+# Keys of a config's `model_init_kwargs` -> keys of TRL's command line; memory does not depend on the others.
+_INITIAL = {name: _LOADED[name] for name in ("dtype", "torch_dtype", "attn_implementation", "load_in_4bit")}
+# Beginnings of arguments that memory does not depend on.
+_WITHOUT_MEMORY = (
+    *("output_dir", "push_to_hub", "hub_", "run_name", "report_to", "logging", "trackio", "save", "seed", "max_steps"),
+    *("learning_rate", "lr_scheduler", "warmup", "weight_decay", "num_train_epochs", "vllm_server"),
+)
 # What classes default to where TRL's command line has another default.
 _DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bnb_4bit_quant_type": "fp4", "dtype": "auto"}
 _UNSLOTH_LOADED = {
@@ -94,13 +108,15 @@ _UNSLOTH_DEFAULTS = {
 
 
 class ScriptRun(NamedTuple):
-    """A script as a framework's file: the keys that its calls set, their defaults, and what cannot be told."""
+    """A script as a framework's file: the keys that its calls set, their defaults, what cannot be told, and the
+    trainer as a command of TRL's."""
 
     document: Document
     form: RunFormat
     told: tuple[str, ...]
     defaults: Mapping[str, Any]
     unread: tuple[Unread, ...]
+    command: str = ""
 
 
 class _Keys:
@@ -125,7 +141,9 @@ class _Keys:
             place = self.script.places.get(call.lines[argument], call.lines[argument]) if call is not None else 0
             if value is UNKNOWN:
                 note = "cannot be told without running the script"
-                self.unread.append(Unread(f"{self.script.name}:{place}", argument, note))
+                if not argument.startswith(_WITHOUT_MEMORY):
+                    name = key if argument.isdecimal() else argument
+                    self.unread.append(Unread(f"{self.script.name}:{place}", name, note))
             elif value is not None:
                 self.put(key, value, place, argument if not argument.isdecimal() else "")
 
@@ -143,9 +161,14 @@ class _Keys:
         return Document(self.script.name, self.script.path, self.values, self.lines, self.names)
 
 
+def trainer_of(script: CallsOfScript) -> PythonCall | None:
+    """Return the call that makes a script's first trainer."""
+    return next((call for call in script.calls if call.name in _TRAINERS or call.name == "UnslothTrainer"), None)
+
+
 def run_of_script(script: CallsOfScript) -> ScriptRun:
     """Return the run that a script's first trainer starts. Raises SpecError if there is none."""
-    training = next((call for call in script.calls if call.name in _TRAINERS or call.name == "UnslothTrainer"), None)
+    training = trainer_of(script)
     other = next((c for c in script.calls if c.name.endswith("Trainer") and c.name.startswith(_OTHERS)), None)
     if other is not None and (training is None or other.line < training.line):
         place = script.places.get(other.line, other.line)
@@ -156,6 +179,10 @@ def run_of_script(script: CallsOfScript) -> ScriptRun:
     place = script.places.get(training.line, training.line)
     told = (f"{script.name}:{place} {training.name}",)
     keys = _Keys(script)
+    if loads and training.name not in ("SFTTrainer", "UnslothTrainer", "Trainer", "Seq2SeqTrainer"):
+        raise SpecError(
+            f"{script.name}:{place}: {training.name} with Unsloth is not supported yet; supported: SFTTrainer"
+        )
     if loads:
         return _of_unsloth(keys, _last(loads, training), training, told)
     return _of_transformers(keys, training, told)
@@ -202,18 +229,26 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
     _take_stored(keys, training)
     keys.take(_named(script, training, *_CONFIGS))
+    initial: object = keys.values.pop("model_init_kwargs", None)
+    for name, value in cast("dict[str, Any]", initial).items() if isinstance(initial, dict) else ():
+        if name in _INITIAL and value is not UNKNOWN:
+            keys.put(_INITIAL[name], value, keys.lines[("model_init_kwargs",)], f"model_init_kwargs.{name}")
     adapters = _named(script, training, "LoraConfig")
     keys.take(adapters, _ADAPTERS)
     keys.take(training, _TRAINED)
-    if isinstance(training.arguments.get("model"), str):
-        keys.put("model_name_or_path", training.arguments["model"], training.lines["model"], "model")
+    named = "model" if "model" in training.arguments else "0"
+    if isinstance(training.arguments.get(named), str):
+        keys.put("model_name_or_path", training.arguments[named], training.lines[named], "model")
     if adapters is not None:
         keys.put("use_peft", True, script.places.get(adapters.line, adapters.line), "LoraConfig")
     defaults = dict(_DEFAULTS)
     if load is None:
         del defaults["dtype"]
-    if training.name == "SFTTrainer":
-        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread))
+    if training.name.removesuffix("Trainer") in _OF_TRL:
+        rewards = training.arguments.get("reward_funcs")
+        if isinstance(rewards, str):
+            keys.put("reward_model_name_or_path", rewards, training.lines["reward_funcs"], "reward_funcs")
+        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0])
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None
     return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
-from memplan.core.errors import SpecError, UnknownNameError, nearest, printable
+from memplan.core.errors import SpecError, UnknownNameError, printable
 from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
@@ -27,6 +26,7 @@ from memplan.frameworks.reading.document import (
     with_references,
 )
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
+from memplan.frameworks.reading.unread import by_line, unread_keys
 from memplan.spec.base import Part
 from memplan.spec.file import read_text
 from memplan.spec.run import NEWEST, RunSpec
@@ -36,16 +36,13 @@ if TYPE_CHECKING:
 
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
-_MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
+_MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"model_class": "LLaMA-Factory v1"}
-# Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
-_SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
+_LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
-_ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
 _ADAPTER_FIELDS = tuple(
     f"method.{name}" for name in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 )
@@ -222,7 +219,9 @@ def _read_python(
     from memplan.frameworks.reading.python_script import run_of_script
 
     run = run_of_script(read_script(name, flags))
-    file = read_as(run.document, run.form, None, run.told, companions, typed, own_defaults=run.defaults)
+    file = read_as(
+        run.document, run.form, None, run.told, companions, typed, command=run.command, own_defaults=run.defaults
+    )
     return file._replace(unread=(*file.unread, *run.unread))
 
 
@@ -243,7 +242,7 @@ def read_container(container: Container, name: str) -> RunFile | None:
 
 
 def is_manifest(name: str) -> bool:
-    """Whether a file is a Compose file or a Kubernetes manifest."""
+    """Whether a file is a Compose file, a Kubernetes manifest, or a task of SkyPilot or dstack."""
     return name.lower().endswith((".yaml", ".yml")) and bool(_MANIFEST.search(read_text(name)))
 
 
@@ -278,19 +277,19 @@ def _read_launched(
     keys = ("config", "config_file", *flags) if command.line else ()
     document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
     launcher = command.launcher or _processes(command, form)
-    note, open_keys = "a variable that is not set", {*shell.unresolved(flags)}
+    note, models = "a variable that is not set", {each.model for each in FORMATS.values()}
+    open_keys = {key for key in shell.unresolved(flags) if key not in models or "$" in str(flags[key]).split("/")[-1]}
     silent = form.silent if form is not None else ()
     left_out = [
         Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
     seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
-    if (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys():
-        note = "several GPUs, and no number of processes: one is counted; add --gpus"
-        left_out.append(Unread(f"{name}:{command.line}" if command.line else name, "CUDA_VISIBLE_DEVICES", note))
+    sees_more = (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys()
+    place = f"{name}:{command.line}" if command.line else name
     processes = launcher.get("num_processes")
     if isinstance(processes, str):
         note = f"{printable(processes, 40)} is not known here; add --gpus"
-        left_out.append(Unread(f"{name}:{command.line}" if command.line else name, "the number of processes", note))
+        left_out.append(Unread(place, "the number of processes", note))
         launcher = {key: value for key, value in launcher.items() if key != "num_processes"}
     if launcher:
         launch = shell.launcher_document(launcher, command.line, name)
@@ -301,8 +300,8 @@ def _read_launched(
         companions.setdefault("accelerate", launch)
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
-    script = _script_of(command, path) if form is None and framework is None and not config else None
-    if script is not None:
+    script = _script_of(command, path)
+    if script and form is None and framework is None and not config and "model_name_or_path" not in command.flags:
         file = _read_python(script, resolved, companions, typed)
         return file._replace(unread=(*file.unread, *left_out))
     over: dict[str, Typed] = {}
@@ -320,22 +319,40 @@ def _read_launched(
         if found is None:
             raise SpecError(f"spec: {document.name} names no framework; name it with --framework", "spec")
         form, told = found
-    file = read_as(document, form, version, told, companions, typed, over, command.shown)
+    shown = _trainer_in(script) or command.shown
+    file = read_as(document, form, version, told, companions, typed, over, shown)
     origins = {origin.field: origin for origin in file.origins}
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if variable in command.variables and form.trains:
             is_on = "expandable_segments:true" in command.variables[variable].lower()
             origins["loop.expandable_segments"] = FieldOrigin("loop.expandable_segments", is_on, f"{name}: {variable}")
+    world = origins.get("parallelism.world")
+    if sees_more and (world is None or world.value == 1):
+        note = "several GPUs, and no number of processes: one is counted; add --gpus"
+        left_out.append(Unread(place, "CUDA_VISIBLE_DEVICES", note))
     found = tuple(origins.values())
     return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
 
 
 def _script_of(command: shell.Launched, path: Path | None) -> str | None:
-    """Return the Python script that a command starts, if it is there and the command does not name the model."""
-    if not command.path.endswith(".py") or "model_name_or_path" in command.flags:
+    """Return the Python script that a command starts, if it is there."""
+    if not command.path.endswith(".py"):
         return None
     folders = (path.parent if path is not None else Path(), Path())
     return next((str(folder / command.path) for folder in folders if is_there(folder / command.path)), None)
+
+
+def _trainer_in(script: str | None) -> str:
+    """Return a script's name and the class of its trainer; empty if it has none that is known."""
+    if script is None:
+        return ""
+    from memplan.frameworks.reading.python_calls import read_script
+    from memplan.frameworks.reading.python_script import trainer_of
+
+    with suppress(SpecError):
+        training = trainer_of(read_script(script))
+        return f"{Path(script).name} {training.name}" if training is not None else ""
+    return ""
 
 
 def _flags(command: shell.Launched, form: RunFormat | None) -> tuple[dict[str, Any], str]:
@@ -441,7 +458,7 @@ def _later(document: Document) -> str:
     names = {path for path, _ in paths(document.values)} | document.values.keys()
     for key, title in _LATER.items():
         if key in names:
-            return f"{document.where(key)}: {key}: {title}'s files are not read yet"
+            return f"{document.where(key)}: {key}: {title} files are not read yet"
     return ""
 
 
@@ -512,9 +529,9 @@ def read_as(
     if config.value("method.kind") not in ADAPTERS:
         for field in (*_ADAPTER_FIELDS, "method.quantization"):
             config.found.pop(field, None)
-    config.unread += _unread(config, form, keys)
+    config.unread += unread_keys(config, form, keys)
     origins = tuple(config.found.values())
-    unread = tuple(sorted(config.unread, key=lambda each: _by_line(each.where)))
+    unread = tuple(sorted(config.unread, key=lambda each: by_line(each.where)))
     applied = frozenset(field for field in typed_keys.values() if field in config.found)
     return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied, source)
 
@@ -553,39 +570,6 @@ def profile_of(framework: str, version: str) -> str:
     numbers = {name: version_number(name.removeprefix(f"{framework}-")) for name in names}
     older = [name for name in names if numbers[name] <= version_number(version)]
     return max(older, key=numbers.__getitem__) if older else min(names, key=numbers.__getitem__)
-
-
-def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
-    """Yield the keys that may take memory and that no rule read: known ones that matter, and unknown ones."""
-    sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
-    for path in config.left():
-        top = path.partition(".")[0]
-        value = config.document.values.get(top)  # None for a key with a dot of its own
-        matter = form.matter.get(path) or form.matter.get(top)
-        if matter is not None:
-            if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):
-                yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
-        elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
-            if top.startswith(_SILENT):
-                continue
-            near = nearest(name, known, 1)
-            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
-            hint = f"; did you mean {near[0]}?" if is_near else ""
-            yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
-
-
-def _by_line(where: str) -> tuple[str, int]:
-    """Return a file and a line, to sort by."""
-    name, _, line = where.rpartition(":")
-    return (name, int(line)) if line.isdecimal() else (where, 0)
-
-
-def _name(path: str, sections: Collection[str]) -> str:
-    """Return the part of a key's path by which it is known: one name, two in a section, all where sections nest."""
-    if path.partition(".")[0] in {key.partition(".")[0] for key in sections if "." in key}:
-        return path
-    top, _, rest = path.partition(".")
-    return f"{top}.{rest.partition('.')[0]}" if rest and top in sections else top
 
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:

@@ -34,17 +34,24 @@ _SLURM = {
     "SLURM_GPUS_PER_NODE": "gpus-per-node",
     "SLURM_CPUS_PER_TASK": "cpus-per-task",
 }
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]{0,1000}))?\})")  # bounded: braces may never be closed
+# $A, ${A}, ${A[@]}, ${A:-text}; bounded: braces may never be closed
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]((?:[^{}]|\{[^{}]*\}){0,1000}))?\})")
 # $((A * B)), $(expr 16 / $A)
-_ARITHMETIC = re.compile(r"\$(?:\(\(([^()]{1,200})\)\)|\(expr +([^()]{1,200})\))")
-_FACTOR = re.compile(r"\s*([*/]?)\s*(?:\$?\{?([A-Za-z_]\w{0,99})\}?|(\d{1,9}))\s*")
+_ARITHMETIC = re.compile(r"\$(?:\(\((.{1,200}?)\)\)(?!\))|\(expr +([^()]{1,200})\))")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
+_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*?)\)\s*(?:#[^\n]*)?", re.DOTALL)
+_OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
+_REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
+_READ = re.compile(r"\s*(?:IFS=\S* )?read\b.*?(\w+)\s*<<")  # read -r -d '' NAME <<EOF
 _ALL = "every GPU that it sees"
 COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
 _MOST_GPUS = 1024  # of a machine
 _MOST_DIGITS = 10
+_CONTINUED = "\\\n"
+_LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
 _LONGEST_QUOTE = 200  # lines
+_MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
@@ -102,6 +109,12 @@ class Launched(NamedTuple):
         return f"{self.program} {self.subcommand}".strip()
 
     @property
+    def may_train(self) -> bool:
+        """Whether it is no script without a launcher, a file or a model, which may as well prepare data."""
+        is_bare = self.program.endswith(".py") and not self.launcher and not self.config
+        return not is_bare or any("model" in flag for flag in self.flags)
+
+    @property
     def config(self) -> str:
         """The first word, or the short flag, that is a file with a run's keys; empty if there is none."""
         return next(filter(is_config, (*self.words, str(self.flags.get("c", "")))), "")
@@ -126,13 +139,18 @@ def launched(
     line       the line of all commands, if they are not a script's; 0 for a command that is typed
     folder     where files of variables that it sources are, if not in the working directory
     """
-    skipped = ""
+    skipped, script = "", None
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
-        found = _launched(words, environment, at, programs)
-        if isinstance(found, Launched):
+        found = _launched(words, environment, at, programs, folder)
+        if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
+        if isinstance(found, Launched):
+            script = script or found
+            continue
         skipped = skipped or (f"{name}:{at}: {found}" if found and at else found or "")
+    if script is not None:
+        return script
     *others, last = sorted(name for name in programs if "." not in name and "_" not in name)
     known = f"accelerate launch, torchrun, deepspeed, tune run, {', '.join(others)} and {last} are read"
     raise SpecError(skipped or f"{name} does not train or serve; {known}")
@@ -167,30 +185,48 @@ def visible(gpus: int) -> dict[str, str]:
 def variables_of(name: str, folder: Path | None) -> dict[str, str]:
     """Return the variables that a `.env` file in the folder, or the working directory, sets; none if it is not read."""
     out: dict[str, str] = {}
-    candidates = (place / name for place in (folder or Path(), Path()))
-    path = next((each for each in candidates if is_there(each) and is_file(each)), None)
-    if path is None:
-        return out
-    with suppress(SpecError, OSError):
-        for line in read_text(str(path)).splitlines():
-            with suppress(ValueError):  # a quote that is not closed
-                for match in filter(None, map(_ASSIGNMENT.fullmatch, shlex.split(line, comments=True))):
-                    out[match[1]] = " ".join(resolved(match[2], out))
+    for line in _near_text(name, folder).splitlines():
+        with suppress(ValueError):  # a quote that is not closed
+            for match in filter(None, map(_ASSIGNMENT.fullmatch, shlex.split(line, comments=True))):
+                out[match[1]] = " ".join(resolved(match[2], out))
     return out
+
+
+def _near_text(name: str, folder: Path | None) -> str:
+    """Return the text of a file in the folder, or the working directory; empty if it is not read."""
+    for path in (place / Path(name).expanduser() for place in (folder or Path(), Path())):
+        with suppress(SpecError, OSError):
+            if is_there(path) and is_file(path):
+                return read_text(str(path))
+    return ""
 
 
 def _commands(
     text: str, name: str, variables: Mapping[str, str], folder: Path | None = None
 ) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
-    variables = dict(variables)
+    variables, spent = dict(variables), 0
     for line, joined in _joined_lines(text):
+        array = _ARRAY.fullmatch(joined)
         try:
-            words = shlex.split(_ARITHMETIC.sub(partial(_product, variables), joined), comments=True)
+            text = array[3] if array is not None else joined
+            words = shlex.split(_ARITHMETIC.sub(partial(_computed, variables), text), comments=True)
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
+        if array is not None:  # NAME=(a b), NAME+=(c)
+            before = variables.get(array[1], "") if array[2] else ""
+            parts = shlex.join(part for word in words for part in resolved(word, variables))
+            spent += len(parts)
+            if len(before) + len(parts) < min(_LONGEST_VALUE, _MOST_TEXT - spent):
+                variables[array[1]] = f"{before} {parts}".strip()
+            elif spent > _MOST_TEXT:
+                variables[array[1]] = ""
+            continue
         for simple in _simple(words):
             command = [part for word in simple for part in resolved(word, variables)]
+            spent += sum(map(len, command))
+            if spent > _MOST_TEXT:
+                raise SpecError(f"{name}:{line}: the variables of the script hold too much text")
             if command[:1] in (["export"], ["set"]):
                 command = command[1:]
             if command[:1] in (["source"], ["."]) and len(command) > 1:
@@ -208,29 +244,36 @@ def _commands(
 
 
 def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each line with the lines that continue it or its quotes, and its number; without here-documents."""
-    start, joined, end = 1, "", ""
-    for number, line in enumerate(text.splitlines(), 1):
+    """Yield each line with the lines that continue it, its quotes or its array, and its number. A here-document is left
+    out, or a variable's value if `read` gets it."""
+    start, joined, end, name, here = 1, "", "", "", ""
+    for number, line in enumerate((line if len(line) < _LONGEST_LINE else "" for line in text.splitlines()), 1):
         if end:
-            end = "" if line.strip() == end else end
+            is_end = line.strip() == end
+            here += "" if is_end else f"{line}\n"
+            if is_end and name:
+                yield start, f"{name}={shlex.quote(here.replace(_CONTINUED, ' '))}"
+            end, name, here = ("", "", "") if is_end else (end, name, here)
             continue
         start = start if joined else number
         if line.rstrip().endswith("\\"):
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
-        if number - start < _LONGEST_QUOTE and _is_open(joined):
+        if number - start < _LONGEST_QUOTE and len(joined) < _LONGEST_LINE and _is_open(joined, line):
             joined += "\n"
             continue
-        here = _HERE.search(joined)
-        end = here[1] if here is not None else ""
+        ending, reading = _HERE.search(joined), _READ.match(joined)
+        end, name = ending[1] if ending is not None else "", reading[1] if reading is not None else ""
         yield start, joined
         joined = ""
     yield start, joined
 
 
-def _is_open(text: str) -> bool:
-    """Whether a quote in the text is not closed."""
+def _is_open(text: str, last: str) -> bool:
+    """Whether a quote in the text is not closed, or an array whose last line is given."""
+    if _OPEN_ARRAY.match(text) and not re.search(r"^[^#]*\)\s*(?:#.*)?$", last):
+        return True
     try:
         shlex.split(text, comments=True)
     except ValueError:
@@ -239,15 +282,19 @@ def _is_open(text: str) -> bool:
 
 
 def _simple(words: list[str]) -> Iterator[list[str]]:
-    """Yield the words of each command in a line."""
+    """Yield the words of each command in a line, without redirections, `> a.log 2>&1`, and the script's own words."""
     command: list[str] = []
+    is_file = False
     for word in words:
-        if word in _ENDS or word.endswith(";"):
-            command += [word[:-1]] if word.endswith(";") and len(word) > 1 else []
+        redirection = _REDIRECTION.fullmatch(word)
+        is_word = redirection is None and not is_file and not word.startswith(("$@", "$*", "${@"))
+        is_file = redirection is not None and not redirection[1]
+        if word in _ENDS or word.endswith(";") or (redirection is not None and "|" in word):  # 2>&1|tee a.log
+            command += [word[:-1]] if is_word and word.endswith(";") and len(word) > 1 else []
             if command:
                 yield command
             command = []
-        else:
+        elif is_word:
             command.append(word)
     if command:
         yield command
@@ -257,23 +304,25 @@ def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
     """Return a word with the variables that the script sets; a variable alone is split into words."""
 
     def value(match: re.Match[str]) -> str:
-        return variables.get(match[1] or match[2], match[3] if match[3] is not None else match[0])
+        default = match[0] if match[3] is None else _VARIABLE.sub(value, match[3])
+        return variables.get(match[1] or match[2], default)
 
     text = _VARIABLE.sub(value, word)
     if len(text) > max(_LONGEST_VALUE, len(word)):
         return [word]
+    if "[@]}" in word and _VARIABLE.fullmatch(word) and text != word:
+        with suppress(ValueError):
+            return shlex.split(text)
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
-def _product(variables: Mapping[str, str], match: re.Match[str]) -> str:
-    """Return the product or quotient of numbers and variables that a shell would compute, as text; else what it is."""
-    text, value, end = (match[1] or match[2]).replace("\\*", "*"), 1, 0
-    while (factor := _FACTOR.match(text, end)) is not None and bool(factor[1]) == bool(end):
-        number = _number(factor[3] or variables.get(factor[2], ""))
-        if not number or value > 2**53:
-            return match[0]
-        value, end = value // number if factor[1] == "/" else value * number, factor.end()
-    return str(value) if end == len(text) else match[0]
+def _computed(variables: Mapping[str, str], match: re.Match[str]) -> str:
+    """Return what a shell would compute of whole numbers and variables, as text; else what it is."""
+    from memplan.frameworks.reading.python_calls import arithmetic
+
+    text = re.sub(r"\$\{?(\w+)\}?|\\", r"\1", match[1] or match[2]).replace("/", "//")
+    value = arithmetic(text, {name: number for name, each in variables.items() if (number := _number(each))})
+    return match[0] if value is None else str(value)
 
 
 def _number(text: str) -> int:
@@ -281,13 +330,42 @@ def _number(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else 0
 
 
-def _of_mpi(words: list[str]) -> dict[str, Any]:
-    """Return what the flags of an MPI launcher say as accelerate's config."""
-    ranks = next((_number(value) for flag, value in pairwise(words) if flag in ("-np", "-n", "--np")), 0)
-    return {"distributed_type": "MULTI_GPU"} | ({"num_processes": ranks, COUNTED: "np"} if ranks else {})
+def _of_mpi(words: list[str], folder: Path | None) -> dict[str, Any]:
+    """Return what the flags of an MPI launcher say as accelerate's config: a number of processes, or hosts."""
+    _, flags = flags_of(words)
+    ranks = next((_number(str(flags[name])) for name in ("np", "n") if name in flags), 0)
+    hosts = next((str(flags[name]) for name in ("H", "host") if name in flags), "")
+    files = (_slots(str(flags[name]), folder) for name in ("hostfile", "machinefile") if name in flags)
+    slots = [_number(host.partition(":")[2]) or 1 for host in hosts.split(",") if host]
+    slots = slots or [slot for file in files for slot in file]
+    ranks, by = (ranks, "np") if ranks else (sum(slots), "slots of its hosts")
+    return {"distributed_type": "MULTI_GPU"} | ({"num_processes": ranks, COUNTED: by} if ranks else {})
 
 
-def _launched(words: list[str], variables: Mapping[str, str], line: int, programs: Programs) -> Launched | str | None:
+def _slots(name: str, folder: Path | None) -> list[int]:
+    """Return the slots of each host in a file of hosts, `worker-1 slots=8`; none if the file is not here."""
+    text = _near_text(name, folder)
+    lines = [line.partition("#")[0] for line in text.splitlines()]
+    found = (re.search(r"slots\s*=\s*(\d{1,4})|:(\d{1,4})\s*$", line) for line in lines if line.strip())
+    return [int(match[1] or match[2]) if match is not None else 1 for match in found]
+
+
+def _of_container(words: list[str], variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the flags of a container's or a job step's command set: `--gpus 2`, `--gres=gpu:2`."""
+    out = _directives("\n".join(f"#SBATCH {flag} {value}" for flag, value in pairwise([*words, ""])))
+    for flag, value in pairwise([*words, ""]):
+        name, _, own = flag.lstrip("-").partition("=")
+        said = (own or value).strip("\"'")
+        if flag.startswith("--gpus"):
+            out |= visible(said.count(",") + 1 if said.startswith("device=") else _number(said))
+        match = _ASSIGNMENT.fullmatch(said)
+        out |= {match[1]: match[2]} if name in ("e", "env") and match is not None else {}
+    return {**variables, **out}
+
+
+def _launched(
+    words: list[str], variables: Mapping[str, str], line: int, programs: Programs, folder: Path | None = None
+) -> Launched | str | None:
     """Return the command if it trains or serves; why it is not read, if its program is known; else None."""
     launcher: dict[str, Any] = {}
     while words:
@@ -300,15 +378,18 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
         elif program == "tune" and rest[:1] == ["run"]:
             words, launcher = _launcher(rest[1:], launcher, "nproc_per_node", "nnodes", variables)
         elif program == "deepspeed":
-            words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes", variables)
+            words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes", variables, folder)
         elif program in _MPI:
             words = _inside(rest, programs)
-            launcher = _of_mpi(rest[: max(len(rest) - len(words), 0)])
+            launcher = _of_mpi(rest[: max(len(rest) - len(words), 0)], folder)
         elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
-            inner = (_launched(each, own, line, programs) for _, each, own in _commands(rest[1], program, variables))
+            inner = (
+                _launched(each, own, line, programs, folder) for _, each, own in _commands(rest[1], program, variables)
+            )
             return next((each for each in inner if each), None)
         elif program in _CONTAINERS:
             words = _inside(rest, programs)
+            variables = _of_container(rest[: max(len(rest) - len(words), 0)], variables)
         elif words[0] in ("-m", "--module") or program in _WRAPPERS or (words[0].startswith("-") and launcher == {}):
             words = rest
         else:
@@ -343,10 +424,11 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
 def _inside(words: list[str], programs: Programs) -> list[str]:
     """Return the command that a container or a job step runs: from a program that is known, or of an image."""
     for index, word in enumerate(words):
-        entry = entry_point(word)
+        entry, name = entry_point(word), PurePath(word).name
         if entry:
             return [*entry, *words[index + 1 :]]
-        if PurePath(word).name in (*programs, *_LAUNCHERS, *_SHELLS, "python", "python3"):
+        is_image = bool(programs.get(name)) and words[index + 1 : index + 2] and words[index + 1] in _LAUNCHERS
+        if not is_image and name in (*programs, *_LAUNCHERS, *_SHELLS, *_MPI, "python", "python3"):
             return words[index:]
     return []
 
@@ -362,7 +444,12 @@ def _partition(words: list[str], end: str) -> tuple[list[str], list[str], list[s
 
 
 def _launcher(
-    words: list[str], before: dict[str, Any], per_node: str, nodes: str, variables: Mapping[str, str]
+    words: list[str],
+    before: dict[str, Any],
+    per_node: str,
+    nodes: str,
+    variables: Mapping[str, str],
+    folder: Path | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the words after a launcher's flags, and the flags as accelerate's config. Unset, torchrun's are variables,
     and accelerate and DeepSpeed start a process for every GPU that they see."""
@@ -386,6 +473,10 @@ def _launcher(
         str(flags.get(name, variables.get(f"PET_{name.upper()}", default)))
         for name, default in ((per_node, ""), (nodes, "1"))
     )
+    hosts = _slots(str(flags["hostfile"]), folder) if "hostfile" in flags else []
+    hosts = hosts[: _number(str(flags.get(nodes, ""))) or None]
+    if hosts and "include" not in flags:
+        ranks, machines = (ranks, str(len(hosts))) if ranks.isdecimal() else (str(sum(hosts)), "1")
     seen = str(flags.get("include", "")).rpartition(":")[2] or variables.get("CUDA_VISIBLE_DEVICES", "")
     takes_all = not ranks and per_node in ("num_processes", "num_gpus") and "config_file" not in flags
     if seen and (takes_all or ranks in ("gpu", "auto")):

@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
-from memplan.frameworks.reading.document import Document, paths
-from memplan.models.cards import card_names, find_config, find_model, other_format
+from memplan.frameworks.reading.document import Document, is_there, paths
+from memplan.models.cards import card_names, find_config, find_model, is_bundled, other_format
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch
 
@@ -232,10 +234,14 @@ def lower_precision(config: Config, weights: str, casts: str | None, *keys: str)
 
 def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
     """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
-    kind = config.value("trainer")
-    if does and kind not in (None, "sft"):
+    kind, groups = config.value("trainer") or "sft", "num_generations_eval"
+    if does and TRAINERS[kind].own_loop:
         config.leave(why_key, f"the evaluation of trainer {kind} is not counted yet")
-    if not does or kind not in (None, "sft"):
+        does = False
+    if does and TRAINERS[kind].completions and config.said(groups) is not None:
+        config.leave(groups, "an evaluation with another number of completions of a prompt is not counted yet")
+        does = False
+    if not does:
         for field in [field for field in config.found if field.startswith("also.evaluation.")]:
             del config.found[field]
         return
@@ -286,7 +292,13 @@ def degrees(config: Config) -> None:
     for name in ("tp", "pp", "cp"):
         model_ranks *= config.value(f"parallelism.{name}") or 1
     world = config.value("parallelism.world") or model_ranks
-    if world == 1 and "parallelism.strategy" in config.found and "parallelism.world" not in config.found:
+    launch = config.companions.get("accelerate")
+    is_launched = launch is not None and "num_processes" not in launch.values
+    if (
+        world == 1
+        and (is_launched or "parallelism.strategy" in config.found)
+        and "parallelism.world" not in config.found
+    ):
         config.set("parallelism.world", 1, why="assumed: the file does not say how many GPUs; add --gpus")
     if world > 1:
         why = config.found.get("parallelism.world") or next(
@@ -427,28 +439,50 @@ def fsdp(config: Config, section: Document | None, version: int, words: str) -> 
 def set_model(config: Config, name: str | None, *keys: str, why: str = "") -> None:
     """Set the model that a file names, unless one is typed."""
     if name and "model" not in config.options:
-        config.set("model", name, *keys, why=why)
+        known, by_folder = _by_folder(name)
+        config.set("model", known, *keys, why=", ".join(filter(None, (why, by_folder))))
 
 
-_FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16)")
+def _by_folder(name: str) -> tuple[str, str]:
+    """Return the model that a path's last folder or GGUF file is named after, and why, if it is not here; else the name
+    itself."""
+    path = name.replace("\\", "/").rstrip("/")
+    cached = [folder.rpartition("--")[2] for folder in path.split("/") if folder.startswith("models--")]
+    last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
+    last = _GGUF_FILE.sub(r"\1-\2-GGUF", last)
+    is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
+    is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
+    if is_path and not is_address and not is_there(Path(name).expanduser()):
+        with suppress(MemplanError):
+            if other_format(last) or is_bundled(last):
+                return last, "assumed: by the name of a path that is not here"
+    return name, ""
+
+
+_FORMAT = re.compile(r"--(?:quant-format|stored) ((?:awq|gptq)-\w+|fp8|w4a16|I?Q\d_\w+)|--method (qlora)")
+_GGUF_FILE = re.compile(r"(?i)(.+?)[.-](i?q\d_\w+?)(?:-\d+-of-\d+)?\.gguf")  # of one or several parts
 
 
 def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
-    """The model that a key names. A known one's checkpoint in AWQ, GPTQ or FP8 is that model in the format, unless its
-    own config is cached."""
+    """The model that a key names. A known one's checkpoint in AWQ, GPTQ, FP8 or bitsandbytes' nf4 is that model in the
+    format, unless its own config is cached."""
+    name, why = _by_folder(name)
     card, options = other_format(name) or (name, "")
     match = _FORMAT.search(options)
-    format = match[1] if match is not None and not (trains and "-int" not in match[1]) else ""
+    stored, is_nf4 = match.groups() if match is not None else ("", "")
+    format = "nf4" if is_nf4 and trains else stored if stored and not (trains and "-int" not in stored) else ""
     if format:
         with suppress(MemplanError):
             find_config(name)
             format = ""
     if not format:
-        config.set("model", name, key)
+        config.set("model", name, key, why=why)
         return
-    why = "by the checkpoint's name"
+    why = why or "by the checkpoint's name"
     config.set("model", card, key, why=why)
     config.set("method.quantization.format" if trains else "serving.weights", format, key, why=why)
+    if format == "nf4":
+        config.set("method.quantization.double_quant", True, key, why=f"{why}, as Unsloth makes them")
 
 
 def card_of(family: str, version: str, size: str) -> str | None:

@@ -6,8 +6,10 @@ get_quantization_config, get_peft_config; transformers 5.24 training_args.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+from memplan.core.errors import SpecError
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, version_number
 from memplan.models.peft_methods import default_targets
@@ -34,17 +36,36 @@ _REWARD = "reward_model_name_or_path"
 _SFT_LOSSES = ("nll", "chunked_nll")
 
 
+_GENERATING = ("grpo", "rloo", "distillation")
+_COMPARING = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
+_LATER = ("ppo", "onlinedpo", "gkd", "xpo", "prm", "bco")
+_HINT = "--trainer names another"
+
+
+def _command(config: Config) -> str:
+    """Return the trainer that a command or script names: `trl dpo`, `reward_modeling.py`, `train.py:7 KTOTrainer`."""
+    name = config.command.lower().replace("trainer", "").replace("online_dpo", "onlinedpo")
+    words = re.findall("[a-z]+", name)
+    later = [word.upper() for word in words if word in _LATER and name.endswith(".py")]
+    if later:
+        raise SpecError(f"spec: {config.command} is taken for {later[0]}, which is not supported yet; {_HINT}", "spec")
+    return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "sft")), "")
+
+
 def _trainer(config: Config) -> None:
-    subcommand = config.command.rpartition(" ")[2]
     typed = config.options.get("trainer")
-    named = typed or subcommand
-    if named in ("grpo", "rloo", "distillation"):
-        _generation(config, "distill" if named == "distillation" else named, why=f"trl {named}")
+    named = typed or _command(config)
+    is_by_name = typed is None and config.command.endswith(".py")
+    why = f"assumed: the script is {config.command}; {_HINT}" if is_by_name else config.command or f"trl {named}"
+    if named == "cpo" and config.get("loss_type") == "simpo" and not config.number("cpo_alpha"):
+        named = "simpo"
+    if named in _GENERATING:
+        _generation(config, "distill" if named == "distillation" else named, why=why)
         return
-    if typed is not None or subcommand in ("dpo", "kto", "reward"):
-        trainer.preference(config, named, why=f"trl {named}")
+    if typed is not None or named in _COMPARING:
+        trainer.preference(config, named, why=why)
         return
-    for title, keys in _OTHER_TRAINERS.items():
+    for title, keys in _OTHER_TRAINERS.items() if not named else ():
         for key in keys:
             if config.said(key) is None:
                 continue
@@ -141,7 +162,8 @@ def _batch(config: Config) -> None:
             config.leave("padding_free", "batches are counted as padded")
         trainer.padding(config, False)
     elif config.flag("packing"):
-        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped")
+        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped", "ffd")
+        strategy = "bfd" if strategy == "ffd" else strategy  # trl 0.18's name
         trainer.packing(config, strategy, "packing", "packing_strategy")
     else:
         trainer.packing(config, "padding_free" if config.flag("padding_free") else None, "padding_free")

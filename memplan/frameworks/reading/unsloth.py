@@ -19,9 +19,15 @@ _ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit", "-unsloth", "-instruct", "-it", "-
 
 
 def original(config: Config) -> None:
-    """Unsloth's copies of a model have its name: unsloth/Meta-Llama-3.1-8B-bnb-4bit."""
-    name = config.value("model")
-    if not isinstance(name, str) or not name.startswith("unsloth/") or trainer.model_of(config) is not None:
+    """Unsloth's copies of a model have its name: unsloth/Meta-Llama-3.1-8B-bnb-4bit. Its loader chooses among them by
+    `load_in_4bit`, whatever the name says."""
+    name = config.get("model")
+    if not isinstance(name, str) or not name.startswith("unsloth/") or "model" in config.options:
+        return
+    config.set("model", name, "model")
+    for field in ("method.quantization.format", "method.quantization.double_quant"):
+        config.found.pop(field, None)
+    if trainer.model_of(config) is not None:
         return
     card = name.partition("/")[2].lower().removeprefix("meta-")
     for ending in ("", *_ENDINGS):

@@ -26,6 +26,9 @@ def _config_name(config: Config) -> None:
     config.get("config_path")
     if "megatron" in name:
         raise config.refuse("config_name", "ppo_trainer, with FSDP")
+    megatron = f"{_ACTOR}.megatron"
+    if config.said(megatron) is not None:
+        raise config.error(megatron, "verl with Megatron is not supported yet; supported: fsdp, fsdp2")
     if name not in ("ppo_trainer", "sft_trainer", "sft_trainer_engine"):
         config.leave("config_name", "the file's keys are not read: they are verl's defaults")
 
@@ -72,6 +75,9 @@ def _micro_batch(config: Config) -> None:
     if config.flag(f"{_ACTOR}.use_dynamic_bsz"):
         key = f"{_ACTOR}.ppo_max_token_len_per_gpu"
         micro = trainer.largest_micro_batch(config, (config.whole(key) or 0) // max(length, 1), each)
+    elif micro is None and config.said(f"{_ACTOR}.ppo_micro_batch_size") is not None:  # verl until 0.5, among all GPUs
+        key = f"{_ACTOR}.ppo_micro_batch_size"
+        micro = max((config.whole(key) or 1) // (config.value("parallelism.world") or 1), 1)
     elif micro is None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
     config.set("batch.micro", micro, key)

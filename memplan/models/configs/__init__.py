@@ -29,8 +29,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek dots1 ernie4_5_moe exaone_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe "
-        "phimoe qwen2_moe qwen3_moe solar_open",
+        "dbrx deepseek dots1 ernie4_5_moe exaone_moe glm4_moe granitemoe granitemoeshared hunyuan_v1_moe minimax_m2 "
+        "mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open",
     ),
     "vision": (
         "vision-language",
@@ -49,8 +49,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",
-        "bart bert camembert deberta-v2 distilbert electra m2m_100 mbart modernbert mpnet mt5 pegasus roberta "
-        "xlm-roberta t5 whisper vit",
+        "bart bert camembert data2vec-text deberta-v2 distilbert electra m2m_100 marian mbart modernbert mpnet mt5 "
+        "pegasus roberta xlm-roberta t5 umt5 whisper vit",
     ),
 }
 MODULES: dict[str, str] = {

@@ -195,6 +195,13 @@ def _halves(m: ModelFacts) -> dict[str, int]:
     return {"D": m.config_int("decoder_layers", most=MOST_LAYERS), "fd": m.config_int("decoder_ffn_dim")}
 
 
+def _marian(m: ModelFacts) -> Mapping[str, int]:
+    if not m.get("share_encoder_decoder_embeddings", True):
+        key = "share_encoder_decoder_embeddings"
+        raise UnsupportedModelError(f"{key}: false is not supported yet for marian; supported: true", key)
+    return _halves(m)
+
+
 def _whisper(m: ModelFacts) -> Mapping[str, int]:
     frames = _frames(m)
     return {**_halves(m), "s": frames, "frames": 2 * frames, "mel": m.config_int("num_mel_bins", 80)}
@@ -231,6 +238,12 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
         "D2": decoders - 1,
         **_buckets(m),
     }
+
+
+def _umt5(m: ModelFacts) -> Mapping[str, int]:
+    """Return T5's axes: every layer is one that makes a bias."""
+    axes = _t5(m)
+    return {**axes, "L1": axes["L1"] + axes["L2"], "L2": 0, "D1": axes["D1"] + axes["D2"], "D2": 0}
 
 
 _T5_ROW = Family(
@@ -280,7 +293,6 @@ _BART = Family(
     gated=False,
     lengths=LengthFacts(learned=True, target=_positions),
     stack="bart",
-    generation=GenerationFacts(is_modelled=False),
     serving=ServingFacts(is_modelled=False),
 )
 
@@ -289,6 +301,7 @@ FAMILIES: dict[str, Family] = {
     "bart": _BART,
     "bert": _ENCODER,
     "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
     "deberta-v2": _ENCODER._replace(
         defaults={
             **_BERT,
@@ -358,6 +371,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BART.defaults, "vocab_size": 128112, "activation_function": "relu", "attention_dropout": 0.1},
         lengths=LengthFacts(target=_any_target),
     ),
+    "marian": _BART._replace(defaults={**_BART.defaults, "vocab_size": 58101}, axes=_marian),
     "mbart": _BART,
     "pegasus": _BART,
     "roberta": _ROBERTA,
@@ -371,6 +385,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
     "t5": _T5_ROW,
+    "umt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}, axes=_umt5),
     "whisper": Family(
         _WHISPER,
         keys=_WHISPER_KEYS,

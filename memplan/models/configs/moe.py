@@ -39,6 +39,9 @@ def expert_axes(
     return axes
 
 
+_LOCAL_EXPERTS = expert_axes("num_local_experts", width="intermediate_size")
+
+
 def every_layer(m: ModelFacts) -> tuple[Layer, ...]:
     """Return layers that all have experts."""
     layer = Layer(m.sliding_window is not None, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
@@ -159,7 +162,7 @@ def _hunyuan(m: ModelFacts) -> Mapping[str, int]:
 def _phi(m: ModelFacts) -> Mapping[str, int]:
     if m.config_int("num_experts_per_tok") != 2:
         raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
-    return expert_axes("num_local_experts", width="intermediate_size")(m)
+    return _LOCAL_EXPERTS(m)
 
 
 def _exaone(m: ModelFacts) -> Mapping[str, int]:
@@ -178,6 +181,10 @@ _exaone_windows = all_but_every(4, unrotated="among windows")
 def _exaone_layers(m: ModelFacts) -> tuple[Layer, ...]:
     """Return EXAONE 4's layers, with experts in all but the first."""
     return tuple(a._replace(ffn=b.ffn) for a, b in zip(_exaone_windows(m), dense_or_sparse(m), strict=True))
+
+
+def _granite_shared(m: ModelFacts) -> Mapping[str, int]:
+    return {**_LOCAL_EXPERTS(m), "fs": m.config_int("shared_intermediate_size", least=0)}
 
 
 def _glm(m: ModelFacts) -> Mapping[str, int]:
@@ -202,10 +209,20 @@ GGUF_BOTH_EXPERTS = {
 _MOE = Family(
     {},
     layers=every_layer,
-    axes=expert_axes("num_local_experts", width="intermediate_size"),
+    axes=_LOCAL_EXPERTS,
     stack="mixtures",
     checkpoint=CheckpointFacts(experts="split"),
     parallel=ParallelFacts(plans.MIXTURE, experts=True, context=True),
+)
+_GRANITE = Family(
+    {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
+    keys=ConfigKeys({"head_dim": ()}),
+    layers=every_layer,
+    axes=_LOCAL_EXPERTS,
+    stack="mixtures",
+    checkpoint=CheckpointFacts(gguf="granitemoe", gguf_keys={"expert_count": "num_local_experts", **_GGUF_CHOSEN}),
+    parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
+    serving=ServingFacts(adapts_tables=True),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -312,15 +329,13 @@ FAMILIES: dict[str, Family] = {
             gguf_switches={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
         ),
     ),
-    "granitemoe": Family(
-        {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
-        keys=ConfigKeys({"head_dim": ()}),
-        layers=every_layer,
-        axes=expert_axes("num_local_experts", width="intermediate_size"),
-        stack="mixtures",
-        checkpoint=CheckpointFacts(gguf="granitemoe", gguf_keys={"expert_count": "num_local_experts", **_GGUF_CHOSEN}),
-        parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
-        serving=ServingFacts(adapts_tables=True),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE._replace(
+        defaults={**_GRANITE.defaults, "shared_intermediate_size": 0},
+        axes=_granite_shared,
+        checkpoint=CheckpointFacts(),
+        serving=ServingFacts(is_modelled=False),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
     ),
     "hunyuan_v1_moe": _MOE._replace(
         defaults={"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},

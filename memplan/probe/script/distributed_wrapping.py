@@ -27,9 +27,14 @@ from memplan.spec.run import RunSpec
 _SHARDED = ("fsdp", "fsdp2")
 
 
+def is_wrapped(run: RunSpec) -> bool:
+    """Return whether ranks share weights or gradients; context-parallel ones without a strategy do not."""
+    return run.parallelism.strategy != "none" and run.parallelism.dp * run.parallelism.cp > 1
+
+
 def load_device(run: RunSpec, device: torch.device) -> torch.device:
     """Return where the model is built: on the host if FSDP shards it, unless it is quantised, which needs the GPU."""
-    divides = run.parallelism.strategy in _SHARDED and run.parallelism.dp > 1
+    divides = run.parallelism.strategy in _SHARDED and is_wrapped(run)
     return torch.device("cpu") if divides and run.method.quantization is None else device
 
 
@@ -37,7 +42,7 @@ def load_device(run: RunSpec, device: torch.device) -> torch.device:
 def ranks(run: RunSpec) -> Generator[None]:
     """Make this process, inside the context, the first of the run's ranks."""
     distributed: Any = library("torch.distributed")
-    if run.parallelism.dp == 1:
+    if not is_wrapped(run):
         yield
         return
     fake = library("torch.testing._internal.distributed.fake_pg")
@@ -45,7 +50,12 @@ def ranks(run: RunSpec) -> Generator[None]:
     with _disable_current_modes():
         if distributed.is_initialized():
             distributed.destroy_process_group()
-        distributed.init_process_group("fake", rank=0, world_size=run.parallelism.world, store=fake.FakeStore())
+        distributed.init_process_group(
+            "fake",
+            rank=tensor_parallel.middle_rank(run.parallelism.cp),
+            world_size=run.parallelism.world,
+            store=fake.FakeStore(),
+        )
     try:
         yield
     finally:
@@ -55,7 +65,7 @@ def ranks(run: RunSpec) -> Generator[None]:
 
 def wrap(model: Any, run: RunSpec, device: torch.device) -> Any:
     """Return the wrapped model; the model itself on one GPU."""
-    if run.parallelism.dp == 1:
+    if not is_wrapped(run):
         return model
     if run.precision.autocast and run.loop.trainer:
         _autocast_forward(model, lower_of(run.precision), device)
@@ -281,7 +291,7 @@ def _bottom_up(module: Any) -> Generator[Any]:
 
 def unreduced_gradients(model: Any, run: RunSpec) -> AbstractContextManager[None]:
     """Skip the reduction of gradients inside the context: only the last micro-batch reduces them."""
-    if run.parallelism.dp == 1:
+    if not is_wrapped(run):
         return nullcontext()
     if run.parallelism.strategy == "fsdp2":
         return _without_reduction(model)
@@ -302,7 +312,7 @@ def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     max_norm = float(run.loop.clip_grad_norm or 0)
     if run.parallelism.tp > 1 or run.parallelism.ep > 1:
         tensor_parallel.clip(parameters, max_norm)
-    elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
+    elif is_wrapped(run) and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(max_norm)
     else:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

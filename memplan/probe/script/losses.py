@@ -61,13 +61,16 @@ def compute(
             return LossOutput(_fused(hidden, labels, base.get_output_embeddings()), None)
         case "chunked_nll" | "chunked_nll_fp32":
             hidden = body(input_ids=ids, **options).last_hidden_state
-            matrix, scaled = base.get_output_embeddings(), _scaling(base.config)
+            matrix, scaled = base.get_output_embeddings(), _scaling(base.config.get_text_config())
             return LossOutput(chunked_nll(hidden, labels, matrix, scaled, kind == "chunked_nll_fp32"), None)
         case "tiled_lm_head":
             hidden = body(input_ids=ids, **options).last_hidden_state
-            cap = getattr(base.config, "final_logit_softcapping", None)
+            cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
             return LossOutput(
-                tiled_lm_head(hidden, labels, base.get_output_embeddings(), _factor(base.config), cap), None
+                tiled_lm_head(
+                    hidden, labels, base.get_output_embeddings(), _factor(base.config.get_text_config()), cap
+                ),
+                None,
             )
         case other:
             raise AssertionError(other)
@@ -102,7 +105,7 @@ def _by_tokens(hidden: Any) -> Any:
 
 def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from hidden states to logits, including some families' scaling and soft capping."""
-    matrix, scaled = base.get_output_embeddings(), _scaling(base.config)
+    matrix, scaled = base.get_output_embeddings(), _scaling(base.config.get_text_config())
     return lambda hidden: scaled(matrix(hidden))
 
 

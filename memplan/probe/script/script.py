@@ -18,7 +18,7 @@ import torch
 from memplan.probe.libraries import library, objective_of
 from memplan.probe.refusals import checked_run
 from memplan.probe.script.assisted import assist, build_assistant
-from memplan.probe.script.distributed_wrapping import clip, load_device, unreduced_gradients, wrap
+from memplan.probe.script.distributed_wrapping import clip, is_wrapped, load_device, unreduced_gradients, wrap
 from memplan.probe.script.images import image_inputs
 from memplan.probe.script.inputs import inputs_of, labels_of
 from memplan.probe.script.losses import compute
@@ -185,7 +185,7 @@ class Script:
     def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """Return the loss and the model's outputs, computed under autocast if the run uses it."""
         run, precision = self.run, self.run.precision
-        alone = run.parallelism.dp == 1  # otherwise the wrapped model casts its outputs
+        alone = not is_wrapped(run)  # otherwise the wrapped model casts its outputs
         in_fp32 = run.loop.trainer and precision.autocast and alone  # as accelerate wraps the model's forward
         with self._cast(), self._saving():
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, in_fp32, **options)
@@ -221,6 +221,8 @@ class Script:
             base.config.use_cache = bool(self.run.loop.use_cache)
         if self.run.batch.sees:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])
+        if self.run.method.kind == "multitask_prompt_tuning":
+            options["task_ids"] = torch.zeros(self.run.batch.micro, dtype=torch.int64, device=self.device)
         if self.run.loop.padded and "input_ids" in inputs:
             mask = torch.ones(inputs["input_ids"].shape, dtype=torch.int64)
             mask[0, -1] = 0

@@ -14,13 +14,19 @@ from memplan.probe.script import expert_parallel
 from memplan.spec.run import RunSpec
 
 
+def middle_rank(degree: int) -> int:
+    """Return the context-parallel rank that needs most: see `memplan.catalogue.parallelism.context_parallel`."""
+    return degree // 2 if degree > 2 else 0
+
+
 def mesh_of(degree: int, rank: int = 0) -> Any:
     """Return a mesh of `degree` ranks, of which only this process exists."""
     dist = library("torch.distributed")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    store = library("torch.testing._internal.distributed.fake_pg").FakeStore()
-    dist.init_process_group("fake", rank=rank, world_size=degree, store=store)
+    if not dist.is_initialized() or (dist.get_rank(), dist.get_world_size()) != (rank, degree):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        store = library("torch.testing._internal.distributed.fake_pg").FakeStore()
+        dist.init_process_group("fake", rank=rank, world_size=degree, store=store)
     with library("torch.utils._python_dispatch")._disable_current_modes():  # it looks up its rank in a tensor with data
         return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
 
@@ -94,12 +100,11 @@ def clip(parameters: Iterable[Any], norm: float) -> None:
 def ring_attention_backend(degree: int) -> Generator[None]:
     """Run torch's ring attention inside the context: each rank has a part of the tokens and passes on keys and values.
 
-    Among more than two ranks the middle one needs most: see `memplan.catalogue.parallelism.context_parallel`.
     Source: torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py context_parallel.
     """
     cp: Any = library("torch.distributed.tensor.experimental._context_parallel._attention")
     cp._dispatch_mode, cp._cp_options.enable_load_balance = cp._DispatchMode.MONKEY_PATCH, True
-    cp._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=mesh_of(degree, degree // 2 if degree > 2 else 0))
+    cp._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=mesh_of(degree, middle_rank(degree)))
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ log-probabilities of the reference, and rewards. The policy's passes follow, one
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,13 @@ from memplan.probe.script.model import base_of
 from memplan.probe.script.trl_trainers import TrainerScript, always, trainer_module, trainer_of
 from memplan.resolve.roles import scoring_run
 from memplan.spec.run import RunSpec
+
+_LIGER = {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "rms_norm", "swiglu"), False)}
+
+
+def _let_go(*_: Any) -> None:
+    """Wait until autograd's thread has dropped the last gradient, which it does as soon as Python lets it."""
+    time.sleep(0.1)
 
 
 def _reward(completions: Any, **_: Any) -> list[float]:
@@ -60,12 +68,19 @@ class GenerationScript(TrainerScript):
             library("trl.generation.vllm_client").VLLMClient = always(None)
         super().__init__(run, device, phase)
         tokens, completion = run.batch.sequence + run.batch.new_tokens, run.batch.new_tokens
-        kernels.selections[run.batch.micro, tokens - 1] = run.batch.micro * completion
+        evaluation = run.also.evaluation
+        for rows in (run.batch.micro, *((evaluation.micro,) if evaluation is not None else ())):
+            kernels.selections[rows, tokens - 1] = rows * completion
+            if run.trainer in DISTILLING:
+                kernels.selections[rows * completion,] = kernels.selections[rows, completion] = rows * completion
+        for name in ("liger_grpo_loss", "liger_loss"):
+            if hasattr(self.trainer, name):
+                fused = getattr(self.trainer, name)
+                fused.compiled = False  # its arithmetic of a number per token
+                fused.register_forward_hook(_let_go)
         self._generate_longest()
         self._in_phase(self.trainer, "_generate", "generate")
         if run.trainer in DISTILLING:
-            kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
-            kernels.selections[run.batch.micro, completion] = run.batch.micro * completion
             self.trainer._compute_prompt_length = always(run.batch.sequence)
             self.trainer._get_teacher_token_logprobs_from_server = self._from_server
             return
@@ -124,7 +139,12 @@ class GenerationScript(TrainerScript):
             "num_generations": run.batch.generations,
             "gradient_accumulation_steps": run.batch.accumulation,
             "beta": 0.0 if reference == "none" else 0.05,
+            **(_LIGER if run.kernels.loss == "fused" else {}),
         }
+
+    def _batch(self) -> tuple[Any, int]:
+        """Return the prompts of a batch of completions."""
+        return [{"prompt": "<pad>" * self.run.batch.sequence}] * self.run.batch.micro, 0
 
     def step(self) -> None:
         """Run the trainer's step: the generation batch, forward and backward of its parts, clipping, the optimizer."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.probe.libraries import library
+from memplan.probe.script.distributed_wrapping import unreduced_gradients, wrap
 from memplan.probe.script.parameter_counts import parameters
 from memplan.probe.script.trl_generation import GenerationScript
 from memplan.probe.script.trl_trainers import TrainerScript, always, trainer_module
 from memplan.resolve.roles import scoring_run
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
 
 
 class PPOScript(GenerationScript):
@@ -130,8 +132,12 @@ class PPOScript(GenerationScript):
         """Checkpoint nothing: PPOTrainer's own loop does not enable it."""
 
     def _wrapped(self, run: RunSpec) -> Any:
-        """Return policy and value model as the trainer has wrapped them."""
-        return self.trainer.model
+        """Return policy and value model as the trainer has wrapped them, inside DDP on several GPUs."""
+        trainer = self.trainer
+        if run.parallelism.dp > 1:  # accelerate has wrapped the forward in autocast
+            trainer.model = wrap(trainer.model, changed(run, "precision", autocast=False), self.device)
+            trainer.accelerator.no_sync = partial(unreduced_gradients, run=run)
+        return trainer.model
 
     def step(self) -> None:
         """Run one update of the trainer."""

@@ -334,8 +334,14 @@ class TrainerScript:
         return wrap(trainer.model, run, self.device)
 
     def _copy_reference(self, module: Any, run: RunSpec) -> None:
-        """Let the trainer build its copy of the model instead of loading it, and not hash the weights."""
-        for name, instead in (("create_model_from_path", self._copied(run)), ("hash_module", always(""))):
+        """Let the trainer build its copy of the model instead of loading it, and not hash the weights. TRL 0.24 copies
+        the model where accelerate loads it, for FSDP on the host."""
+
+        def frozen(*_: Any) -> Any:
+            return self._built(run).requires_grad_(False).eval()
+
+        copies = {"create_model_from_path": self._copied(run), "create_reference_model": frozen}
+        for name, instead in {**copies, "hash_module": always("")}.items():
             if hasattr(module, name):
                 setattr(module, name, instead)
 

@@ -14,6 +14,7 @@ from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
 from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.sized_events import KeySizes, SizedEvents
@@ -39,12 +40,12 @@ class InferenceReplay(NamedTuple):
     expandable: bool
 
 
-@lru_cache(maxsize=1024)
+@by_capacity
 @exact
 @once
 @without_collection
-def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None:
-    """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""
+def reserved(replay: InferenceReplay, capacity: int | None) -> ReservedPeak:
+    """Return the peak bytes that torch reserves."""
     allocator = new_allocator(replay.expandable, capacity)
     try:
         for graph in replay.models:
@@ -61,8 +62,8 @@ def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None
             model = step.assists
             left[model] = replay_pass(each, allocator, left[model])
     except OutOfMemoryError:
-        return None
-    return allocator.peak_reserved
+        return OUT_OF_MEMORY
+    return ReservedPeak(allocator.peak_reserved, allocator.was_full)
 
 
 def load(graph: Graph, allocator: Allocator) -> None:

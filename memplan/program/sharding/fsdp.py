@@ -18,7 +18,7 @@ from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup, parameters_of, tensor_group
 from memplan.program.sharding import fsdp_loading
 from memplan.program.sharding.fsdp_units import Piece, copied_model, division, pieces, units_of
-from memplan.program.sharding.ranks import Ranks, is_scale, pinned_bytes
+from memplan.program.sharding.ranks import Ranks, is_scale, pinned_bytes, sent_dtype
 from memplan.program.sharding.sharding import Saved, Sharding, stepped_on_host, with_copies
 from memplan.program.structure import Structure
 
@@ -217,7 +217,7 @@ class FullySharded(Sharding):
         storage = self.ranks.storage
         if self.is_flat:
             units = (weights for *_, weights in units_of(self.graph, self.ranks))
-            dtypes = ({storage if w.stored else w.dtype for w in unit if w.group != "adapter"} for unit in units)
+            dtypes = ({sent_dtype(w, storage) for w in unit if w.group != "adapter"} for unit in units)
         else:
             by_unit = groupby(self.pieces, key=lambda piece: piece.unit)
             dtypes = ({p.dtype for p in group if p.trains} for _, group in by_unit)

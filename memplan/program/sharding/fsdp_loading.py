@@ -1,6 +1,7 @@
 """Loading a model that FSDP shards, event by event (see `memplan.program.loading`).
 
-FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another. Otherwise a
+FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another; the scales of
+a quantised one stay whole. Otherwise a
 unit's weights are copied from the host together, FSDP1 flattens them, and the rank's parts are copied out; blocks come
 first. A quantised model is whole on every GPU before that, except with older versions of transformers, and so is any
 model that the framework itself has moved there.
@@ -21,7 +22,7 @@ from memplan.engine.gather import REST
 from memplan.program.graph import Graph, operations_of, parameters_of
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.fsdp_units import units_of
-from memplan.program.sharding.ranks import PACKED, Ranks, kept_dtype, shape_in
+from memplan.program.sharding.ranks import PACKED, Ranks, kept_dtype, sent_dtype, shape_in
 from memplan.program.stack_facts import shared_tables
 
 
@@ -64,13 +65,16 @@ class _Loader:
             self.tape.free(*again)
 
     def _broadcast(self, w: Weight, together: bool) -> int:
-        """Broadcast a weight, and return the storage of the rank's part."""
+        """Broadcast a weight, then its scales if it is quantised, and return the storage of the rank's part."""
         if id(w) not in self._messages:
             self._messages[id(w)] = self._message(w, together)
         whole, *copies, local = self.tape.alloc_each(self._messages[id(w)])
         self.tape.free(*copies, whole)
         if self.ranks.offloads:
             self.tape.free(local)
+        for t in w.stored:
+            if t.name not in PACKED:
+                self.tape.alloc(t.shape, t.dtype)
         return local
 
     def _message(self, w: Weight, together: bool) -> list[int]:
@@ -152,7 +156,8 @@ class _Loader:
     def _flatten(self, weights: list[Weight], whole: list[int]) -> None:
         """Flatten weights into one tensor and copy out the rank's part."""
         first, tape = weights[0], self.tape
-        dtype, kept = self.ranks.storage if first.stored else self._loaded_dtype(first), kept_dtype(first, self.ranks)
+        dtype = sent_dtype(first, self.ranks.storage) if first.stored else self._loaded_dtype(first)
+        kept = kept_dtype(first, self.ranks)
         total = sum(aligned(prod(self._shape(w)), dtype) for w in weights)
         local = part(total, self.ranks.shard_count)
         flat = mine = tape.alloc(total, dtype)

@@ -17,8 +17,8 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, left_whole, unit_of
 from memplan.program.graph import Graph, is_optimized, operations_of, reference_copy
-from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in
-from memplan.program.stack_facts import input_table, shared_tables, ties_head
+from memplan.program.sharding.ranks import Ranks, kept_dtype, sent_dtype, shape_in
+from memplan.program.stack_facts import input_table, looked_up_weights, shared_tables, ties_head
 from memplan.program.weight_sizes import elements
 
 
@@ -157,7 +157,7 @@ def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
 def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name: str, weights: list[Weight]) -> Piece:
     _, axes = operations_of(graph)
     first = weights[0]
-    sent = ranks.storage if first.stored else first.dtype
+    sent = sent_dtype(first, ranks.storage)
     shapes = [shape_in(w, axes, ranks.storage) for w in weights]
     unpadded = flat = sum(map(prod, shapes))
     if ranks.row.flat:
@@ -182,7 +182,7 @@ def _slices(
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
         if start < mine and (is_optimized(w, graph) or not w.trains):
-            yield w.name, min(numbers, mine - start), w.group == "embedding" and not w.matrix
+            yield w.name, min(numbers, mine - start), w.name in looked_up_weights(graph)
         start += aligned(numbers, dtype)
 
 

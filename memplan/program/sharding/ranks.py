@@ -86,12 +86,21 @@ PACKED = ("packed", "qweight", "qzeros")
 
 def numbers_of(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, str]:
     """Return the elements and dtype of a weight's parameter; for a 4-bit weight, of what it is packed into."""
-    return prod(shape_in(w, axes, storage)), storage if w.stored else w.dtype
+    return prod(shape_in(w, axes, storage)), sent_dtype(w, storage)
+
+
+def sent_dtype(w: Weight, storage: str) -> str:
+    """Return the dtype that a weight is sent in; for a 4-bit weight, of what it is packed into.
+
+    Stacks of experts are packed into bytes whatever the storage is.
+    Source: bitsandbytes 0.50 nn/parametrize.py replace_parameter_4bit.
+    """
+    return w.dtype if not w.stored else "uint8" if w.stacked else storage
 
 
 def kept_dtype(w: Weight, ranks: Ranks) -> str:
     """Return the dtype of a rank's part of a weight; for a 4-bit weight, of what it is packed into."""
-    sent = ranks.storage if w.stored else w.dtype
+    sent = sent_dtype(w, ranks.storage)
     return sent if w.stored else (ranks.trained if w.trains else ranks.frozen) or sent
 
 
@@ -99,7 +108,7 @@ def shape_in(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...
     """Return a weight's shape as the library sees it; for a 4-bit weight, the column it is packed into."""
     if w.stored:
         packed = sum(_exact_bytes(w, t, axes) for t in w.stored if t.name in PACKED)
-        return (-(-packed // ITEMSIZE[storage]), 1)
+        return (-(-packed // ITEMSIZE[sent_dtype(w, storage)]), 1)
     is_vector = w.name.endswith(("bias", "norms.weight")) and not w.name.endswith("position_bias")
     # a convolution or a table keeps all its dimensions
     return shape_of(w, axes) if w.rows or is_vector else tuple(dims_of(w, axes))

@@ -27,6 +27,7 @@ from memplan.program.graph import (
     weights_of,
 )
 from memplan.program.loading import loading, most_at_once
+from memplan.program.stack_facts import looked_up_weights
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import shape_of
 
@@ -185,7 +186,7 @@ class Sharding:
         for w, count, where in weights_of(self.graph):
             if not is_meant(w):
                 continue
-            embedding = self.run.trainer and w.group == "embedding" and not w.matrix
+            embedding = self.run.trainer and w.name in looked_up_weights(self.graph)
             target = w.matrix and not w.transposed
             vocabulary = w.group in ("embedding", "lm_head")
             p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding, target, vocabulary)

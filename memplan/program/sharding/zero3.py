@@ -23,6 +23,7 @@ from memplan.program.graph import (
     TensorGroup,
     operations_of,
     parameters_of,
+    reference_of,
     tensor_group,
     weights_of,
 )
@@ -141,17 +142,16 @@ class Zero3Sharding(ZeroSharding):
 
     def held_in(self, phase: str) -> Iterator[TensorGroup]:
         """Yield what exists during a phase of a pass: the weights in use and the prefetched ones are whole. Trainers
-        that generate gather all weights first. A reward model has a pass of its own.
+        that generate gather all weights first. Other models may have passes of their own.
 
         Source: trl 1.16.0 models/utils.py _unwrap_model_for_generation (ds3_gather_for_generation).
         """
         if phase == "generate":
             yield from self.all_gathered()
             return
-        if phase == "reward":
-            peak = max(gathered_peak(dict(self.graph.roles)[phase], self.ranks).values(), key=sum)
-        else:
-            peak = gathered_peak(self.graph, self.ranks)[phase]
+        peaks = gathered_peak(self.graph, self.ranks)
+        alone = dict(self.graph.roles).get(phase) or (None if phase in peaks else reference_of(self.graph))
+        peak = peaks[phase] if alone is None else max(gathered_peak(alone, self.ranks).values(), key=sum)
         yield self.group("parameter", "gathered weights", peak.weights, "uint8")
         yield self.group("temp", "weights as the all-gather writes them", peak.written, "uint8")
         yield from super().held_in(phase)

@@ -59,8 +59,8 @@ def replay_steps(
     expandable: bool = False,
     capacity: int | None = None,
     replay_side_tasks: Iterable[Callable[[Allocator], None]] = (),
-) -> int:
-    """Return the peak bytes that torch reserves for a run.
+) -> Allocator:
+    """Return the allocator after a run.
 
     axes        sizes of the run's axes
     workspace   cuBLAS's workspace for one handle; forward has one, backward another
@@ -74,7 +74,7 @@ def replay_steps(
     steps_of(program.structure).replay(allocator, {**axes, _WORKSPACE: workspace})
     for aside in replay_side_tasks:
         aside(allocator)
-    return allocator.peak_reserved
+    return allocator
 
 
 @lru_cache(maxsize=64)
@@ -261,13 +261,18 @@ def _load(sharding: Sharding, events: SizedEvents) -> None:
 
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
     """Return measured bytes that no replay explains: see `memplan.catalogue.hardware.overhead.EXTRA_LOSS_COPIES`."""
-    stack, model_axes = operations_of(structure.graph)
-    heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
+    logits = _shape_of_logits(structure)
+    return 0 if logits is None else EXTRA_LOSS_COPIES * _bytes(*logits, {**operations_of(structure.graph)[1], **axes})
+
+
+@lru_cache(maxsize=1024)
+def _shape_of_logits(structure: Structure) -> tuple[str, str] | None:
+    """Return the shape and dtype of the logits that a fused loss of one head reads; None for other losses."""
+    heads = [op for op in operations_of(structure.graph)[0].after if any("v" in t.shape.split() for t in op.writes)]
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
-        return 0
+        return None
     shifted = [key[1] for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
-    dtype = max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
-    return EXTRA_LOSS_COPIES * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**model_axes, **axes})
+    return "shifted_rows v" if shifted else "b s v", max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
 
 
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:

@@ -86,6 +86,7 @@ class System(NamedTuple):
 
     shares   whether it can ask for part of a GPU
     divides  whether it can ask for a MIG instance
+    nvidia   whether the resource that it asks for is NVIDIA's
     """
 
     module: str
@@ -93,17 +94,22 @@ class System(NamedTuple):
     title: str
     shares: bool = False
     divides: bool = False
+    nvidia: bool = False
 
 
 SYSTEMS: dict[str, System] = {
-    "kubernetes": System("kubernetes", "kubernetes", "Kubernetes: node affinity, or a MIG resource", divides=True),
-    "dra": System("kubernetes", "dra", "Kubernetes DRA: a ResourceClaimTemplate", divides=True),
-    "hami": System("kubernetes", "hami", "HAMi", shares=True),
-    "volcano": System("kubernetes", "volcano", "Volcano vGPU", shares=True),
-    "kai": System("kubernetes", "kai", "KAI scheduler", shares=True),
-    "runai": System("kubernetes", "runai", "Run:ai", shares=True),
-    "kueue": System("kubernetes", "kueue", "Kueue"),
-    "production-stack": System("services", "production_stack", "vLLM production stack: Helm values", shares=True),
+    "kubernetes": System(
+        "kubernetes", "kubernetes", "Kubernetes: node affinity, or a MIG resource", divides=True, nvidia=True
+    ),
+    "dra": System("kubernetes", "dra", "Kubernetes DRA: a ResourceClaimTemplate", divides=True, nvidia=True),
+    "hami": System("kubernetes", "hami", "HAMi", shares=True, nvidia=True),
+    "volcano": System("kubernetes", "volcano", "Volcano vGPU", shares=True, nvidia=True),
+    "kai": System("kubernetes", "kai", "KAI scheduler", shares=True, nvidia=True),
+    "runai": System("kubernetes", "runai", "Run:ai", shares=True, nvidia=True),
+    "kueue": System("kubernetes", "kueue", "Kueue", nvidia=True),
+    "production-stack": System(
+        "services", "production_stack", "vLLM production stack: Helm values", shares=True, nvidia=True
+    ),
     "kaito": System("services", "kaito", "KAITO: its table of methods and models"),
     "slurm": System("services", "slurm", "Slurm: an sbatch header", divides=True),
     "ray": System("services", "ray", "Ray: options of a task or actor", shares=True),
@@ -135,6 +141,11 @@ def emit(
     if asked.mig and not row.divides:
         able = ", ".join(name for name, other in SYSTEMS.items() if other.divides)
         raise refused("emit", f"{system} cannot ask for a MIG instance; {able} can")
+    other = next((gpu for gpu in asked.gpus if row.nvidia and gpu.vendor != "NVIDIA"), None)
+    if other is not None:
+        raise refused(
+            "emit", f"{system} asks for NVIDIA's GPUs, and {other.name} is {other.vendor}'s; use slurm or ray"
+        )
     write: Callable[[Ask], str] = getattr(import_module(f"memplan.report.emit.{row.module}"), row.render)
     return write(asked)
 

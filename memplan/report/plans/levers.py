@@ -9,6 +9,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
+from memplan.frameworks import lines
 from memplan.planning.plan import SEVERITIES, Effect, Plan
 from memplan.planning.reach import Reach
 from memplan.report import wording as words
@@ -62,6 +63,9 @@ class Levers(NamedTuple):
     def blocks(self, explain: bool = False) -> Iterator[Block]:
         plan, condition = self.plan, conditions(self.demand)
         yield Text(words.verdict(plan.answer), f"bold {words.colour(plan.answer)}")
+        if plan.asked != plan.answer.asked:
+            own, *_ = lines(plan.asked, plan.answer.asked)
+            yield Text(f"It starts only with {' '.join(own.lines)}, which is counted.")
         if plan.fits:
             yield Text(f"Nothing has to change{condition}. Each change alone would free:")
             yield _singles(plan, explain)
@@ -75,7 +79,7 @@ class Levers(NamedTuple):
         yield limits_table(self.reach)
 
     def dump(self) -> dict[str, Any]:
-        plan, asked = self.plan, self.answer.asked
+        plan, asked = self.plan, self.plan.asked
         return {
             "fits": plan.fits,
             "proposals": [proposal_dump(proposal, asked) for proposal in plan.proposals],
@@ -95,7 +99,7 @@ def _proposals(plan: Plan, condition: str, explain: bool, has_patch: bool) -> It
     for n, proposal in enumerate(plan.proposals):
         number = f"{n + 1}. " if n_proposals > 1 else ""
         full = explain or n == 0
-        yield from proposed(proposal, plan.answer.asked, number, explain=explain, full=full, to_paste=not has_patch)
+        yield from proposed(proposal, plan.asked, number, explain=explain, full=full, to_paste=not has_patch)
 
 
 def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
@@ -106,7 +110,7 @@ def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
     missing = missing_bytes(plan)
     miss = f"needs {gib(missing)} more" if missing else "is only tight (--tight accepts it)"
     yield Text(f"Even with every change that lowers the peak it {miss}:")
-    yield from proposed(nearest, plan.answer.asked, "", explain=explain, full=explain)
+    yield from proposed(nearest, plan.asked, "", explain=explain, full=explain)
 
 
 def _patch(patch: FilePatch) -> Iterator[Block]:

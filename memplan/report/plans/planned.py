@@ -115,7 +115,7 @@ def _levers(asked: PlanRequest) -> Levers:
     levers = asked.levers or levers_of
     found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own, levers=levers)
     axes = ("batch", "sequence", *(("rank",) if run.method.kind in ADAPTERS and has_rank(run.method.kind) else ()))
-    return Levers(found, tuple(reach(run, axis, demand, own) for axis in axes))
+    return Levers(found, tuple(reach(found.answer.asked, axis, demand, own) for axis in axes))
 
 
 def _bought(asked: PlanRequest) -> OffersReport:

@@ -71,7 +71,7 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
             yield not_yet("parallelism.offload", part, f"none with pp {p.pp}")
 
 
-_STRATEGY_SETTINGS = {
+SETTINGS_OF_STRATEGIES = {
     "shard_group": ("fsdp", "fsdp2"),
     "reshard_after_forward": ("fsdp", "fsdp2"),
     "cpu_ram_efficient_loading": ("fsdp", "fsdp2"),
@@ -85,7 +85,7 @@ _STRATEGY_SETTINGS = {
 
 def _strategy_settings(p: Parallelism) -> Iterator[SpecError]:
     """Yield errors for settings of another strategy, and for shard groups that do not divide the GPUs."""
-    for field, strategies in _STRATEGY_SETTINGS.items():
+    for field, strategies in SETTINGS_OF_STRATEGIES.items():
         if getattr(p, field) != getattr(ONE_GPU, field) and p.strategy not in strategies:
             have = " and ".join(strategies)
             yield refused(f"parallelism.{field}", f"only applies to strategy {have}, not {p.strategy}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.inference.caches import caches
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
@@ -16,12 +16,11 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 _LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
-_ALONE = (*PAIRED, "reward", *DISTILLING)  # without a reference
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for a trainer, for its reference, and for what it cannot be combined with."""
-    name, has_adapters = run.trainer, run.method.kind in ADAPTERS
+    name, has_adapters, facts = run.trainer, run.method.kind in ADAPTERS, TRAINERS[run.trainer]
     if name == "sft":
         yield refused("reference", "sft has no reference model; set trainer (--trainer dpo)")
     if name not in run.library.trainer.trainers:
@@ -29,19 +28,19 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
-    if name == "kto" and run.batch_facts.is_single_sequence:
+    if facts.least > 1 and run.batch_facts.is_single_sequence:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
     towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
-    if towers and run.library.trainer.log_probs == "joined" and name not in _ALONE:
+    if towers and run.library.trainer.log_probs == "joined" and facts.reference:
         yield not_yet_with("trainer", f"{name}, {run.profile} and a vision or audio tower", "trl-1.15")
-    if name in _ALONE and run.reference not in (None, "none"):
+    if not facts.reference and run.reference not in (None, "none"):
         yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
     if run.reference == "adapters" and not has_adapters:
         yield refused("reference", f"method {run.method.kind} has no adapters to disable; use copy or precomputed")
-    if run.reference == "none" and name not in (*_ALONE, *GENERATING):
+    if run.reference == "none" and facts.reference and name not in GENERATING:
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
-    if name == "ppo":
+    if facts.own_loop:
         yield from _ppo(run, bool(towers))
     if name in DISTILLING and run.roles.teacher is None:
         yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
@@ -50,11 +49,8 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     yield from _with_parts(run)
 
 
-_ROLES = {
-    "teacher": DISTILLING,
-    "reward": ("grpo", "rloo", "ppo"),
-    "value": ("grpo", "rloo", "ppo"),
-}  # role -> trainers whose step has such a model
+_SCORING = tuple(name for name, facts in TRAINERS.items() if "reward" in facts.models)
+_ROLES = {"teacher": DISTILLING, "reward": _SCORING, "value": _SCORING}  # role -> trainers whose step may have it
 
 
 def roles(run: RunSpec) -> Iterator[SpecError]:
@@ -64,7 +60,7 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
-        elif other.location == "server" and (role, run.trainer) == ("value", "ppo"):
+        elif role == "value" and other.location == "server" and role in TRAINERS[run.trainer].models:
             yield not_yet_with(f"roles.{role}.location", f"trainer {run.trainer}", "gpu")
         elif role == "value" and other.quantization is not None:
             yield not_yet_with("roles.value.quantization", "a value model, which trains", "none")
@@ -94,8 +90,13 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
     if run.kernels.checkpointing not in (None, "none"):
         text = "PPOTrainer's own loop does not enable it, whatever its config says; use none"
         yield refused("kernels.checkpointing", text)
-    if run.parallelism.world > 1:
-        yield not_yet_with("parallelism", "trainer ppo", "one GPU")
+    if run.is_sharded and run.parallelism.strategy in FSDP:
+        text = "PPOTrainer generates past FSDP, whose embeddings are then in parts, and fails; use ddp or zero"
+        yield refused("parallelism.strategy", text)
+    is_copy = run.reference == "copy" or (run.reference is None and run.method.kind not in ADAPTERS)
+    if run.parallelism.strategy == "ddp" and run.parallelism.dp > 1 and not is_copy:
+        text = "PPOTrainer asks DDP for its policy, which fails, unless it has a reference model; use copy"
+        yield refused("reference", text)
     published = run.model.family.generation.published_cache  # by code that transformers 5 does not run
     if has_tower or published or any(layer.kind == "state" for layer in caches(run.model)):
         yield not_yet_with("model", "trainer ppo", "transformers' text models without layers that keep a state")
@@ -123,13 +124,16 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
-    if run.kernels.loss not in (None, loss):
-        yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", loss)
+    losses = (loss, "fused") if name == "grpo" and run.library.trainer.fused_gradients else (loss,)
+    if run.kernels.loss not in (None, *losses):
+        yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", ", ".join(losses))
     if "cross_entropy" in (run.kernels.fused or ()):
         yield not_yet_with("kernels.fused", f"cross_entropy and trainer {name}", "rope, rms_norm, swiglu, lora")
     p = run.parallelism
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
+    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy != "ddp":
+        yield not_yet_with("parallelism.strategy", f"trainer {name} and loss fused", "ddp")
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:

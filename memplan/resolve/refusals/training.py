@@ -18,6 +18,7 @@ from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.parallelism import ONE_GPU
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.formats import Quantization
 
 _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCPUAdam, DeepSpeedCPUAdagrad
 # The methods that each strategy shards correctly.
@@ -212,10 +213,8 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
         yield refused(field, f"{r.profile} has experts as linear layers, which are quantised anyway; leave it out")
     if q.format not in ("nf4", "fp4"):
         yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
-    if q.storage != "uint8":
-        yield not_yet_with(field, f"storage {q.storage}", "uint8")
-    if r.parallelism.world > 1 and r.parallelism.strategy != "ddp":
-        yield not_yet_with(field, r.parallelism.strategy, "ddp")
+    if r.parallelism.world > 1 and r.parallelism.strategy not in ("ddp", "fsdp2"):
+        yield not_yet_with(field, r.parallelism.strategy, "ddp, fsdp2")
 
 
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
@@ -326,13 +325,13 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield refused("parallelism.strategy", f"{p.strategy} cannot be combined with tensor parallelism; use fsdp2")
     if style not in ("megatron", "litgpt") and method.quantization is not None:
         if method.kind == "full":  # nothing trains
-            field = "method.quantization.format"
-            yield not_yet(field, method.quantization.format, "weights in 16 or 32 bits with tensor parallelism")
-        yield refused(
-            "method.kind",
-            f"transformers 5.24 cannot run {method.kind} with tensor parallelism: it turns bitsandbytes' weights into "
-            "DTensors, and their layers fail in the first pass; use full, freeze or lora",
-        )
+            yield from _divided_format(r, method.quantization)
+        else:
+            yield refused(
+                "method.kind",
+                f"transformers 5.24 cannot run {method.kind} with tensor parallelism: it turns bitsandbytes' weights "
+                "into DTensors, and their layers fail in the first pass; use full, freeze or lora",
+            )
     if method.kind not in ("full", "freeze", "lora"):
         yield not_yet("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
     if method.modules_to_save:
@@ -341,6 +340,25 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield from _divided_training(r)
     if kernels.fused and not r.is_megatron_model:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
+
+
+def _divided_format(r: OpenRun, q: Quantization) -> Iterator[SpecError]:
+    """Yield errors for quantised weights that ranks cannot divide; fp8 layers multiply each rank's part and its scales.
+
+    Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py.
+    """
+    tp, axes, block = r.parallelism.tp, r.model.axes(), max(q.block_size, 1)
+    if q.format != "fp8" or r.style != "transformers":
+        yield not_yet(
+            "method.quantization.format", q.format, "fp8, and weights in 16 or 32 bits, with transformers' tp"
+        )
+    uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (tp * block)), None)
+    if uneven is not None:
+        yield refused(
+            "parallelism.tp",
+            f"{tp} ranks would divide blocks of {block} x {block} fp8 weights (of {uneven:,}), which share a scale; "
+            "use fewer",
+        )
 
 
 def _divided_training(r: OpenRun) -> Iterator[SpecError]:

@@ -1,0 +1,47 @@
+"""The keys of a framework's file that may take memory and that no rule read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from difflib import SequenceMatcher
+
+from memplan.core.errors import nearest
+from memplan.frameworks.reading.config import Config, Unread, defaults_of
+from memplan.frameworks.reading.run_format import RunFormat
+
+# Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
+_SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
+_ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
+
+
+def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
+    """Yield the keys that may take memory and that no rule read: known ones that matter, and unknown ones."""
+    sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
+    for path in config.left():
+        top = path.partition(".")[0]
+        value = config.document.values.get(top)  # None for a key with a dot of its own
+        matter = form.matter.get(path) or form.matter.get(top)
+        if matter is not None:
+            if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):
+                yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
+        elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
+            if top.startswith(_SILENT):
+                continue
+            near = nearest(name, known, 1)
+            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
+            hint = f"; did you mean {near[0]}?" if is_near else ""
+            yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
+
+
+def by_line(where: str) -> tuple[str, int]:
+    """Return a file and a line, to sort by."""
+    name, _, line = where.rpartition(":")
+    return (name, int(line)) if line.isdecimal() else (where, 0)
+
+
+def _name(path: str, sections: Collection[str]) -> str:
+    """Return the part of a key's path by which it is known: one name, two in a section, all where sections nest."""
+    if path.partition(".")[0] in {key.partition(".")[0] for key in sections if "." in key}:
+        return path
+    top, _, rest = path.partition(".")
+    return f"{top}.{rest.partition('.')[0]}" if rest and top in sections else top
