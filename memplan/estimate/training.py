@@ -69,7 +69,8 @@ class TrainingWalk(Walk):
             from memplan.estimate.rollout import rollout
 
             asked = (*rollout(self.run, self.peaks, self.decided), *asked)
-        self._take(self.peaks.followed_by(asked))
+        if asked:
+            self._take(self.peaks.followed_by(asked))
         return self
 
     @property

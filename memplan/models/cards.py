@@ -57,7 +57,7 @@ def find_model(model: str | InlineConfig, online: bool = False) -> ModelSpec:
         return _inline(cast(FrozenDict, model.config))
     located = _locate(model, online)
     if isinstance(located, str):
-        return _of_alias(located, _letters(model.lower().rpartition("/")[2]))
+        return _of_alias(located, model)
     return ModelSpec(located.config, model, checkpoint=located.checkpoint)
 
 
@@ -69,7 +69,10 @@ def find_config(model: str | InlineConfig, online: bool = False) -> Mapping[str,
     if not isinstance(model, str):
         return model.config
     located = _locate(model, online)
-    return _card_config(_read_card(located)) if isinstance(located, str) else located.config
+    if not isinstance(located, str):
+        return located.config
+    card = _read_card(located)
+    return {**_card_config(card), **_own_config(card, model)}
 
 
 class PublishedModel(NamedTuple):
@@ -88,7 +91,8 @@ def facts_of(model: str, online: bool = False) -> PublishedModel:
     if not isinstance(located, str):
         return located
     card = _read_card(located)
-    return PublishedModel(_card_config(card), None, card["source"], card["hf_id"], card.get("licence", ""))
+    config = {**_card_config(card), **_own_config(card, model)}
+    return PublishedModel(config, None, card["source"], card["hf_id"], card.get("licence", ""))
 
 
 def is_bundled(model: str) -> bool:
@@ -280,12 +284,19 @@ def load_card(name: str) -> ModelSpec:
 
 
 @lru_cache(maxsize=4096)
-def _of_alias(name: str, letters: str) -> ModelSpec:
-    """Return a card's model with what the config of the alias with these letters has other than the card's."""
-    model = load_card(name)
-    own: Mapping[str, Any] = model.card.get("own", {})
-    config = next((each for alias, each in own.items() if _letters(alias.lower().rpartition("/")[2]) == letters), None)
-    return model if config is None else ModelSpec({**model.config, **config}, name, model.card)
+def _of_alias(name: str, model: str) -> ModelSpec:
+    """Return a card's model by one of its names."""
+    card = load_card(name)
+    own = _own_config(card.card, model)
+    return ModelSpec({**card.config, **own}, name, card.card) if own else card
+
+
+def _own_config(card: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """Return what the config of the alias `model` has other than the card's."""
+    letters = _letters(model.lower().rpartition("/")[2])
+    configs: Mapping[str, Mapping[str, Any]] = card.get("own", {})
+    own = (config for alias, config in configs.items() if _letters(alias.lower().rpartition("/")[2]) == letters)
+    return next(own, dict[str, Any]())
 
 
 def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def _ranks(run: OpenRun) -> Ranks:
     if p.strategy not in FSDP:
         waits = trainer and accumulates and p.bucket_view  # gradients stay outside of the buckets until reduced
         return Ranks(p.strategy, copies, views=p.bucket_view, delayed=waits)
-    stages = p.strategy == "fsdp2" and run.method.kind == "qlora" and run.library.sharding.stages_nf4
+    is_nf4 = run.method.kind == "qlora" and q is not None and q.format == "nf4"
+    stages = is_nf4 and p.strategy == "fsdp2" and run.library.sharding.stages_nf4
     ranks = Ranks(
         p.strategy,
         copies if p.shard_group in (None, 1) else p.shard_group,

@@ -18,7 +18,7 @@ from memplan.catalogue.families.megatron import KIND
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, UnsupportedModelError
 from memplan.core.ir import outside
-from memplan.models.cards import card_folder, card_names, find_model, load_card
+from memplan.models.cards import card_folder, card_names, find_config, find_model, load_card
 from memplan.models.configs import DENSE, MODULES, family
 from memplan.models.model import ModelSpec
 from memplan.program.stored.weights import format_of
@@ -747,3 +747,4 @@ def test_an_alias_has_what_its_own_config_says() -> None:
     assert (base.max_position_embeddings, instruct.max_position_embeddings) == (131072, 32768)
     assert {**base.config, "max_position_embeddings": 32768} == dict(instruct.config)
     assert find_model("unsloth/Qwen2.5-7B-Instruct") == find_model("Qwen2.5 7B Instruct") == instruct
+    assert find_config("Qwen/Qwen2.5-7B-Instruct")["max_position_embeddings"] == 32768

@@ -253,9 +253,9 @@ def test_reviews_over_tls_are_answered_in_time_and_fail_closed() -> None:
         with httpx.Client(base_url=f"https://127.0.0.1:{served.port}", verify=trusted, timeout=60) as client:
             assert answered(client, on("rtx-3090", pod(LORA)))["allowed"]
             slow = on(
-                ",".join(gpu.name for gpu in memplan.all_gpus()[:60]), pod({"model": "mixtral-8x7b", "method": "full"})
+                ",".join(gpu.name for gpu in memplan.all_gpus()[:60]), pod({"model": "kimi-k3", "method": "full"})
             )
-            late = client.post("/review", params={"timeout": "0.5s"}, json=review(slow)).json()["response"]
+            late = client.post("/review", params={"timeout": "0.02s"}, json=review(slow)).json()["response"]
             assert (late["allowed"], late["status"]["code"]) == (False, 503)
             assert "no answer within" in late["status"]["message"]
         assert "Traceback" not in served.log.read_text()
