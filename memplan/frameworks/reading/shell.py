@@ -43,7 +43,7 @@ _ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((
 _OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
 _REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
-_READ = re.compile(r"\s*(?:IFS=\S* )?read\b.*?(\w+)\s*<<")  # read -r -d '' NAME <<EOF
+_READ = re.compile(r"\s*(?:IFS=\S* )?read\b.{0,99}?\b(\w{1,99})\s*<<")  # read -r NAME <<EOF; bounded: it may be data
 _ALL = "every GPU that it sees"
 COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
 _MOST_GPUS = 1024  # of a machine
