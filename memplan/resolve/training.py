@@ -250,7 +250,7 @@ def _refuse_several_gpus(run: OpenTraining) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
     if p.offload.activations:
         refuse(refusals.activation_offload(run))
-    if run.copies > 1:
+    if run.copies > 1 or run.is_wrapped:
         refuse(refusals.several_gpus(run))
     if p.pp > 1:
         refuse(refusals.pipeline(run))
@@ -268,7 +268,7 @@ def _check_model(run: OpenTraining) -> None:
 
 
 def _refuse_adapted_parameters(run: OpenTraining) -> None:
-    if run.copies > 1 and run.parallelism.strategy == "fsdp":
+    if run.is_sharded and run.parallelism.strategy == "fsdp":
         refuse(adapted_parameters(run))
 
 

@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "batch_size": Option(
             "batch.micro",
             "Sequences per GPU and pass.",
-            aliases=("batch", "bs", "per_device_train_batch_size", "micro_batch_size"),
+            aliases=("batch", "bs", "bsz", "per_device_train_batch_size", "micro_batch_size"),
         ),
         "seq_len": Option(
             "batch.sequence",
@@ -107,6 +107,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
                 "seq",
                 "seq_length",
                 "sequence_len",
+                "sequence_length",
             ),
             spelling=tokens,
         ),
@@ -120,7 +121,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "grad_accum": Option(
             "batch.accumulation",
             "Passes per optimizer step.",
-            aliases=("ga", "gradient_accumulation_steps"),
+            aliases=("ga", "grad_acc", "gradient_accumulation", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
         "frames": Option(
@@ -515,7 +516,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "gpus": Option(
             "parallelism.world",
             "Total number of GPUs.",
-            aliases=("nproc_per_node", "num_gpus", "num_processes"),
+            aliases=("n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
         ),
         "zero": Option(
             "parallelism.strategy",
@@ -548,7 +549,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "DDP ranks look for weights without gradients. Default as the trainer does.",
             aliases=("ddp_find_unused_parameters",),
         ),
-        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
+        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel", "tensor_parallel_size")),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
         ),

@@ -584,6 +584,8 @@ MISTAKES = {
     "qwen2-7b qwen3-8b": ("unexpected", "qwen3-8b"),
     "a" * 5000: ("unknown name", "aaa"),
     "qwen2-7b --gpu": ("--gpu", "requires an argument"),
+    "qwen2-7b --fsdp": ("--fsdp", "requires an argument: full_shard, shard_grad_op"),
+    "qwen2-7b --strategy zero3": ("--strategy", "write --zero 3"),
     "qwen2-7b --output /nowhere/at/all.html": ("output", "No such file"),
     "qwen2-7b --format html --date yesterday": ("date", "write 2026-11-29 or today"),
     "qwen2-7b --date today": ("date", "only pages show it"),

@@ -23,7 +23,7 @@ CASES: list[dict[str, Any]] = sampled(rows("traced_ranks.jsonl"), 8)
 
 
 def label(case: dict[str, Any]) -> str:
-    return f"{case['name']}-w{case['run']['parallelism']['world']}"
+    return f"{case['name']}-w{case['run']['parallelism'].get('world', 1)}"
 
 
 def error(case: dict[str, Any]) -> float:

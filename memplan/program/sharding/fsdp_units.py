@@ -208,8 +208,8 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     """
     by_unit = groupby(pieces(graph, ranks), key=lambda piece: piece.unit)
     units = tuple((name, _unit(list(group), ranks)) for name, group in by_unit)
-    asks = "last" if ranks.row.flat and ranks.regathers else _ASKS[ranks.prefetches_at]
     flat, keeps = ranks.row.flat, ranks.keeps
+    asks = "last" if flat and ranks.regathers else _ASKS[ranks.prefetches_at if flat or ranks.world > 1 else "none"]
     waits = ranks.replicated and not flat  # each unit's AllReduceState keeps the reduced gradients
     leaves = ranks.offloads and not flat  # FSDP1 keeps reduced gradients on the GPU until backward is over
     generates = graph.trainer is not None and graph.trainer.generates and not graph.trainer.is_reference
@@ -314,7 +314,7 @@ def _merged(group: list[Piece], ranks: Ranks) -> Unit:
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
         return Unit(whole, (), cast, joined, padded, received, parts, _summed(trained))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
-    message = (Tensor("all-gather's output", str(sent), "uint8"),)
+    message = (Tensor("all-gather's output", str(sent), "uint8"),) if ranks.world > 1 else ()
     if not trained:
         return Unit(whole, message, cast)
     reduces = ranks.reduces or trained[0].sent

@@ -112,7 +112,7 @@ class Zero3Sharding(ZeroSharding):
                 continue
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
             kinds = [] if self.knobs.parameters else [(f"one of {self.ranks.world} parts", self._part(numbers))]
-            if numbers <= self.knobs.persistent:
+            if self.knobs.copies_whole(numbers):
                 kinds.append(("whole", numbers))
             for kind, count in kinds:
                 yield self.group("parameter", f"{w.name}, {kind}", count, dtype, block.rstrip("."), copies)
@@ -159,7 +159,7 @@ class Zero3Sharding(ZeroSharding):
     def all_gathered(self) -> Iterator[TensorGroup]:
         """Yield all weights as they are gathered at once, without those that are always whole."""
         _, axes = operations_of(self.graph)
-        for w, copies, block in weights_of(self.graph):
+        for w, copies, block in weights_of(self.graph) if not self.knobs.in_place else ():
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
             if w.group != "buffer" and numbers > self.knobs.persistent:
                 gathered_ = self._part(numbers) * self.ranks.world
@@ -203,7 +203,7 @@ class Zero3Sharding(ZeroSharding):
             if not knobs.parameters:
                 local = tape.alloc(self._part(count), dtype)
                 trained += [local] if w.requires_grad else []
-            if count <= knobs.persistent:
+            if knobs.copies_whole(count):
                 tape.alloc(count, dtype)
             tape.free(whole)
         tape.free(*trained)
