@@ -20,7 +20,7 @@ typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t fil
 typedef struct { Bin *bin; int32_t chunk, index; } Place;
 typedef struct {
     /* read by native.py */
-    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, was_full, capacity, missing;
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, refused, capacity, missing;
     int32_t expandable, pool_count, block_count, block_room, unused;
     Pool *pools;
     Block *blocks;
@@ -143,7 +143,12 @@ static inline void link(Allocator *a, Pool *p, int32_t before, int32_t after) { 
 
 static int64_t page_size(const Pool *p) { return p->is_small ? 2 * MIB : 20 * MIB; }
 
-static int is_full(const Allocator *a, int64_t more) { return a->capacity >= 0 && a->reserved + more > a->capacity; }
+static int refuses(Allocator *a, int64_t more) {
+    int64_t reserved = a->reserved + more;
+    if (a->capacity < 0 || reserved <= a->capacity) return 0;
+    if (!a->refused || reserved < a->refused) a->refused = reserved;
+    return 1;
+}
 
 static void unmap(Allocator *a, Pool *p) {
     int32_t block = p->last;
@@ -176,11 +181,11 @@ void release(Allocator *a) {
     }
 }
 
-static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->was_full = 1; release(a); } }
+static void make_room(Allocator *a, int64_t more) { if (refuses(a, more)) release(a); }
 
 static int request(Allocator *a, int64_t more) {
     make_room(a, more);
-    if (is_full(a, more) || a->reserved > MOST - more) { a->missing = is_full(a, more) ? more : 0; return 0; }
+    if (refuses(a, more) || a->reserved > MOST - more) { a->missing = refuses(a, more) ? more : 0; return 0; }
     a->requests++;
     a->reserved += more;
     if (a->reserved > a->peak_reserved) a->peak_reserved = a->reserved;

@@ -92,6 +92,7 @@ class Batch(Part):
     packing: PackingName | None = None
     lengths: str | None = None
     batching: Literal["random", "grouped", "packed", "padded"] | None = None
+    _is_kept = False  # `lengths` may name a file
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

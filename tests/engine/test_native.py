@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.engine import native
 from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, PythonAllocator
-from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
+from memplan.engine.capacities import ReservedPeak, by_capacity
 from memplan.engine.events import FREED, RELEASED, Event, Events, EventSpan
 from memplan.engine.native import NativeAllocator
 from memplan.estimate.training import reserved
@@ -52,7 +53,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
 def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     peaks = allocator.peak_allocated, allocator.peak_reserved
     number_of_live = sum(block not in (None, native.NONE) for block in live)
-    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.was_full, number_of_live
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.refused, number_of_live
 
 
 def shifted(events: list[Event], streams: list[int], shift: int, times: int = 1) -> Events:
@@ -131,14 +132,16 @@ def test_one_replay_serves_the_capacities_of_many_cards(
         try:
             allocator.replay(Events(events, streams, len(events)), sizes, live)
         except OutOfMemoryError:
-            return OUT_OF_MEMORY
-        return ReservedPeak(allocator.peak_reserved, allocator.was_full)
+            return ReservedPeak.of([allocator], survived=False)
+        return ReservedPeak.of([allocator], survived=True)
 
     replayed = by_capacity(peak_of)
     with_room = peak_of(0, None).bytes or 0
     for capacity in capacities:
         assert replayed.within(0, capacity) == (with_room if with_room <= capacity else None)
-        assert replayed(0, capacity) == peak_of(0, capacity).bytes
+        peak = replayed.peak(0, capacity)
+        for edge in (capacity, peak.least, *((int(peak.below) - 1, int(peak.below)) if peak.below < inf else ())):
+            assert replayed(0, edge) == peak_of(0, edge).bytes
 
 
 def test_beyond_64_bits_a_replay_runs_in_python() -> None:
