@@ -58,7 +58,7 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
     """Run only the engine's walk: from a batch to the peak of every phase."""
     decided = decide(run)
     program = training_peaks(decided).program
-    phases = [program.moments.first[phase] for phase in PHASES if program.moments.first[phase]]
+    phases = [program.moments.terms.first[phase] for phase in PHASES if program.moments.terms.first[phase]]
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
