@@ -396,11 +396,9 @@ class TrainerScript:
 
     @staticmethod
     def _tokenizer() -> Any:
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+        tokenizers, transformers = library("tokenizers"), library("transformers")
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
     def step(self) -> None:
         """Run the trainer's step: forward and backward, clipping, the optimizer."""
