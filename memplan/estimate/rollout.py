@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
-from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
@@ -32,9 +32,9 @@ from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_run
+from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec, changed
+from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -75,7 +75,7 @@ def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTas
 
 def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
     """Return the reward model's pass over a step's completions."""
-    scoring, batch = decide(scoring_run(run)), run.batch
+    scoring, batch = scoring_pass(run, "reward", decide), run.batch
     step = steps_of(scoring)[0]
     keeps = library_behaviour(run.profile, step.graph.model.model_type, False).trainer.reward_caches
     if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
@@ -105,7 +105,7 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
-    if run.trainer in DISTILLING or run.kernels.loss == "fused":  # its step computes in another precision
+    if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
         one = {"micro": batch.micro, "sequence": batch.tokens}
         alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
         graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
@@ -130,7 +130,8 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
     batch, standing = with_new_tokens(run).batch, walked.program.between_steps(walked.workspace)
-    alone = decide(changed(run, "precision", autocast=False, compute=None))
+    precision = run.precision.model_copy(update={"autocast": False, "compute": None})
+    alone = decide(run.model_copy(update={"precision": precision}))
     graph, rows = alone.structure.graph, batch.micro * batch.accumulation
     chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
@@ -152,10 +153,10 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
         return SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), (passed,), (0, moment), moving)
 
     policy = scored("reference", alone, reference, library.generation.cache)
-    values = scored("value", decide(scoring_run(run, "value")), without_gradients(others["value"]))
+    values = scored("value", scoring_pass(run, "value", decide), without_gradients(others["value"]))
     yield max(policy, values, key=lambda task: task.peak)
     if "reward" in others:
-        yield scored("reward", decide(scoring_run(run)), others["reward"])
+        yield scored("reward", scoring_pass(run, "reward", decide), others["reward"])
 
 
 def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:

@@ -40,8 +40,12 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and facts.reference and name not in GENERATING:
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    is_copy = run.reference == "copy" or (run.reference is None and facts.reference == "own" and not has_adapters)
+    if is_copy and run.is_sharded and run.parallelism.strategy == "fsdp2" and not run.library.trainer.fsdp2_reference:
+        text = "this TRL wraps a reference copy in FSDP1 with FSDP2's settings, which fails; use fsdp or zero3"
+        yield refused("parallelism.strategy", text)
     if facts.own_loop:
-        yield from _ppo(run, bool(towers))
+        yield from _ppo(run, bool(towers), is_copy)
     if name in DISTILLING and run.roles.teacher is None:
         yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
@@ -81,7 +85,7 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             )
 
 
-def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
+def _ppo(run: OpenRun, has_tower: bool, is_copy: bool) -> Iterator[SpecError]:
     """Yield errors for what TRL's PPOTrainer cannot have."""
     if run.roles.reward is None:
         yield refused("roles.reward", "ppo scores completions with a reward model; name one (--reward-model MODEL)")
@@ -93,7 +97,6 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
     if run.is_sharded and run.parallelism.strategy in FSDP:
         text = "PPOTrainer generates past FSDP, whose embeddings are then in parts, and fails; use ddp or zero"
         yield refused("parallelism.strategy", text)
-    is_copy = run.reference == "copy" or (run.reference is None and run.method.kind not in ADAPTERS)
     if run.parallelism.strategy == "ddp" and run.parallelism.dp > 1 and not is_copy:
         text = "PPOTrainer asks DDP for its policy, which fails, unless it has a reference model; use copy"
         yield refused("reference", text)
