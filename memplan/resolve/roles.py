@@ -26,7 +26,7 @@ from memplan.spec.serving import Serving
 from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
-DecideForward = Callable[[RunSpec, ModelSpec | None], ResolvedRun]
+DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
 def step_precision(trainer: str, loss: str | None, precision: Precision) -> Precision:
@@ -85,7 +85,7 @@ def graphs_of_roles(
             if role == "reward":
                 graph = scoring_pass(run, role, decide_forward).structure.graph
             elif role == "value":
-                alone = _scoring_run(other, facts_of_trainer.own_loop, run.precision, run.gpu)
+                alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
                 graph = decide(scalar, _parts(run, other)._replace(profile=alone.profile), card, own).structure.graph
             else:
@@ -147,6 +147,13 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
 
 
+def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
+    """Return the pass of the reward model, or of PPO's value model, over any completions."""
+    other = dict(models_of(run))[role]
+    model = _with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model
+    return _scoring_run(model, other, run.precision, run.gpu)
+
+
 def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> ResolvedRun:
     """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
 
@@ -156,24 +163,23 @@ def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> Reso
     """
     other, batch = dict(models_of(run))[role], run.batch
     rows = batch.micro * batch.accumulation
-    alone = _scoring_run(other, TRAINERS[run.trainer].own_loop, run.precision, run.gpu)
+    alone = scoring_run(run, role)
     lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
     scored = find_model(alone.model)
     if lengths.micro == 1 or scored.sliding_window is not None or scored.scan_chunk:  # of which its operations depend
-        return decide_forward(alone.model_copy(update={"batch": lengths}), None)
-    return _decided_once(alone, decide_forward)._replace(batch=lengths)
+        return decide_forward(alone.model_copy(update={"batch": lengths}), scored)
+    return _decided_once(alone, scored, decide_forward)._replace(batch=lengths)
 
 
 @lru_cache(maxsize=256)
-def _decided_once(alone: RunSpec, decide_forward: DecideForward) -> ResolvedRun:
-    return decide_forward(alone, None)
+def _decided_once(alone: RunSpec, scored: ModelSpec, decide_forward: DecideForward) -> ResolvedRun:
+    return decide_forward(alone, scored)
 
 
 @lru_cache(maxsize=256)
-def _scoring_run(other: RoleModel, is_ppo: bool, precision: Precision, gpu: str | None) -> RunSpec:
-    """Return the pass of a model that scores, over any completions."""
+def _scoring_run(model: str | InlineModel, other: RoleModel, precision: Precision, gpu: str | None) -> RunSpec:
     return RunSpec(
-        model=_with_score(find_model(other.model)) if is_ppo else other.model,
+        model=model,
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),

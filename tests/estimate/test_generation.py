@@ -364,14 +364,18 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
+        (
+            {"method": "lora", "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp2"}},
+            "parallelism.strategy: peft generates past FSDP2's root, .* fails; use fsdp, zero3 or vLLM",
+        ),
         ({"kernels": {"loss": "fused"}}, "not supported yet with trainer grpo and trl-1.15; supported: tiled_lm_head"),
         (
             {
                 "profile": "trl-1.13",
                 "kernels": {"loss": "fused"},
-                "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp"},
+                "parallelism": {"world": 4, "dp": 4, "strategy": "zero3"},
             },
-            "not supported yet with trainer grpo and loss fused; supported: ddp",
+            "not supported yet with full and loss fused; supported: ddp, zero1, zero2, fsdp, fsdp2",
         ),
     ],
 )

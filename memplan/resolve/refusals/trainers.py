@@ -49,7 +49,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if name in DISTILLING and run.roles.teacher is None:
         yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
-        yield from _generating(run, "adapters" if has_adapters else "copy")
+        yield from _generating(run, has_adapters)
     yield from _with_parts(run)
 
 
@@ -112,12 +112,17 @@ def _ppo(run: OpenRun, has_tower: bool, is_copy: bool) -> Iterator[SpecError]:
         yield refused("rollout", "PPOTrainer generates with transformers; use transformers")
 
 
-def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
-    """Yield errors for completions, and for the reference of a trainer that generates; `own` is one it can have."""
+def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
+    """Yield errors for completions, and for the reference of a trainer that generates."""
     if run.batch_facts.ungrouped:
         yield refused("batch.generations", run.batch_facts.ungrouped)
     if run.reference == "precomputed":
+        own = "adapters" if has_adapters else "copy"
         yield refused("reference", f"{run.trainer} scores completions as it generates them; use none or {own}")
+    if has_adapters and run.is_sharded and run.parallelism.strategy == "fsdp2" and run.rollout == "transformers":
+        # accelerate 1.15 utils/fsdp_utils.py _find_final_norm finds none in a PeftModel; trl 1.16.0 distributed.py
+        text = "peft generates past FSDP2's root, whose final norm is then in parts, and fails; use fsdp, zero3 or vLLM"
+        yield refused("parallelism.strategy", text)
 
 
 def _with_parts(run: OpenRun) -> Iterator[SpecError]:
@@ -135,8 +140,10 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     p = run.parallelism
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
-    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy != "ddp":
-        yield not_yet_with("parallelism.strategy", f"trainer {name} and loss fused", "ddp")
+    # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
+    strategies = ("ddp", "zero1", "zero2", *(() if run.method.kind in ADAPTERS else FSDP))
+    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
+        yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:
