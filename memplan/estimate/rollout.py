@@ -19,7 +19,7 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.side_tasks import evaluation_run, generation
+from memplan.estimate.side_tasks import evaluation, evaluation_run, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
@@ -34,7 +34,8 @@ from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
 from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
+from memplan.spec.training import Evaluation
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -55,12 +56,23 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     has_reward = "reward" in dict(decided.structure.graph.roles)
     reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
     critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
-    tasks, e = (*_generation(run, walked, decided), *reward, *critic), run.also.evaluation
+    scored = _log_probs(run, walked, decided) if run.batch.scored > run.batch.micro else ()
+    tasks, e = (*_generation(run, walked, decided), *scored, *reward, *critic), run.also.evaluation
     if e is None:
         return tasks
     evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
     during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
     return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in during))
+
+
+def _log_probs(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+    """Yield the passes for log-probabilities before the step, over more completions than one of its micro-batches has:
+    those of an evaluation of as many."""
+    rows, standing = run.batch.scored, walked.program.between_steps(walked.workspace)
+    alone = changed(run.model_copy(update=decided.parts), "batch", generations=rows)
+    for task in evaluation(alone, Evaluation(micro=rows), walked, None, standing):
+        moved = _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
+        yield moved._replace(phase="rollout", where=f"log-probabilities: {task.where}")
 
 
 def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
