@@ -207,7 +207,7 @@ def _rollout(run: RunSpec) -> Iterator[Lever]:
 
 
 def _completions(run: RunSpec) -> Iterator[Lever]:
-    """Yield fewer completions of each prompt, in as many fewer passes, and shorter ones."""
+    """Yield fewer completions of each prompt, in as many fewer passes, and shorter ones; fewer scored at once."""
     if run.trainer not in GENERATING:
         return
     parts, group = run.batch.accumulation, run.batch.generations
@@ -215,6 +215,8 @@ def _completions(run: RunSpec) -> Iterator[Lever]:
         parts, group = parts // 2, group // 2
         fields = (("batch.generations", group), ("batch.accumulation", parts))
         yield _lever("generations", f"{group} completions of a prompt", "generations", *fields)
+    for rows in _halves(run.batch.scored, run.batch.micro):
+        yield _lever("micro_batch", f"{rows:,} completions scored at once", "scored", ("batch.scored", rows))
     for tokens in _halves(run.batch.new_tokens, _MIN_SEQUENCE):
         yield _lever("completions", f"completions of {tokens:,} tokens", "completions", ("batch.new_tokens", tokens))
 

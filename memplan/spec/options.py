@@ -233,8 +233,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "argmax keeps the likeliest tokens instead of logits (preprocess_logits_for_metrics). Default logits.",
         ),
         "eval_generate": Option(
-            "also.evaluation.new_tokens",
-            "Tokens generated after each sequence of an evaluation (predict_with_generate).",
+            "also.evaluation.new_tokens", "Tokens generated after each evaluated sequence (predict_with_generate)."
         ),
         "save": Option("also.saving", "Also count saving a checkpoint. Default off.", parse=saving, type=bool),
         "merge": Option(
@@ -256,13 +255,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "What generates with --trainer grpo, rloo or distill: {choices}. colocate is vLLM with a share of --gpu "
             "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
         ),
-        "sleep": Option(
-            "serving.sleep", "With --rollout colocate: vLLM frees weights and cache while the step trains."
-        ),
+        "sleep": Option("serving.sleep", "--rollout colocate: vLLM frees weights and cache while the step trains."),
         "generations": Option(
             "batch.generations",
             "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
             aliases=("num_generations",),
+        ),
+        "score_batch_size": Option(
+            "batch.scored", "Completions scored at once before a step of grpo or rloo. Default --batch-size."
         ),
         "cache_implementation": Option(
             "generation.cache_implementation",

@@ -186,6 +186,10 @@ def test_a_reward_models_head_is_a_score() -> None:
             {"trainer": "dpo", "reference": "adapters"},
             "method full has no adapters to disable; use copy or precomputed",
         ),
+        (
+            {"trainer": "dpo", "profile": "trl-0.24", "parallelism": {"world": 2, "dp": 2, "strategy": "fsdp2"}},
+            "parallelism.strategy: this TRL wraps a reference copy in FSDP1 .* fails; use fsdp or zero3",
+        ),
         ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
         ({"reference": "copy"}, "sft has no reference model"),
         ({"trainer": "orpo", "reference": "copy"}, "orpo has no reference model; use none, or trainer dpo"),

@@ -122,6 +122,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
 def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer: str, reference: str | None) -> None:

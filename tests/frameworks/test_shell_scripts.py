@@ -202,6 +202,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.reward.micro": 4,
+            "batch.scored": 4,
             "batch.generations": 1,
         },
     ),
@@ -225,6 +226,8 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B actor_rollout_ref.rollout.n=8 "
     "actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 "
     "actor_rollout_ref.actor.use_kl_loss=True +actor_rollout_ref.actor.fsdp_config.optimizer_offload=True "
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16 data.train_batch_size=64 "
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=128 "
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1 trainer.n_gpus_per_node=4 trainer.nnodes=2 "
     "--config-name=ppo_trainer": (
         "verl",
@@ -234,6 +237,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rollout": "colocate",
             "batch.micro": 16,
             "batch.accumulation": 32 * 8 // (4 * 2) // 16,
+            "batch.scored": 64 * 8 // (4 * 2),  # of the reference: all completions of a GPU
             "precision.weights": "fp32",
             "parallelism.world": 8,
             "parallelism.strategy": "fsdp",
@@ -242,6 +246,13 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.trainer_offload": ["optimizer"],
             "profile": "verl-0.9",
         },
+    ),
+    "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.max_prompt_length=16 "
+    "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B "
+    "actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128 "
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256": (
+        "verl",
+        {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48)},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
     "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (

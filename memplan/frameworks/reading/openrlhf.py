@@ -58,6 +58,9 @@ def _generation(config: Config) -> None:
     config.set("batch.new_tokens", answer or total // 2, *(("rollout.max_new_tokens",) if answer else ()), why=why)
     config.set("batch.sequence", max(total - (answer or total // 2), 1), "data.max_len", why=why)
     config.set("batch.generations", config.whole("rollout.n_samples_per_prompt"), "rollout.n_samples_per_prompt")
+    key = "rollout.micro_batch_size"  # of the passes for log-probabilities before a step
+    if (config.whole(key) or 0) > (config.value("batch.micro") or 1):
+        config.set("batch.scored", config.whole(key), key)
     together, with_actor = config.flag("train.colocate_all"), config.flag("train.colocate_actor_ref")
     key = "algo.kl.init_coef"
     if not config.number(key):

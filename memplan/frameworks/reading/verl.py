@@ -82,6 +82,27 @@ def _micro_batch(config: Config) -> None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
     config.set("batch.micro", micro, key)
     config.set("batch.accumulation", -(-each // max(micro, 1)), mini)
+    _scored(config, length)
+
+
+def _scored(config: Config, length: int) -> None:
+    """Log-probabilities before a step have micro-batches of their own, which are as large as the actor's unless set."""
+    world, name = config.value("parallelism.world") or 1, "log_prob_micro_batch_size"
+    rows = (config.whole("data.train_batch_size") or 1) * (config.value("batch.generations") or 1)
+    compares = config.flag(f"{_ACTOR}.use_kl_loss") or config.flag("algorithm.use_kl_in_reward")
+    for part in (_ROLLOUT, *(("actor_rollout_ref.ref",) if compares else ())):
+        dynamic, key = f"{part}.log_prob_use_dynamic_bsz", f"{part}.{name}_per_gpu"
+        if config.flag(f"{_ACTOR}.use_dynamic_bsz" if config.said(dynamic) is None else dynamic):
+            key = f"{part}.log_prob_max_token_len_per_gpu"
+            scored = (config.whole(key) or 0) // max(length, 1)
+        elif config.said(key) is None and config.said(f"{part}.{name}") is not None:  # verl until 0.5, among all GPUs
+            key = f"{part}.{name}"
+            scored = (config.whole(key) or 0) // world
+        else:
+            scored = config.whole(key) or 0
+        scored = min(scored, -(-rows // world))
+        if scored > max(config.value("batch.micro") or 1, config.value("batch.scored") or 0):
+            config.set("batch.scored", scored, key)
 
 
 _CRITIC_TOKENS = 32768  # trainer/config/critic/critic.yaml ppo_max_token_len_per_gpu
