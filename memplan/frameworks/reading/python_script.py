@@ -108,8 +108,8 @@ _UNSLOTH_DEFAULTS = {
 
 
 class ScriptRun(NamedTuple):
-    """A script as a framework's file: the keys that its calls set, their defaults, what cannot be told, and the
-    trainer as a command of TRL's."""
+    """A script as a framework's file: the keys that its calls set, their defaults, what cannot be told, the trainer as
+    a command of TRL's, and whether the trainer's arguments are flags of its command line."""
 
     document: Document
     form: RunFormat
@@ -117,6 +117,7 @@ class ScriptRun(NamedTuple):
     defaults: Mapping[str, Any]
     unread: tuple[Unread, ...]
     command: str = ""
+    parses_flags: bool = False
 
 
 class _Keys:
@@ -169,16 +170,19 @@ def trainer_of(script: CallsOfScript) -> PythonCall | None:
 def run_of_script(script: CallsOfScript) -> ScriptRun:
     """Return the run that a script's first trainer starts. Raises SpecError if there is none."""
     training = trainer_of(script)
+    unread = [Unread(f"{script.name}:{place}", "the cell", "is not Python, so not read") for place in script.skipped]
     other = next((c for c in script.calls if c.name.endswith("Trainer") and c.name.startswith(_OTHERS)), None)
     if other is not None and (training is None or other.line < training.line):
         place = script.places.get(other.line, other.line)
         raise SpecError(f"{script.name}:{place}: {other.name} is not supported yet; supported: {', '.join(_TRAINERS)}")
     if training is None:
-        raise SpecError(f"{script.name} has no trainer that is read; {', '.join(_TRAINERS)} and Unsloth's are")
+        skipped = f", and {unread[0].where} is not Python" if unread else ""
+        raise SpecError(f"{script.name} has no trainer that is read{skipped}; {', '.join(_TRAINERS)} and Unsloth's are")
     loads = [call for call in script.calls if call.name == "from_pretrained" and call.of in _UNSLOTH]
     place = script.places.get(training.line, training.line)
     told = (f"{script.name}:{place} {training.name}",)
     keys = _Keys(script)
+    keys.unread += unread
     if loads and training.name not in ("SFTTrainer", "UnslothTrainer", "Trainer", "Seq2SeqTrainer"):
         raise SpecError(
             f"{script.name}:{place}: {training.name} with Unsloth is not supported yet; supported: SFTTrainer"
@@ -236,6 +240,7 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     adapters = _named(script, training, "LoraConfig")
     keys.take(adapters, _ADAPTERS)
     keys.take(training, _TRAINED)
+    parses = _named(script, training, "HfArgumentParser", "TrlParser") is not None
     named = "model" if "model" in training.arguments else "0"
     if isinstance(training.arguments.get(named), str):
         keys.put("model_name_or_path", training.arguments[named], training.lines[named], "model")
@@ -248,10 +253,10 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
         rewards = training.arguments.get("reward_funcs")
         if isinstance(rewards, str):
             keys.put("reward_model_name_or_path", rewards, training.lines["reward_funcs"], "reward_funcs")
-        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0])
+        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0], parses)
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None
-    return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))
+    return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread), parses_flags=parses)
 
 
 def _take_stored(keys: _Keys, training: PythonCall) -> None:

@@ -486,11 +486,14 @@ def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
 
 
 def card_of(family: str, version: str, size: str) -> str | None:
-    """Return the card of a model that is named by parts: llama, 3.1, 8b; None if there is none."""
+    """Return the card of a model that is named by parts: llama, 3.1, 8b; None if there is none. A size that the family
+    has alone is not part of a name: phi-4."""
     names = card_names()
     plain = [f"{family}{dash}{version}-{size}".replace("--", "-") for dash in ("-", "")]
+    alone = f"{family}-{version}"
     found = [name for name in plain if name in names]
-    return next(iter([*found, *(name for name in names for start in plain if name.startswith(f"{start}-"))]), None)
+    found += [name for name in names for start in plain if name.startswith(f"{start}-")]
+    return next(iter([*found, *[alone for name in names if name == alone]]), None)
 
 
 def assume_length(config: Config, key: str) -> None:

@@ -11,6 +11,7 @@ from memplan.frameworks.reading.run_format import RunFormat
 
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
+_DEGREES = "its GPUs"  # over which something is divided, unless it is 1
 _ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
 
 
@@ -19,10 +20,12 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
     sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
-        value = config.document.values.get(top)  # None for a key with a dot of its own
         matter = form.matter.get(path) or form.matter.get(top)
         if matter is not None:
-            if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):
+            # a key with a dot of its own is not in the section
+            values = (config.document.values.get(top), config.said(path))
+            off = ("false", "0", "1") if matter == _DEGREES else ("false", "0")
+            if not any(str(value).lower() in off for value in values):
                 yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
         elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
             if top.startswith(_SILENT):
