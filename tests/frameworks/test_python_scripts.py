@@ -92,6 +92,39 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, DPO": (
+        UNSLOTH.replace("SFT", "DPO").replace("=2, bf16", "=2, max_length=1024, beta=0.1, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 DPOTrainer",
+        {"trainer": "dpo", "method.kind": "qlora", "batch.sequence": 2 * 1024, "kernels.checkpointing": "offload"},
+        (),
+    ),
+    "Unsloth, GRPO": (  # 2 x 2 completions of a pass and step are no group of 3
+        UNSLOTH.replace("SFT", "GRPO")
+        .replace("dtype=None", "dtype=None, fast_inference=True, gpu_memory_utilization=0.6")
+        .replace(
+            "trainer = GRPOTrainer(model=model, max_seq_length=max_seq_length,", "trainer = GRPOTrainer(model=model,"
+        )
+        .replace("=2, bf16", "=2, num_generations=3, max_prompt_length=256, max_completion_length=128, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 GRPOTrainer",
+        {
+            "trainer": "grpo",
+            "reference": "none",
+            "rollout": "colocate",
+            "batch.sequence": 256,
+            "batch.new_tokens": 128,
+            "batch.generations": 3,
+            "batch.micro": 3,
+            "serving.memory_utilization": 0.6,
+            "serving.max_model_len": 2 * 1024,
+        },
+        ("use_vllm (train.py:6): vLLM is counted with weights of its own, which Unsloth shares with it",),
+    ),
+    "two trainers": (
+        TRL + "DPOTrainer(model='a')",
+        "train.py: TRL 1.16, by train.py:7 SFTTrainer",
+        {"model": "Qwen/Qwen2-7B", "trainer": None},
+        ("DPOTrainer (train.py:8): a second trainer; SFTTrainer is counted",),
+    ),
     "TRL": (
         TRL,
         "train.py: TRL 1.16, by train.py:7 SFTTrainer",
@@ -256,11 +289,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "train.py",
         "\nGKDTrainer(model='a')",
         "train.py:2: GKDTrainer is not supported yet; ",
-    ),
-    "another trainer with Unsloth": (
-        "train.py",
-        UNSLOTH.replace("SFTTrainer(", "GRPOTrainer("),
-        "train.py:10: GRPOTrainer with Unsloth is not supported yet; supported: SFTTrainer",
     ),
     "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
     "NUL": ("train.py", "x = '\0'", "train.py"),

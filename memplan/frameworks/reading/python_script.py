@@ -98,6 +98,12 @@ _UNSLOTH_TRAINED = {
     "eval_strategy": "eval_strategy",
     "neftune_noise_alpha": "neftune_noise_alpha",
 }
+# What the trainers that compare or generate read: keys of TRL's, of which its loader sets two.
+_UNSLOTH_LOADED_RL = {"fast_inference": "use_vllm", "gpu_memory_utilization": "vllm_gpu_memory_utilization"}
+_UNSLOTH_RL = (
+    *("num_generations", "max_completion_length", "max_prompt_length", "steps_per_generation", "num_iterations"),
+    *("generation_batch_size", "beta", "loss_type", "cpo_alpha", "precompute_ref_log_probs"),
+)
 _UNSLOTH_DEFAULTS = {
     "training.batch_size": 4,
     "training.gradient_accumulation_steps": 2,
@@ -105,6 +111,7 @@ _UNSLOTH_DEFAULTS = {
     "lora.lora_alpha": 16,
     "lora.lora_dropout": 0.0,
 }
+_UNSLOTH_RL_DEFAULTS = {"num_generations": 8, "max_completion_length": 256, "vllm_gpu_memory_utilization": 0.5}
 
 
 class ScriptRun(NamedTuple):
@@ -183,10 +190,10 @@ def run_of_script(script: CallsOfScript) -> ScriptRun:
     told = (f"{script.name}:{place} {training.name}",)
     keys = _Keys(script)
     keys.unread += unread
-    if loads and training.name not in ("SFTTrainer", "UnslothTrainer", "Trainer", "Seq2SeqTrainer"):
-        raise SpecError(
-            f"{script.name}:{place}: {training.name} with Unsloth is not supported yet; supported: SFTTrainer"
-        )
+    for call in script.calls:
+        if call.name in _TRAINERS and call.line > training.line and call.name != training.name:
+            at = f"{script.name}:{script.places.get(call.line, call.line)}"
+            keys.unread.append(Unread(at, call.name, f"a second trainer; {training.name} is counted"))
     if loads:
         return _of_unsloth(keys, _last(loads, training), training, told)
     return _of_transformers(keys, training, told)
@@ -208,13 +215,23 @@ def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple
     adapted = _named(script, training, "get_peft_model")
     keys.take(adapted, _UNSLOTH_ADAPTED)
     keys.take(_named(script, training, *_CONFIGS), _UNSLOTH_TRAINED)
-    keys.take(training, {"max_seq_length": "training.max_seq_length", "packing": "training.packing"})
+    lengths = dict.fromkeys(("max_seq_length", "max_length"), "training.max_seq_length")
+    keys.take(training, {**lengths, "packing": "training.packing"})
     is_full = keys.values.get("training", {}).get("training_type") is True or adapted is None
     by, name = (load, "from_pretrained") if is_full or adapted is None else (adapted, "get_peft_model")
     keys.put("training.training_type", "full" if is_full else "lora", script.places.get(by.line, by.line), name)
     keys.values.setdefault("lora", {})
-    form = format_named("unsloth")._replace(matter=_MATTER, silent=tuple(_UNSLOTH_TRAINED.values()))
-    return ScriptRun(keys.document(), form, told, _UNSLOTH_DEFAULTS, tuple(keys.unread))
+    defaults, command = _UNSLOTH_DEFAULTS, ""
+    if training.name.removesuffix("Trainer") in _OF_TRL[1:]:
+        keys.take(load, _UNSLOTH_LOADED_RL)
+        for call in (_named(script, training, *_CONFIGS), training):
+            keys.take(call, {name: name for name in _UNSLOTH_RL})
+        keys.values |= {"use_peft": not is_full}
+        keys.values.pop("fast_inference", None)
+        defaults, command = {**defaults, **_UNSLOTH_RL_DEFAULTS}, told[0]
+    silent = (*_UNSLOTH_TRAINED.values(), *_UNSLOTH_RL, "use_peft")
+    form = format_named("unsloth")._replace(matter=_MATTER, silent=silent)
+    return ScriptRun(keys.document(), form, told, defaults, tuple(keys.unread), command)
 
 
 _MATTER = {
