@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from memplan.core.errors import SpecError, nearest, printable
+from memplan.core.errors import SpecError, misspelt, printable
 from memplan.core.files import exists, is_file, is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.spec.file import read_spec_with_lines, spec_with_lines
@@ -108,8 +108,8 @@ def named_document(name: str, within: Document, key: str) -> Document:
         if f"/{name}".endswith(f"/{end}"):
             kept = {key: value for key, value in values.items() if key != "title"}
             return Document(f"{values['title']}'s {Path(end).name}", None, kept, {})
-    near = nearest(name, _published(), 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = misspelt(name, _published())
+    hint = f"; did you mean {near}?" if near else ""
     raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here{hint}")
 
 

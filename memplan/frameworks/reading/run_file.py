@@ -48,6 +48,9 @@ _ADAPTER_FIELDS = tuple(
 )
 
 
+_SEEN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # variables that say which GPUs a program sees
+
+
 class RunSource(NamedTuple):
     """The arguments of `read_as` that a run was read with, so that it can be read again with other values of keys."""
 
@@ -283,8 +286,9 @@ def _read_launched(
     left_out = [
         Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
-    seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
-    sees_more = (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys()
+    seen = next((name for name in _SEEN if command.variables.get(name)), "")
+    several = "," in command.variables.get(seen, "") or command.variables.get(seen) == "all"
+    sees_more = (form is None or form.trains) and several and not {"num_processes", "config_file"} & launcher.keys()
     place = f"{name}:{command.line}" if command.line else name
     processes = launcher.get("num_processes")
     if isinstance(processes, str):
@@ -328,7 +332,7 @@ def _read_launched(
     world = origins.get("parallelism.world")
     if sees_more and (world is None or world.value == 1):
         note = "several GPUs, and no number of processes: one is counted; add --gpus"
-        left_out.append(Unread(place, "CUDA_VISIBLE_DEVICES", note))
+        left_out.append(Unread(place, seen, note))
     found = tuple(origins.values())
     return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
 

@@ -449,7 +449,8 @@ def _by_folder(name: str) -> tuple[str, str]:
     path = name.replace("\\", "/").rstrip("/")
     cached = [folder.rpartition("--")[2] for folder in path.split("/") if folder.startswith("models--")]
     last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
-    last = _GGUF_FILE.sub(r"\1-\2-GGUF", last)
+    file = _GGUF_FILE.fullmatch(last) if last.lower().endswith(".gguf") else None
+    last = f"{file[1]}-{file[2]}-GGUF" if file is not None else last
     is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
     is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
     if is_path and not is_address and not is_there(Path(name).expanduser()):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from difflib import SequenceMatcher
 
-from memplan.core.errors import nearest
+from memplan.core.errors import misspelt
 from memplan.frameworks.reading.config import Config, Unread, defaults_of
 from memplan.frameworks.reading.run_format import RunFormat
 
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
 _DEGREES = "its GPUs"  # over which something is divided, unless it is 1
-_ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
 
 
 def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
@@ -30,9 +28,8 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
         elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
             if top.startswith(_SILENT):
                 continue
-            near = nearest(name, known, 1)
-            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
-            hint = f"; did you mean {near[0]}?" if is_near else ""
+            near = misspelt(name, known)
+            hint = f"; did you mean {near}?" if near else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
 
 
