@@ -331,6 +331,7 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "finetuning_type: full\nuse_galore: true\ngalore_layerwise: true": {"optimizer.name": "galore_adamw_layerwise"},
     "val_size: 0.1\neval_strategy: steps\nper_device_eval_batch_size: 1": {"also.evaluation.micro": 1},
     "val_size: 0.1": {"also.evaluation.micro": None},
+    "cutoff_len: ${oc.env:LENGTH,64}": {"batch.sequence": 64},
 }
 
 
@@ -661,6 +662,7 @@ NOT_COUNTED = {
         "qat.a (run.yaml:2): not counted, not supported yet",
         "tiled_mlp (run.yaml:10): not counted, not supported yet",
     ),
+    "base_model: a\nmicro_batch_size: 1\ntiled-mlp: true": ("tiled_mlp (run.yaml:3): not counted, not supported yet",),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),

@@ -320,6 +320,8 @@ def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
     file = read(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 swift sft --model Qwen/Qwen2-7B --max_length 64")
     note = "several GPUs, and no number of processes: one is counted; add --gpus"
     assert file.notes == (f"CUDA_VISIBLE_DEVICES (train.sh:1): {note}",)
+    file = read(tmp_path, "docker run --gpus all -it image swift sft --model Qwen/Qwen2-7B --max_length 64")
+    assert file.notes == (f"NVIDIA_VISIBLE_DEVICES (train.sh:1): {note}",)
 
 
 QUOTED = {

@@ -53,12 +53,19 @@ class PythonCall(NamedTuple):
 
 
 class CallsOfScript(NamedTuple):
-    """A script's calls in the order of their lines, and where a line is, as `cell 2, line 3` of a notebook."""
+    """A script's calls in the order of their lines.
+
+    places     where a line is, as `cell 2, line 3` of a notebook
+    arguments  arguments that the script itself defines: of its command line, or fields of its classes
+    skipped    where cells of a notebook are that are not Python
+    """
 
     name: str
     path: Path
     calls: tuple[PythonCall, ...]
     places: Mapping[int, str]
+    arguments: frozenset[str] = frozenset()
+    skipped: tuple[str, ...] = ()
 
 
 def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScript:
@@ -68,10 +75,10 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
     """
     shown = printable(Path(name).name, 60)
     is_notebook = name.lower().endswith(".ipynb")
-    text, places = _notebook(read_text(name, _MOST_BYTES), shown) if is_notebook else (read_text(name), {})
+    skipped: list[str] = []
+    text, places = _notebook(read_text(name, _MOST_BYTES), shown, skipped) if is_notebook else (read_text(name), {})
     try:
-        with warnings.catch_warnings(action="ignore"):  # Python prints its own about 0for and "\d"
-            tree = ast.parse(text)
+        tree = _parsed(text)
         names = _Names(tree, flags or {})
         calls = sorted(_calls(tree, names), key=lambda call: call.line)
     except SyntaxError as error:
@@ -79,11 +86,18 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
         raise SpecError(f"{shown}:{places.get(line, line)}: is not Python ({error.msg})") from None
     except (ValueError, RecursionError, MemoryError):
         raise SpecError(f"{shown} is nested too deeply, or has characters that Python does not") from None
-    return CallsOfScript(shown, Path(name), tuple(calls), places)
+    return CallsOfScript(shown, Path(name), tuple(calls), places, frozenset(names.attributes), tuple(skipped))
 
 
-def _notebook(text: str, shown: str) -> tuple[str, dict[int, str]]:
-    """Return the code of a notebook, without its magics, and the cell and line of each line."""
+def _parsed(text: str) -> ast.Module:
+    """Return the syntax tree of a script. Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    with warnings.catch_warnings(action="ignore"):  # Python prints its own about 0for and "\d"
+        return ast.parse(text)
+
+
+def _notebook(text: str, shown: str, skipped: list[str]) -> tuple[str, dict[int, str]]:
+    """Return the code of a notebook, without its magics, and the cell and line of each line. Where cells are not Python
+    is added to `skipped`; if none is, the first one raises SpecError."""
     try:
         cells: object = json.loads(text).get("cells")
     except (ValueError, AttributeError, RecursionError):
@@ -97,13 +111,31 @@ def _notebook(text: str, shown: str) -> tuple[str, dict[int, str]]:
         code = "".join(map(str, cast("list[Any]", source))) if isinstance(source, list) else str(source)
         if code.lstrip().startswith("%%"):
             continue
-        for line_number, line in enumerate(code.splitlines(), 1):
-            is_magic = line.lstrip().startswith(_MAGICS)
-            lines.append(f"{line[: len(line) - len(line.lstrip())]}pass" if is_magic else line)
-            places[len(lines)] = f"cell {number}, line {line_number}"
+        plain = _without_magics(code)
+        try:
+            _parsed("\n".join(plain))
+        except SyntaxError as error:
+            skipped.append(f"cell {number}, line {error.lineno or 1}")
+            continue
+        except (ValueError, RecursionError, MemoryError):  # the whole is refused for it
+            pass
+        places |= {len(lines) + line: f"cell {number}, line {line}" for line in range(1, len(plain) + 1)}
+        lines += plain
     if not lines:
-        raise SpecError(f"{shown} has no code")
+        raise SpecError(f"{shown}:{skipped[0]}: is not Python" if skipped else f"{shown} has no code")
     return "\n".join(lines), places
+
+
+def _without_magics(code: str) -> list[str]:
+    """Return the lines of a cell with `pass` for its magics, which a backslash continues."""
+    lines: list[str] = []
+    continues = False
+    for line in code.splitlines():
+        is_magic = continues or line.lstrip().startswith(_MAGICS)
+        indent = line[: len(line) - len(line.lstrip())]
+        lines.append("" if continues else f"{indent}pass" if is_magic else line)
+        continues = is_magic and line.rstrip().endswith("\\")
+    return lines
 
 
 class _Names:
@@ -149,8 +181,11 @@ class _Names:
         names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         long = next((name for name in names if name.startswith("--")), names[0] if names else "")
-        if long and "default" in given:
-            self.attributes[long.lstrip("-").replace("-", "_")] = given["default"]
+        action = getattr(given.get("action"), "value", "")
+        default = ast.Constant(action == "store_false") if action in ("store_true", "store_false") else None
+        if long:
+            name = long.lstrip("-").replace("-", "_")
+            self.attributes[name] = given.get("default", default or ast.Name(""))  # unknown
 
     def value(self, node: ast.expr | None, line: int) -> Any:  # noqa: PLR0911 (a return for each kind of expression)
         """Return the value of an expression at a line; UNKNOWN if it cannot be told."""
@@ -223,6 +258,8 @@ class _Names:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name in _HAS_BF16:
             return True
+        if name == "field":  # of a dataclass
+            return self.value(next((each.value for each in node.keywords if each.arg == "default"), None), line)
         if name in ("get", "getenv") and len(node.args) == 2:  # os.environ.get("LEN", 2048)
             return self.value(node.args[1], line)
         if name in ("int", "float", "str", "bool", "list", "tuple") and len(node.args) == 1:

@@ -48,6 +48,9 @@ _ADAPTER_FIELDS = tuple(
 )
 
 
+_SEEN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # variables that say which GPUs a program sees
+
+
 class RunSource(NamedTuple):
     """The arguments of `read_as` that a run was read with, so that it can be read again with other values of keys."""
 
@@ -212,16 +215,16 @@ def _read_toml(name: str) -> Document:
 
 
 def _read_python(
-    name: str, flags: Mapping[str, Any], companions: dict[str, Document], typed: Mapping[str, Any] | None
+    name: str, flags: Mapping[str, Typed], companions: dict[str, Document], typed: Mapping[str, Any] | None
 ) -> RunFile:
     """Return the run that a Python script or a notebook starts, with flags of its command line."""
     from memplan.frameworks.reading.python_calls import read_script
     from memplan.frameworks.reading.python_script import run_of_script
 
-    run = run_of_script(read_script(name, flags))
-    file = read_as(
-        run.document, run.form, None, run.told, companions, typed, command=run.command, own_defaults=run.defaults
-    )
+    script = read_script(name, {key: flag.value for key, flag in flags.items()})
+    run = run_of_script(script)
+    others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
+    file = read_as(run.document, run.form, None, run.told, companions, typed, others, run.command, run.defaults)
     return file._replace(unread=(*file.unread, *run.unread))
 
 
@@ -283,8 +286,9 @@ def _read_launched(
     left_out = [
         Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
-    seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
-    sees_more = (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys()
+    seen = next((name for name in _SEEN if command.variables.get(name)), "")
+    several = "," in command.variables.get(seen, "") or command.variables.get(seen) == "all"
+    sees_more = (form is None or form.trains) and several and not {"num_processes", "config_file"} & launcher.keys()
     place = f"{name}:{command.line}" if command.line else name
     processes = launcher.get("num_processes")
     if isinstance(processes, str):
@@ -301,12 +305,11 @@ def _read_launched(
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path)
+    over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
     if script and form is None and framework is None and not config and "model_name_or_path" not in command.flags:
-        file = _read_python(script, resolved, companions, typed)
+        file = _read_python(script, over, companions, typed)
         return file._replace(unread=(*file.unread, *left_out))
-    over: dict[str, Typed] = {}
     if config:
-        over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
         document = named_document(config, document, "config")
     version: str | None = None
     told: tuple[str, ...] = ()
@@ -320,7 +323,7 @@ def _read_launched(
             raise SpecError(f"spec: {document.name} names no framework; name it with --framework", "spec")
         form, told = found
     shown = _trainer_in(script) or command.shown
-    file = read_as(document, form, version, told, companions, typed, over, shown)
+    file = read_as(document, form, version, told, companions, typed, over if config else {}, shown)
     origins = {origin.field: origin for origin in file.origins}
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if variable in command.variables and form.trains:
@@ -329,7 +332,7 @@ def _read_launched(
     world = origins.get("parallelism.world")
     if sees_more and (world is None or world.value == 1):
         note = "several GPUs, and no number of processes: one is counted; add --gpus"
-        left_out.append(Unread(place, "CUDA_VISIBLE_DEVICES", note))
+        left_out.append(Unread(place, seen, note))
     found = tuple(origins.values())
     return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
 
@@ -548,10 +551,14 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
     is_deep = any("." in name for pair in form.aliases.items() for name in pair)
     values, lines = dict(paths(document.values) if is_deep else document.values), dict(document.lines)
     old_names: dict[str, str] = {}
+    plain_names: dict[str, str] = {}
     for key in [key for key in values if "-" in key or key.startswith("no_")]:  # flags of a command, written in a file
         plain = key.replace("-", "_")
         is_off = plain not in known and plain.startswith("no_") and plain[3:] in known
-        values[plain[3:] if is_off else plain] = not values.pop(key) if is_off else values.pop(key)
+        plain_names[key] = plain[3:] if is_off else plain
+        values[plain_names[key]] = not values.pop(key) if is_off else values.pop(key)
+    under = {path: line for path, line in document.lines.items() if path[0] in plain_names}
+    lines |= {(plain_names[path[0]], *path[1:]): line for path, line in under.items()}
     for old, new in form.aliases.items():
         if values.get(old) is not None and values.get(new) is None:
             values[new] = values.pop(old)

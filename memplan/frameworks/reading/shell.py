@@ -358,6 +358,7 @@ def _of_container(words: list[str], variables: Mapping[str, str]) -> dict[str, s
         said = (own or value).strip("\"'")
         if flag.startswith("--gpus"):
             out |= visible(said.count(",") + 1 if said.startswith("device=") else _number(said))
+            out |= {"NVIDIA_VISIBLE_DEVICES": said} if said == "all" else {}
         match = _ASSIGNMENT.fullmatch(said)
         out |= {match[1]: match[2]} if name in ("e", "env") and match is not None else {}
     return {**variables, **out}

@@ -52,7 +52,8 @@ def _command(config: Config) -> str:
     return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "sft")), "")
 
 
-def _trainer(config: Config) -> None:
+def trainer_of(config: Config) -> None:
+    """The trainer that a command or script names, or that the file's keys tell."""
     typed = config.options.get("trainer")
     named = typed or _command(config)
     is_by_name = typed is None and config.command.endswith(".py")
@@ -224,7 +225,7 @@ def _launch(config: Config) -> None:
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "trl": (_trainer, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),
+    "trl": (trainer_of, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),
     "transformers": (
         *(_full, _unpacked, _kernels, trainer.optimizer, trainer.loop, trainer.parallelism, _trainer_precision),
         *(_evaluation,),

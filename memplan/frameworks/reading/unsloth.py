@@ -1,13 +1,13 @@
 """Rules of `unsloth train` and Unsloth Studio's files.
 
-Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/trainer.py; models/loader.py.
+Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/trainer.py; models/loader.py, rl.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading import trainer, trl
 from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.models.cards import card_names
 
@@ -59,6 +59,21 @@ def _method(config: Config) -> None:
         config.set("method.frozen", frozen, *parts.values())
 
 
+def _trainer(config: Config) -> None:
+    """A trainer of TRL, which only a script names."""
+    if not config.command:
+        return
+    beta_is_zero = str(config.get("loss_type") or "dapo").lower() in ("dapo", "dr_grpo")
+    config.defaults = {**config.defaults, "beta": 0.0 if beta_is_zero else 0.001}
+    trl.trainer_of(config)
+    group = config.value("batch.generations")
+    if group and (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1) % group:
+        config.set("batch.micro", group, "num_generations", why=f"{config.title} makes a step of other sizes this one")
+    if config.value("rollout") is not None:
+        config.set("serving.max_model_len", config.whole("training.max_seq_length"), "training.max_seq_length")
+        config.leave("use_vllm", "vLLM is counted with weights of its own, which Unsloth shares with it")
+
+
 def _settings(config: Config) -> None:
     value = str(config.get("training.gradient_checkpointing")).lower()
     if value not in _CHECKPOINTING:
@@ -75,5 +90,5 @@ def _settings(config: Config) -> None:
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "unsloth": (original, _method, _settings),
+    "unsloth": (original, _method, _trainer, _settings),
 }
