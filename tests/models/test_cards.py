@@ -315,7 +315,7 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
         ({"model_type": "zamba", "state_size": 16}, "zamba.*state space"),
         ({"model_type": "llava_next", "vision_config": {"depth": 27}}, "llava_next.*vision"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "megatron-bert"}, "megatron-bert.*encoder"),
+        ({"model_type": "squeezebert"}, "squeezebert.*encoder"),
         ({"model_type": "blenderbot", "is_encoder_decoder": True}, "blenderbot.*encoder-decoder"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma3_text.*encoder"),
         ({"model_type": "jetmoe"}, "jetmoe.*mixture of experts"),
