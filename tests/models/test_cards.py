@@ -311,7 +311,7 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
         ({"model_type": "aria", "num_local_experts": 8}, "aria.*mixture of experts"),
         ({"model_type": "flex_olmo", "num_experts": 128}, "flex_olmo.*mixture of experts"),
         ({"model_type": "longcat_flash", "kv_lora_rank": 512, "n_routed_experts": 512}, "longcat_flash"),
-        ({"model_type": "youtu", "kv_lora_rank": 512}, "youtu.*multi-head latent attention"),
+        ({"model_type": "bailing_hybrid", "kv_lora_rank": 512}, "bailing_hybrid.*multi-head latent attention"),
         ({"model_type": "zamba", "state_size": 16}, "zamba.*state space"),
         ({"model_type": "llava_next", "vision_config": {"depth": 27}}, "llava_next.*vision"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),

@@ -20,7 +20,7 @@ from memplan.models.model import ModelSpec
 
 
 class _Row(NamedTuple):
-    """What the families differ by.
+    """The differences between the families.
 
     name      name of the model inside its heads' classes
     norms     names of the norms before attention, before the MLP and after the last layer

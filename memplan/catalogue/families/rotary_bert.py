@@ -25,7 +25,7 @@ from memplan.models.objectives import ENCODER
 
 
 class _Row(NamedTuple):
-    """What the families differ by.
+    """The differences between the families.
 
     name     name of the model inside its heads' classes
     mlp      the MLP from x1 to mo
