@@ -127,6 +127,7 @@ SMALL["mpnet"] = {"model_type": "mpnet", **_BERT, "pad_token_id": 1}
 SMALL["gte"] = {"model_type": "gte", **_BERT, "type_vocab_size": 1}
 SMALL["jina_embeddings_v3"] = {"model_type": "jina_embeddings_v3", **_BERT}
 SMALL["nomic_bert"] = {"model_type": "nomic_bert", **_BERT, "hidden_dropout_prob": 0.1}
+SMALL["eurobert"] = {"model_type": "eurobert", **_BERT, "num_key_value_heads": 2, "pad_token_id": 0}
 SMALL["ernie"] = {"model_type": "ernie", **_BERT, "use_task_id": True}
 SMALL["megatron-bert"] = {"model_type": "megatron-bert", **_BERT}
 for _name in ("camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl"):
@@ -134,7 +135,7 @@ for _name in ("camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta
 
 HEADS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("albert", "gte", "jina_embeddings_v3", "megatron-bert", "nomic_bert"),
+        ("albert", "eurobert", "gte", "jina_embeddings_v3", "megatron-bert", "nomic_bert"),
         ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     ),
     "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),

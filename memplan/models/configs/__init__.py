@@ -49,9 +49,9 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",
-        "albert bart bert camembert data2vec-text deberta-v2 distilbert electra ernie gte jina_embeddings_v3 "
-        "m2m_100 marian mbart megatron-bert modernbert mpnet mt5 nomic_bert pegasus roberta "
-        "roberta-prelayernorm t5 umt5 vit whisper xlm-roberta xlm-roberta-xl",
+        "albert bart bert camembert data2vec-text deberta-v2 distilbert electra ernie eurobert gte "
+        "jina_embeddings_v3 m2m_100 marian mbart megatron-bert modernbert mpnet mt5 nomic_bert pegasus "
+        "roberta roberta-prelayernorm t5 umt5 vit whisper xlm-roberta xlm-roberta-xl",
     ),
 }
 MODULES: dict[str, str] = {

@@ -380,6 +380,13 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BERT, "embedding_size": 128, "hidden_size": 256, "intermediate_size": 1024}, axes=_electra
     ),
     "ernie": _ENCODER._replace(defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}),
+    "eurobert": _ROTARY._replace(
+        defaults={"intermediate_size": 3072, "max_position_embeddings": 8192},
+        keys=ConfigKeys(),
+        gated=True,
+        stack="eurobert",
+        parallel=ParallelFacts(),
+    ),
     "gte": _ROTARY._replace(
         defaults={**_BERT, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8192, "type_vocab_size": 1},
         gated=True,
