@@ -39,6 +39,12 @@ def rms_norm_in_fp32(name: str, x: str, y: str, shape: str, axis: str) -> tuple[
     )
 
 
+def rms_norm_without_weight(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """RMSNorm in fp32 without a weight, as in Llama 4 and nanochat."""
+    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
+    return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"))
+
+
 def gemma_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
     """Gemma's RMSNorm, scaled by one plus the weight in fp32.
 

@@ -43,6 +43,12 @@ def ernie4_5(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring._replace(drops=False), ERNIE)
 
 
+def hyperclovax(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build HyperCLOVA X: Granite, whose branches may end with a norm before they are scaled."""
+    ends = ("post_norm1", "post_norm2") if m.get("use_post_norm", True) else ("", "")
+    return decoder(m, wiring, GRANITE._replace(norms=("input_layernorm", ends[0], "post_attention_layernorm", ends[1])))
+
+
 BUILDERS = {
     "cohere": _COHERE,
     "cohere2": _COHERE._replace(rotate=rope_of_casts, masks=BOTH),
@@ -54,6 +60,7 @@ BUILDERS = {
     ),
     "granite": GRANITE,
     "hunyuan_v1_dense": LLAMA._replace(rotate=rope_and_norm),
+    "hyperclovax": hyperclovax,
     "internlm3": LLAMA,
     "llama": LLAMA,
     "mimo": Decoder(bias=True, mlp_bias="mlp_bias"),

@@ -249,6 +249,7 @@ BUILDERS = {
     "granitemoe": GRANITE._replace(experts=_granite),
     "granitemoeshared": GRANITE._replace(experts=_granite),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
+    "mellum": QWEN_3._replace(mlp_bias=False, experts=_softmax, local_table=True),
     "minimax_m2": Decoder(qk_norm="all", rotate=partial_rope, attend=attend_heads_first, experts=_minimax_m2),
     "mixtral": Decoder(experts=_mixtral),
     "olmoe": olmoe,
