@@ -392,7 +392,6 @@ def _recipe(
         precision.autocast,
         library="peft" if code == "transformers" else code,
     )
-    base = base._replace(copies=method.quantization is not None and method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None and running is not None:  # dequantised when it is loaded
         return base._replace(kind="stored", skip=running.skip, running=running, packed=True), []
     if method.quantization is None:

@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
     frozen         parts of the model that neither train nor are adapted, see `PARTS`
     keeps          torch keeps GPTQ's dequantised matrix for backward, see `quantised_linear`
     packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
-    copies         a product dequantises packed weights first, as it does for more than a few rows and in training
+    trains         4-bit matrices are dequantised for any number of rows, as they are in training
     running        how matrices run whose format nothing can train over
     rank           rank of the adapters of methods other than LoRA
     options        other settings of those methods, by peft's names
@@ -99,7 +99,7 @@ class Recipe(NamedTuple):
     frozen: tuple[str, ...] = ()
     keeps: bool = False
     packed: bool = False
-    copies: bool = True
+    trains: bool = True
     running: InferenceFormat | None = None
     rank: int = 0
     options: tuple[tuple[str, Value], ...] = ()
@@ -167,7 +167,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     casts = not ((quantised or scheme == "hqq") and recipe.autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, copies=recipe.copies)
+        quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, trains=recipe.trains)
         if scheme
         else (_as_base_layer(op, result),)
     )
@@ -293,6 +293,7 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
         recipe.autocast,
         recipe.dropout,
         recipe.moved,
+        recipe.trains,
     )
 
 
@@ -390,7 +391,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
             result = op.writes[0].name
-            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
+            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.trains))
         return (op,)
 
     stack = rewrite(stack, change)

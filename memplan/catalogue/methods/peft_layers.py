@@ -31,6 +31,7 @@ class Wrapped(NamedTuple):
     autocast  whether the run uses autocast
     dropout   whether the adapter has dropout
     moved     whether the Trainer has moved all buffers to the GPU
+    trains    4-bit matrices are dequantised for any number of rows
     """
 
     op: Op
@@ -43,6 +44,7 @@ class Wrapped(NamedTuple):
     autocast: bool
     dropout: bool
     moved: bool
+    trains: bool
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ class Wrapped(NamedTuple):
         """Return the frozen layer, reading `x` and writing `y`."""
         (op,) = renamed((self.op,), {self.x: x})
         if self.base_weight.stored:
-            return quantised_linear(op, f"{self.name}.base_layer", y, self.compute)
+            return quantised_linear(op, f"{self.name}.base_layer", y, self.compute, trains=self.trains)
         return (op._replace(name=f"{self.name}.base_layer", writes=(op.writes[0]._replace(name=y),)),)
 
     def product(self, name: str, x: str, matrix: str | Weight, y: str, shape: str, source: str = "") -> Op:

@@ -186,7 +186,7 @@ class WeightsBehaviour(NamedTuple):
     keeps_matrix      a product with a GPTQ matrix keeps the dequantised matrix for backward
     trains_fp8        adapters train over fp8 weights without dequantising them
     runs_formats      formats that nothing trains over were read (`memplan.catalogue.quantization.inference_formats`)
-    few_rows          most rows of a 4-bit product that does not dequantise the matrix
+    few_rows          most rows of a 4-bit product that may read the packed matrix (`fused_4bit`)
     """
 
     preallocates: Literal["", "half", "all"]

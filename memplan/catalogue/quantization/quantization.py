@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.quantization.fused_4bit import copied
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.core.records import NamedTuple
 
@@ -157,14 +158,14 @@ def dequantise(w: Weight, name: str, y: str, shape: str) -> Op:
 
 
 def quantised_linear(
-    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: bool = True
+    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, trains: bool = True
 ) -> Iterator[Op]:
     """Return the linear layer with which the matrix's library replaces `op`, writing `y`.
 
     compute  dtype in which 4-bit layers compute
     older    before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step
     keeps    torch keeps GPTQ's dequantised matrix for backward, as with gptqmodel but not auto-gptq
-    copies   no kernel that reads packed 4-bit weights is used
+    trains   4-bit matrices are dequantised for any number of rows
     """
     w = next(w for w in op.weights if w.matrix)
     if op.skipped:  # its bias keeps the loaded dtype
@@ -181,7 +182,7 @@ def quantised_linear(
         case "torchao":
             return _linear_torchao(op, w, name, y)
         case _:
-            return _linear_4bit(op, w, name, y, compute, older, copies)
+            return _linear_4bit(op, w, name, y, compute, older, trains)
 
 
 def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
@@ -364,14 +365,14 @@ def _source(w: Weight) -> str:
     return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: bool = True) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, trains: bool) -> Iterator[Op]:
     """Return a 4-bit linear layer. It keeps nothing of the input and dequantises the matrix in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias permanently.
     Forward dequantises directly to the compute dtype, backward to the matrix's original dtype and then casts. Before
-    0.43 forward did as backward does, and the backward node referenced the input (`older`). Without `copies` a kernel
-    reads the packed weights. Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py
-    MatMul4Bit; 0.41.3 and 0.42.
+    0.43 forward did as backward does, and the backward node referenced the input (`older`). If nothing trains, few rows
+    read the packed weights (`fused_4bit`). Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward,
+    autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
     lead, _, into = ops.axes_of(op)
@@ -379,16 +380,16 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     scales = absmax(w)
     dequantised = tuple(t.tensor for t in back)
-    forward_scratch = (
-        dequantised if len(dequantised) > 1 else (*scales, *dequantised)
-    )  # the cast finds the scales freed
+    scratch = (*scales, *scales, full)
+    if older:
+        scratch = dequantised if len(dequantised) > 1 else (*scales, *dequantised)  # the cast finds the scales freed
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"{lead} {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=() if not copies else (*scales, *scales, full) if not older else forward_scratch,
+        scratch=scratch if trains else copied(scratch, w, lead, compute),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),
