@@ -114,7 +114,8 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
     keeps_last       offloaded checkpoints leave the last block's input on the GPU
-    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet
+    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), trl (OffloadActivations),
+                     or not counted yet
     """
 
     no_checkpoints: bool
@@ -122,7 +123,7 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs: bool
     passes_keywords: bool
     keeps_last: bool
-    saved_tensors: Literal["", "torch"]
+    saved_tensors: Literal["", "torch", "trl"]
 
 
 class ShardingBehaviour(NamedTuple):
