@@ -299,6 +299,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
+        magnitudes=library.model.magnitude_dtype,
         moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
     )
     run.notes += notes

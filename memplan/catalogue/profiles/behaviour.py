@@ -39,6 +39,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
+    magnitude_dtype            dtype of DoRA's magnitudes, if they have another than the adapters
     fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
     fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
@@ -49,6 +50,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
+    magnitude_dtype: Literal["", "fp32"]
     fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
     fp32_ends: bool
 
