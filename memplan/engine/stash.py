@@ -48,7 +48,7 @@ class Stash:
 
     @property
     def held(self) -> list[Storage]:
-        """What it still holds of the forward pass."""
+        """The saved tensors of the forward pass that it still holds."""
         return [storage for storage, _ in self._held.values()]
 
     def pass_by(self, fetched: Collection[Storage]) -> None:
@@ -64,6 +64,6 @@ class Stash:
 
     @property
     def alone(self) -> list[Storage]:
-        """What nothing else references, which the next copy of a block finds here."""
+        """The storages that nothing else references, which the next copy of a block finds here."""
         held = Counter((*self.held, *self._copies))
         return [storage for storage, references in held.items() if storage.refs == references]

@@ -58,7 +58,7 @@ class Tape(LiveStorages):
 
     @property
     def handed(self) -> list[Storage]:
-        """What one copy of a block hands to the next in the stash."""
+        """The storages that one copy of a block hands to the next in the stash."""
         return self.stash.alone if self.stash is not None else []
 
     # hooks for subclasses
