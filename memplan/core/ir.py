@@ -360,10 +360,14 @@ class SavedTensors(NamedTuple):
 
     weights  kept weights are copied too, though they stay on the GPU anyway
     source   where the facts come from
+    stash    saves after which a copied tensor leaves the GPU, while another stream copies it: until then it is not
+             copied again, but stays if it is saved again. A copy then stays until the next operation with copies has
+             run backward, and the model's head saves its tensors as usual. 0 if there is no other stream
     """
 
     weights: bool
     source: str
+    stash: int = 0
 
 
 class Unit(NamedTuple):

@@ -167,6 +167,18 @@ def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
     return tuple((name, n) for name, n in uses.items() if n > 1)
 
 
+@lru_cache(maxsize=128)
+def parts_behind(ops: Identity[Ops]) -> Mapping[str, str]:
+    """Map names to parts of a storage, for those that do not begin where their storage does: views of such a part."""
+    parts: dict[str, str] = {}
+    for op in ops.value:
+        for i, t in enumerate(op.writes if op.view else ()):
+            part = t.name if i else parts.get(op.reads[0])
+            if part is not None:
+                parts[t.name] = part
+    return parts
+
+
 def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) -> Mapping[str, str]:
     """Map names to storages: those of `inputs` and those that the operations write or find left by the previous pass.
 

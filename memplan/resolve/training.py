@@ -51,10 +51,14 @@ from memplan.resolve.roles import step_precision
 from memplan.spec.base import Part
 from memplan.spec.run import Batch
 
-# For `parallelism.offload.activations`. A tensor is packed each time it is saved, weights included.
-_SAVED_TENSORS = SavedTensors(
-    weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
-)
+# For `parallelism.offload.activations`, by `saved_tensors` of the profile. torch packs a tensor each time it is saved,
+# weights included.
+_SAVED_TENSORS = {
+    "torch": SavedTensors(
+        weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
+    ),
+    "trl": SavedTensors(weights=False, source="trl 1.16.0 models/activation_offloading.py OffloadActivations", stash=5),
+}
 _CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
 
@@ -295,6 +299,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
+        magnitudes=library.model.magnitude_dtype,
         moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
     )
     run.notes += notes
@@ -341,7 +346,7 @@ def _build_graph(run: OpenTraining) -> None:
         trainable_layers=method.last_layers,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
-        saves=_SAVED_TENSORS if p.offload.activations else None,
+        saves=_SAVED_TENSORS[library.checkpointing.saved_tensors] if p.offload.activations else None,
         input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
         and run.model.only_sequence is None  # the model reads token ids
         and (trains_inputs or freezes_inputs),

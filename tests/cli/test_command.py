@@ -564,6 +564,7 @@ MISTAKES = {
     ),
     "qwen2-7b --gpus 12 --fsdp hybrid_shard": ("parallelism.shard_group", "12 GPUs do not divide into groups of 8"),
     "qwen2-7b --offload activations --profile trl-0.24": ("parallelism.offload (--offload)", "checkpointing offload"),
+    "qwen2-7b --offload activations --profile trl-1.15": ("kernels.checkpointing", "none with activations offloaded"),
     "qwen2-7b --offload activations --gpus 2 --zero 2": ("parallelism.strategy", "ddp, fsdp2"),
     "qwen2-7b --offload optimizer,parameters": ("parallelism.offload (--offload)", "'parameters' is not supported yet"),
     "qwen2-7b --offload optimizer --optimizer adamw_8bit": ("parallelism.offload (--offload)", "adamw_torch"),

@@ -74,6 +74,7 @@ class Recipe(NamedTuple):
     selection      modules chosen by their paths; None if their names say which
     bias           biases that train: `none`, `all`, or `lora_only` for those of adapted layers
     tokens         number of trained rows of the embeddings
+    magnitudes     dtype of DoRA's magnitudes, or "" if it is the adapters'
     """
 
     kind: str
@@ -107,6 +108,7 @@ class Recipe(NamedTuple):
     selection: Selection | None = None
     bias: str = "none"
     tokens: int = 0
+    magnitudes: str = ""
 
     @property
     def virtual_tokens(self) -> int:
@@ -186,7 +188,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
         yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
     if recipe.is_dora:
         again, autocast = recipe.dropout or recipe.again, recipe.compute if recipe.autocast else ""
-        yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast)
+        yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast, recipe.magnitudes)
     else:
         if casts and recipe.sharded_dtype:
             yield ops.cast(f"{n}.lora_A.cast", adapted, f"{p}.as_gathered", f"{lead} {into}", recipe.adapter_dtype)
@@ -371,7 +373,11 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         if w is None:
             is_embedding = recipe.kind in LORA and any(v.rows and v.group == "embedding" for v in op.weights)
             adapts = is_embedding and _is_target(op, recipe)
-            return _of_rank(tuple(adapt_embedding(op, recipe.adapter_dtype, recipe.is_dora)), op) if adapts else (op,)
+            return (
+                _of_rank(tuple(adapt_embedding(op, recipe.adapter_dtype, recipe.is_dora, recipe.magnitudes)), op)
+                if adapts
+                else (op,)
+            )
         if takes(op) and recipe.library == "litgpt":
             return tuple(
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)

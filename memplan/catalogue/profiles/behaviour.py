@@ -39,6 +39,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
+    magnitude_dtype            dtype of DoRA's magnitudes, if they have another than the adapters
     fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
     fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
@@ -49,6 +50,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
+    magnitude_dtype: Literal["", "fp32"]
     fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
     fp32_ends: bool
 
@@ -114,7 +116,8 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
     keeps_last       offloaded checkpoints leave the last block's input on the GPU
-    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet
+    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), trl (OffloadActivations),
+                     or not counted yet
     """
 
     no_checkpoints: bool
@@ -122,7 +125,7 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs: bool
     passes_keywords: bool
     keeps_last: bool
-    saved_tensors: Literal["", "torch"]
+    saved_tensors: Literal["", "torch", "trl"]
 
 
 class ShardingBehaviour(NamedTuple):

@@ -312,6 +312,8 @@ class TrainerScript:
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        if run.parallelism.offload.activations:
+            precomputes["activation_offloading"] = True
         if run.batch.packing == "padding_free":
             return {"padding_free": True, "max_length": None}
         packs = {"packing": True, "packing_strategy": run.batch.packing} if run.batch.packing else {}

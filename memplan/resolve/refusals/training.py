@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.families import megatron
+from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.parallelism.sharding import (
     ALLOWED_ON_FLAT_PARTITIONS,
@@ -190,16 +191,24 @@ def activation_offload(r: OpenRun) -> Iterator[SpecError]:
     for name in ("tp", "cp", "ep", "pp"):
         if getattr(p, name) > 1:
             yield not_yet(f"parallelism.{name}", getattr(p, name), "1 with activations offloaded")
-    if p.world > 1 and p.strategy not in ("ddp", "fsdp2"):
-        yield not_yet("parallelism.strategy", p.strategy, "ddp, fsdp2 with activations offloaded")
+    by_trl = r.library.checkpointing.saved_tensors == "trl"
+    if p.world > 1 and p.strategy not in ("ddp", *(() if by_trl else ("fsdp2",))):
+        strategies = "ddp" if by_trl else "ddp, fsdp2"
+        yield not_yet("parallelism.strategy", p.strategy, f"{strategies} with activations offloaded")
+    if by_trl and kernels.checkpointing != "none":
+        both = (
+            "none with activations offloaded; offload alone stands for TRL's activation_offloading with checkpointing"
+        )
+        yield not_yet("kernels.checkpointing", kernels.checkpointing, both)
     if method.quantization is not None and method.quantization.format not in ("nf4", "fp4"):
         yield not_yet("method.quantization.format", method.quantization.format, "nf4, fp4 with activations offloaded")
     if r.batch_facts.images:
         yield not_yet_with("batch.images", "offloaded activations", "0")
     if kernels.fused:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with activations offloaded")
-    if kernels.loss not in ("hf", "chunked", "fused"):
-        yield not_yet("kernels.loss", kernels.loss, "hf, chunked, fused with activations offloaded")
+    losses = ("hf", "chunked", "fused", *(TRL_LOSSES if by_trl else ()))
+    if kernels.loss not in losses:
+        yield not_yet("kernels.loss", kernels.loss, f"{', '.join(losses)} with activations offloaded")
 
 
 def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
