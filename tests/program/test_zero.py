@@ -288,7 +288,7 @@ def test_the_gpu_holds_less_with_the_optimizer_on_the_host(strategy: str, world:
     assert sum(line.bytes for line in away.ledger) == away.bytes.allocated
 
 
-def test_one_rank_gathers_its_weights_in_place_unless_they_are_on_the_host() -> None:
+def test_one_rank_gathers_weights_in_place_unless_the_host_has_them() -> None:
     """The published step that ran out of an A100's memory had 46 GB before it, and 61 after backward
     (OpenRLHF/OpenRLHF#698): 6 and 8 bytes a parameter."""
     one, away = structure("zero3", 1), structure("zero3", 1, ("parameters",))

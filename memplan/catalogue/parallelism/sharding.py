@@ -136,7 +136,7 @@ class ZeroSettings(NamedTuple):
     swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
 
     def copies_whole(self, numbers: int) -> bool:
-        """Return whether a weight of `numbers` elements is always whole too, beside the rank's part of it."""
+        """Return whether a weight of `numbers` elements is always whole, in addition to the rank's part of it."""
         return numbers <= self.persistent and not self.in_place
 
 
