@@ -301,6 +301,10 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
         yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
+    if run.parallelism.world == 1 and run.parallelism.strategy == "none":
+        host = Offload(optimizer=True, parameters=True)
+        fields = (("parallelism.strategy", "zero3"), ("parallelism.offload", host))
+        yield _lever("offload_all", "DeepSpeed ZeRO 3, with optimizer and weights on the host", "offload", *fields)
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,

@@ -254,6 +254,12 @@ class Zero3Sharding(ZeroSharding):
             yield self.on_host("fp32 gradient of a sub-group", group, "fp32", pinned)
         yield self.on_host("fp32 partition of the weights", self.partition, "fp32", False)
 
+    def host_shards(self) -> int:
+        _, axes = operations_of(self.graph)
+        weights = ((w, copies) for w, copies, _ in weights_of(self.graph) if w.group != "buffer")
+        parts = sum(self._part(elements(w, axes)) * copies * ITEMSIZE[w.dtype] for w, copies in weights)
+        return parts if self.knobs.parameters else 0
+
     def gathers_to_save(self, states: str) -> Iterator[Saved]:
         """Yield what is gathered to save a full state dict: a module at a time."""
         _, axes = operations_of(self.graph)
