@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from random import Random
 from typing import Any
 
 import pytest
@@ -82,6 +83,25 @@ def test_every_event_has_the_same_result(
         assert counters(both[0], live[0]) == counters(both[1], live[1])
         if messages[0]:
             return
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_free_blocks_of_few_sizes_are_taken_in_the_same_order(seed: int) -> None:
+    random, alive, events = Random(seed), list[int](), list[Event]()
+    sizes = [MIB // 2 * halves for halves in random.sample(range(1, 40), 4)]
+    for number in range(4000):
+        if alive and random.random() < (0.6 if len(alive) > 400 else 0.4):
+            events.append((alive.pop(random.randrange(len(alive))), FREED))
+        else:
+            alive.append(number)
+            events.append((number, random.randrange(len(sizes))))
+    both = PythonAllocator(seed % 2 == 0), NativeAllocator(seed % 2 == 0)
+    live = [allocator.live_blocks(len(events)) for allocator in both]
+    for first in range(0, len(events), 50):
+        part = Events(events[first : first + 50], [0] * len(sizes), len(events))
+        for allocator, blocks in zip(both, live, strict=True):
+            allocator.replay(part, sizes, blocks)
+        assert counters(both[0], live[0]) == counters(both[1], live[1])
 
 
 @pytest.mark.parametrize("kind", [PythonAllocator, NativeAllocator])
