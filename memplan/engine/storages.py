@@ -69,13 +69,13 @@ class LiveStorages:
         self._born: set[Storage] = set()  # live storages that the current run made
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
-        key = (tensor.shape, tensor.dtype)
-        if self._labelled:
-            key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
-        storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
-        self._changes.append(storage.size)
+        (name, shape, dtype), op, sizes = tensor, self._op, self.sizes
+        key = (shape, dtype, kind, self._block, op.name, of + name, op.source) if self._labelled else (shape, dtype)
+        size = sizes.setdefault(key, len(sizes))
+        storage = Storage(size, fresh)
+        self._changes.append(size)
         self._rising = True
-        self._allocated_in = self._layer, self._op
+        self._allocated_in = self._layer, op
         if self._in_run is not None:
             self._born.add(storage)
         return storage
