@@ -5,7 +5,6 @@ A repeated block is run once; what every further copy adds is counted per copy. 
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from sys import intern
@@ -58,7 +57,7 @@ class LiveStorages:
         self.phase = "forward"
         self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
-        self._changes = array("i")  # allocations and frees, as `Moment.events`
+        self._changes: list[int] = []  # allocations and frees, as `Moment.events`
         self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
