@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
-from shutil import copymode
+from stat import S_IMODE
 from typing import BinaryIO
 
 _SHELLS = ("/dev/", "/proc/")  # where a shell's own pipes are: `<(command)` and /dev/stdin
@@ -73,7 +73,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         part.write_text(text, "utf-8", "backslashreplace")
         if not is_new:
-            copymode(target, part)
+            part.chmod(S_IMODE(target.stat().st_mode))
         part.replace(target)
     except OSError:
         part.unlink(missing_ok=True)

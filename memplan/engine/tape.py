@@ -376,6 +376,8 @@ class Tape(LiveStorages):
         for storage in frame.shared:
             self.drop(storage)
         frame.shared = []
+        if not outputs:
+            return
         wanted = set(outputs)
         kept: list[Storage] = []
         for node in reversed(frame.nodes):
