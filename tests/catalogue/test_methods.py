@@ -56,6 +56,7 @@ def peft_counts(model_type: str, kind: str, targets: Any, **more: Any) -> tuple[
         return peft.get_peft_model(model, lora).get_nb_trainable_parameters()
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("model_type", sorted(TARGETS))
@@ -68,6 +69,7 @@ def test_trainable_parameters_equal_pefts(model_type: str, kind: str) -> None:
         assert mine.total == total - trainable, targets
 
 
+@pytest.mark.torch
 def test_saved_modules_and_adapted_embeddings_train_as_in_peft() -> None:
     for more in ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}):
         trainable, _ = peft_counts("llama", "lora", ["q_proj"], **more)

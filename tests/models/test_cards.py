@@ -561,6 +561,7 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("model_type", sorted({*TINY, *BUILT_AS}))
 def test_missing_config_keys_get_transformers_defaults(model_type: str) -> None:
     """With random missing keys, flags and foreign keys, the parameters and layers are equal."""

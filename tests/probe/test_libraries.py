@@ -10,7 +10,7 @@ from memplan.core.errors import ProbeError
 from memplan.probe.libraries import class_named, library, objective_of
 from memplan.spec.run import RunSpec
 
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
 
 
 def objective(**config: Any) -> str:

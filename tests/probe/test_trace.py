@@ -26,8 +26,6 @@ from tests.tiny import TINY
 from tests.tiny_vision import TINY as TINY_VISION
 
 pytestmark = pytest.mark.torch
-pytest.importorskip("torch")
-pytest.importorskip("bitsandbytes")
 
 
 def tiny(family: str, **parts: Any) -> RunSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from tests.cases import each
 
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("torch", "transformers", "peft")), reason="torch runs it"
-    ),
-]
+pytestmark = pytest.mark.torch
 
 CHILD = Path(__file__).parents[1] / "sharded_child.py"
 CONFIG = {

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -186,7 +185,6 @@ UNDER_FSDP2 = (
 
 
 @pytest.mark.torch
-@pytest.mark.skipif(any(find_spec(name) is None for name in ("torch", "transformers", "peft")), reason="torch runs it")
 def test_an_fsdp2_ranks_estimate_equals_torchs_allocations() -> None:
     """Within a hundredth in every phase. The rest is torch's: scalars, and the CPU's kernels."""
     lines = "".join(json.dumps(asked) + "\n" for asked in UNDER_FSDP2)
