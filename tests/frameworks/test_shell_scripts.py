@@ -207,9 +207,15 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct "
-    "--algo.advantage.estimator gae --reward.remote_url http://a": (
+    "--algo.advantage.estimator gae --reward.remote_url http://a --data.max_len 64 --use_dynamic_batch "
+    "--train_max_tokens_per_gpu 128 --rollout_max_tokens_per_gpu 512": (
         "openrlhf",
-        {"roles.value.model": "Qwen/Qwen2.5-7B-Instruct", "roles.value.location": "server"},
+        {
+            "roles.value.model": "Qwen/Qwen2.5-7B-Instruct",
+            "roles.value.location": "server",
+            "batch.micro": 128 // 64,
+            "batch.scored": 512 // 64,
+        },
     ),
     "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
