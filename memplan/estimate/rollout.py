@@ -34,7 +34,7 @@ from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
 from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec, changed
+from memplan.spec.run import Batch, RunSpec, changed
 from memplan.spec.training import Evaluation
 
 if TYPE_CHECKING:
@@ -118,9 +118,9 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
-        one = {"micro": batch.micro, "sequence": batch.tokens}
+        one = Batch(micro=batch.micro, sequence=batch.tokens)
         alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
-        graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
+        graph = decide(run.model_copy(update=alone)).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends

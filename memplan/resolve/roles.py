@@ -166,7 +166,8 @@ def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> Reso
     alone = scoring_run(run, role)
     lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
     scored = find_model(alone.model)
-    if lengths.micro == 1 or scored.sliding_window is not None or scored.scan_chunk:  # of which its operations depend
+    depends = scored.sliding_window is not None or scored.scan_chunk or scored.is_encoder_decoder
+    if lengths.micro == 1 or depends:
         return decide_forward(alone.model_copy(update={"batch": lengths}), scored)
     return _decided_once(alone, scored, decide_forward)._replace(batch=lengths)
 

@@ -187,10 +187,10 @@ def _choose_trainer(run: OpenTraining) -> None:
             run.reference,
             trains_copy=bool(facts.completions) or behaviour.trained_reference,
             copy_dtype=behaviour.reference_dtype,
-            shards_copy=run.is_sharded,
+            shards_copy=behaviour.fsdp2_reference if run.is_sharded else "",
             rows=facts.rows,
         )
-        if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
+        if run.step.shards_copy == "unit" and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
             run.notes.append(
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"

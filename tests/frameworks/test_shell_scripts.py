@@ -207,9 +207,15 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct "
-    "--algo.advantage.estimator gae --reward.remote_url http://a": (
+    "--algo.advantage.estimator gae --reward.remote_url http://a --data.max_len 64 --use_dynamic_batch "
+    "--train_max_tokens_per_gpu 128 --rollout_max_tokens_per_gpu 512": (
         "openrlhf",
-        {"roles.value.model": "Qwen/Qwen2.5-7B-Instruct", "roles.value.location": "server"},
+        {
+            "roles.value.model": "Qwen/Qwen2.5-7B-Instruct",
+            "roles.value.location": "server",
+            "batch.micro": 128 // 64,
+            "batch.scored": 512 // 64,
+        },
     ),
     "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
@@ -250,9 +256,10 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.max_prompt_length=16 "
     "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B "
     "actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128 "
+    "actor_rollout_ref.actor.strategy=fsdp2 algorithm.use_kl_in_reward=True "
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256": (
         "verl",
-        {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48)},
+        {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48), "reference": "none"},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
     "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (

@@ -225,7 +225,8 @@ class Trainer(NamedTuple):
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
-    shards_copy   FSDP shards a copy, which nothing wraps in autocast
+    shards_copy   how FSDP2 shards a copy, which nothing wraps in autocast: as one `unit` or in `blocks`; under
+                  FSDP1 either, and empty if no rank does
     logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
                   or stay as they are (`model`)
     casts_back    FSDP2 then casts them to the dtype that it computes in
@@ -253,7 +254,7 @@ class Trainer(NamedTuple):
     reference: str
     trains_copy: bool = True
     copy_dtype: str = "weights"
-    shards_copy: bool = False
+    shards_copy: str = ""
     logits_dtype: LogitsDtype = "autocast"
     casts_back: bool = False
     likelihood: bool = False

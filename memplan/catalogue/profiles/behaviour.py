@@ -220,7 +220,7 @@ class TrainerBehaviour(NamedTuple):
     logits_dtype       when the model's logits are cast to fp32
     prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
-    fsdp2_reference    FSDP2 can shard a copy
+    fsdp2_reference    the units in which FSDP2 shards a copy: one `unit`, or `blocks`; or it `fails`
     reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
@@ -234,7 +234,7 @@ class TrainerBehaviour(NamedTuple):
     logits_dtype: LogitsDtype
     prompt_logits: bool
     trained_reference: bool
-    fsdp2_reference: bool
+    fsdp2_reference: Literal["unit", "blocks", "fails"]
     reference_dtype: Literal["weights", "compute"]
     older_trainers: bool
     completion_tokens: int

@@ -58,9 +58,6 @@ def _generation(config: Config) -> None:
     config.set("batch.new_tokens", answer or total // 2, *(("rollout.max_new_tokens",) if answer else ()), why=why)
     config.set("batch.sequence", max(total - (answer or total // 2), 1), "data.max_len", why=why)
     config.set("batch.generations", config.whole("rollout.n_samples_per_prompt"), "rollout.n_samples_per_prompt")
-    key = "rollout.micro_batch_size"  # of the passes for log-probabilities before a step
-    if (config.whole(key) or 0) > (config.value("batch.micro") or 1):
-        config.set("batch.scored", config.whole(key), key)
     together, with_actor = config.flag("train.colocate_all"), config.flag("train.colocate_actor_ref")
     key = "algo.kl.init_coef"
     if not config.number(key):
@@ -168,9 +165,14 @@ def _parallelism(config: Config) -> None:
         if (config.whole(key) or 1) > 1:
             config.leave(key, "each GPU is counted with whole sequences and weights")
     each = max((config.whole("train.batch_size") or 1) // (config.value("parallelism.world") or 1), 1)
+    scores, scored = "rollout.micro_batch_size", config.whole("rollout.micro_batch_size") or 1
     if config.flag("train.dynamic_batch_enable"):
         key, length = "train.max_tokens_per_gpu", config.whole("data.max_len") or 1
         config.set("batch.micro", trainer.largest_micro_batch(config, (config.whole(key) or 0) // length, each), key)
+        scores = "rollout.max_tokens_per_gpu"
+        scored = (config.whole(scores) or config.whole(key) or 0) // length
+    if config.value("trainer") in ("grpo", "rloo") and scored > (config.value("batch.micro") or 1):
+        config.set("batch.scored", scored, scores)  # of passes for log-probabilities before a step
     config.set("batch.accumulation", max(each // max(config.value("batch.micro") or 1, 1), 1), "train.batch_size")
 
 

@@ -187,17 +187,26 @@ def _slices(
 
 
 def copied_model(graph: Graph, ranks: Ranks) -> tuple[Graph, Ranks] | None:
-    """Return the graph of a trainer's copy of the model and how TRL shards it, or None if there is no copy.
+    """Return the graph of a trainer's copy of the model and how FSDP shards it, or None if there is no copy.
 
-    Its weights keep the dtype they are loaded in, and FSDP2 wraps the model alone, none of its blocks.
+    Its weights keep the dtype they are loaded in. TRL wraps the model alone for FSDP2, none of its blocks.
 
     Source: trl 1.16.0 models/utils.py prepare_fsdp.
     """
     copy = reference_copy(graph)
     if copy is None:
         return None
-    flat = ranks.row.flat
-    return copy, ranks._replace(trained=ranks.frozen, wraps=flat, has_one_unit=not flat)
+    wraps = ranks.row.flat or (copy.trainer is not None and copy.trainer.shards_copy == "blocks")
+    return copy, ranks._replace(trained=ranks.frozen, wraps=wraps, has_one_unit=not wraps)
+
+
+def stays_gathered(unit: str, ranks: Ranks) -> bool:
+    """Return whether a unit of a copy stays gathered once it has run: the root, and FSDP2's last norm and head.
+
+    Source: torch 2.13 distributed/fsdp/_runtime_utils.py _post_forward_reshard; accelerate 1.15 utils/fsdp_utils.py
+    fsdp2_prepare_model, whose reshard_after_forward is false for them.
+    """
+    return unit == ROOT or (unit in (AFTER, TIED) and not ranks.row.flat and not ranks.has_one_unit)
 
 
 def division(graph: Graph, ranks: Ranks) -> Division:
@@ -237,12 +246,12 @@ def division(graph: Graph, ranks: Ranks) -> Division:
 
 
 def _models(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, Division | None]]:
-    """Yield the division of the reference model, if it is a copy, and the models that no rank divides. FSDP1 never
-    shards a copy's root again, which is among the weights."""
+    """Yield the division of the reference model, if it is a copy, and the models that no rank divides. Units of a copy
+    that stay gathered are among the weights."""
     copied = copied_model(graph, ranks)
     if copied is not None:
-        units = division(*copied)
-        yield "reference", units._replace(units=tuple(unit for unit in units.units if unit[0] != ROOT))
+        units, of_copy = division(*copied), copied[1]
+        yield "reference", units._replace(units=tuple(u for u in units.units if not stays_gathered(u[0], of_copy)))
     yield from ((role, None) for role, _ in graph.roles)
 
 

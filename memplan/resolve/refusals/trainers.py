@@ -41,7 +41,12 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
     is_copy = run.reference == "copy" or (run.reference is None and facts.reference == "own" and not has_adapters)
-    if is_copy and run.is_sharded and run.parallelism.strategy == "fsdp2" and not run.library.trainer.fsdp2_reference:
+    if (
+        is_copy
+        and run.is_sharded
+        and run.parallelism.strategy == "fsdp2"
+        and run.library.trainer.fsdp2_reference == "fails"
+    ):
         text = "this TRL wraps a reference copy in FSDP1 with FSDP2's settings, which fails; use fsdp or zero3"
         yield refused("parallelism.strategy", text)
     if facts.own_loop:
@@ -121,7 +126,7 @@ def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
         yield refused("reference", f"{run.trainer} scores completions as it generates them; use none or {own}")
     if has_adapters and run.is_sharded and run.parallelism.strategy == "fsdp2" and run.rollout == "transformers":
         # accelerate 1.15 utils/fsdp_utils.py _find_final_norm finds none in a PeftModel; trl 1.16.0 distributed.py
-        text = "peft generates past FSDP2's root, whose final norm is then in parts, and fails; use fsdp, zero3 or vLLM"
+        text = "peft generates past FSDP2's root, which is not gathered then, and fails; use fsdp, zero3 or vLLM"
         yield refused("parallelism.strategy", text)
 
 
