@@ -677,6 +677,12 @@ def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[st
     assert read(tmp_path, text).notes == notes
 
 
+def test_long_values_are_read_at_once(tmp_path: Path) -> None:
+    name, digits = "$-q4_" * 40_000, "0" * 200_000  # in quadratic time, minutes
+    text = f"base_model: '{name}'\nmicro_batch_size: 1\nseed: {digits} 1\nlearning_rate: 1.5e-1"
+    assert read(tmp_path, text).fields["model"] == name
+
+
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
     file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nlayer_offloading: false\n")
     assert file.notes == (
