@@ -119,6 +119,24 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("use_vllm (train.py:6): vLLM is counted with weights of its own, which Unsloth shares with it",),
     ),
+    "a reference that is loaded later": (
+        DPO.replace("model = Auto", "policy = Auto")
+        .replace("DPOTrainer(model, None", "DPOTrainer(policy, ref")
+        .replace("args =", "ref = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B')\nargs ="),
+        "train.py: TRL 1.16, by train.py:5 DPOTrainer",
+        {"model": "Qwen/Qwen2.5-7B-Instruct", "precision.weights": "bf16"},
+        (),
+    ),
+    "a stored adapter": (
+        "base = Qwen2ForCausalLM.from_pretrained('Qwen/Qwen2-7B')\n"
+        "model = PeftModel.from_pretrained(base, 'mine', is_trainable=True)\nSFTTrainer(model)",
+        "train.py: TRL 1.16, by train.py:3 SFTTrainer",
+        {"model": "Qwen/Qwen2-7B", "method.kind": "lora", "method.rank": 8},
+        (
+            "PeftModel.from_pretrained (train.py:2): the adapter's own settings are not known: rank 8 on peft's "
+            "default modules is counted",
+        ),
+    ),
     "two trainers": (
         TRL + "DPOTrainer(model='a')",
         "train.py: TRL 1.16, by train.py:7 SFTTrainer",

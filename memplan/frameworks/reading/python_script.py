@@ -6,6 +6,7 @@ Source: transformers 5.24 modeling_utils.py from_pretrained, utils/quantization_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -244,8 +245,12 @@ _MATTER = {
 
 def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -> ScriptRun:
     script = keys.script
-    models = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.of]
-    load = _last(models, training) if models else None
+    loads = [call for call in script.calls if call.name == "from_pretrained"]
+    stored = [call for call in loads if call.of.startswith("Peft") and call.line < training.line]  # adapters
+    models = [call for call in loads if re.search("Model|For[A-Z]", call.of) and not call.of.startswith("Peft")]
+    variable = training.variables.get("model", training.variables.get("0"))
+    own = [call for call in models if variable in call.targets]
+    load = _last(own or models, training) if models else None
     keys.take(load, _LOADED)
     keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
     _take_stored(keys, training)
@@ -263,6 +268,12 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
         keys.put("model_name_or_path", training.arguments[named], training.lines[named], "model")
     if adapters is not None:
         keys.put("use_peft", True, script.places.get(adapters.line, adapters.line), "LoraConfig")
+    elif stored:
+        adapter = _last(stored, training)
+        place = script.places.get(adapter.line, adapter.line)
+        keys.put("use_peft", True, place, f"{adapter.of}.{adapter.name}")
+        note = "the adapter's own settings are not known: rank 8 on peft's default modules is counted"
+        keys.unread.append(Unread(f"{script.name}:{place}", f"{adapter.of}.{adapter.name}", note))
     defaults = dict(_DEFAULTS)
     if load is None:
         del defaults["dtype"]

@@ -39,7 +39,11 @@ SCRIPTS = (".py", ".ipynb")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
+_LATER = {
+    "model_class": "LLaMA-Factory v1's",
+    "policy_model": "torchtune's PPO",
+    "checkpointer": "torchtune's evaluation and generation",
+}
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}

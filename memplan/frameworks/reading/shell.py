@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
-from memplan.core.files import is_file
+from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.spec.file import read_text
@@ -194,7 +194,7 @@ def variables_of(name: str, folder: Path | None) -> dict[str, str]:
 
 def _near_text(name: str, folder: Path | None) -> str:
     """Return the text of a file in the folder, or the working directory; empty if it is not read."""
-    for path in (place / Path(name).expanduser() for place in (folder or Path(), Path())):
+    for path in (place / expanded(name) for place in (folder or Path(), Path())):
         with suppress(SpecError, OSError):
             if is_there(path) and is_file(path):
                 return read_text(str(path))
