@@ -374,8 +374,13 @@ def test_a_line_of_data_is_no_command(tmp_path: Path) -> None:
     """shlex takes time quadratic in the length of a word."""
     with pytest.raises(SpecError, match=r"train\.sh does not train or serve"):
         read(tmp_path, f"trl sft --config {20_000 * 'x'}")
+    long = 4 * (10_000 * "x" + "\n")
+    with pytest.raises(SpecError, match=r"train\.sh:1: more than 20,000 characters in quotes, which are not read"):
+        read(tmp_path, f"trl sft '{long}' --config trl.yaml")
     with pytest.raises(SpecError, match=r"train\.sh:1: a quote is not closed"):
-        read(tmp_path, f"trl sft '{4 * (10_000 * 'x' + chr(10))}' --config trl.yaml")
+        read(tmp_path, f"trl sft '{20 * long}")
+    text = f"A='{long}'\nB=\"it's {300 * (chr(92) + chr(34) + chr(10))}\"\ntrl sft --config trl.yaml --max_length 32"
+    assert read(tmp_path, text).fields["batch"]["sequence"] == 32
 
 
 WORDS = [
