@@ -225,6 +225,15 @@ def test_a_value_of_a_script_says_its_line_and_argument(tmp_path: Path) -> None:
     assert reasons["batch.accumulation"] == "default of Unsloth 2026.10"
 
 
+def test_a_script_is_read_as_a_version_of_its_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, DPO)
+    monkeypatch.chdir(tmp_path)
+    for file in (read_run("train.py", "trl-0.24"), read_command("python train.py", "trl-0.24")):
+        assert (file.title, file.fields["profile"]) == ("TRL 0.24", "trl-0.24")
+    with pytest.raises(SpecError, match=r"framework: train\.py:4 DPOTrainer is TRL's, not Axolotl's"):
+        read_run("train.py", "axolotl")
+
+
 def notebook(*cells: str) -> str:
     code = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
     return json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Title"]}, *code], "nbformat": 4})
