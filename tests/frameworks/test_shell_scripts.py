@@ -194,7 +194,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct --train.colocate_all "
-    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 2 "
+    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 3 "
     "--rollout.micro_batch_size 4": (
         "openrlhf",
         {
@@ -303,6 +303,13 @@ def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> Non
     script = "torchrun --nproc_per_node $GPUS sft.py --model_name_or_path Qwen/Qwen2-7B --dataset_name mine"
     file = read(tmp_path, f"set -x\n{script}\n")
     assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
+
+
+def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
+    script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
+    file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
+    assert file.fields["roles"]["reward"]["model"] == "Qwen/Qwen2-7B"
+    assert file.notes == ("reward.model_name_or_path (train.sh:1): only the first of 2 reward models is counted",)
 
 
 def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
