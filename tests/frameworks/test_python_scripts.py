@@ -127,6 +127,35 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {"model": "Qwen/Qwen2.5-7B-Instruct", "precision.weights": "bf16"},
         (),
     ),
+    "GKD": (
+        "student = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B', dtype='bfloat16')\n"
+        "teacher = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-1.5B')\n"
+        "GKDTrainer(model=student, teacher_model=teacher, args=GKDConfig(max_length=512, lmbda=0.5))",
+        "train.py: TRL 1.16, by train.py:3 GKDTrainer",
+        {
+            "trainer": "gkd",
+            "model": "Qwen/Qwen2-0.5B",
+            "roles.teacher.model": "Qwen/Qwen2-1.5B",
+            "batch.sequence": 512,
+            "precision.weights": "bf16",
+        },
+        (),
+    ),
+    "distillation": (
+        "args = DistillationConfig(max_completion_length=512)\n"
+        "DistillationTrainer(model='Qwen/Qwen2-0.5B', teacher_model='Qwen/Qwen2-1.5B', args=args)",
+        "train.py: TRL 1.16, by train.py:2 DistillationTrainer",
+        {"trainer": "distill", "roles.teacher.model": "Qwen/Qwen2-1.5B", "batch.new_tokens": 512},
+        (),
+    ),
+    "GRPO with a reward model that is loaded": (
+        GRPO.replace("score =", "score = AutoModelForSequenceClassification.from_pretrained(").replace(
+            '-Instruct"\nGRPO', '-Instruct")\nGRPO'
+        ),
+        "train.py: TRL 1.16, by train.py:6 GRPOTrainer",
+        {"model": "Qwen/Qwen2.5-1.5B-Instruct", "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct"},
+        (),
+    ),
     "a stored adapter": (
         "base = Qwen2ForCausalLM.from_pretrained('Qwen/Qwen2-7B')\n"
         "model = PeftModel.from_pretrained(base, 'mine', is_trainable=True)\nSFTTrainer(model)",
@@ -314,8 +343,8 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, DPOTrainer, "),
     "another trainer": (
         "train.py",
-        "\nGKDTrainer(model='a')",
-        "train.py:2: GKDTrainer is not supported yet; ",
+        "\nXPOTrainer(model='a')",
+        "train.py:2: XPOTrainer is not supported yet; ",
     ),
     "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
     "NUL": ("train.py", "x = '\0'", "train.py"),
