@@ -50,6 +50,14 @@ def is_folder(path: Path) -> bool:
     return not are_given() and path.is_dir()
 
 
+def expanded(name: str) -> Path:
+    """Return the path of a name, with the user's home in place of `~`; as it is written if there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError, also for a named pipe, which nobody may ever write to."""
     given = _GIVEN.get()

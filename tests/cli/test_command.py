@@ -1073,7 +1073,7 @@ def test_an_error_about_a_file_names_its_line(memplan_: Memplan, tmp_path: Path)
     file.write_text("base_model: no-such-model\nmicro_batch_size: 1\n")
     fails(memplan_(str(file)), 2, "model: unknown name", "(axolotl.yml:1 base_model)")
     file.write_text("base_model: someone/no-such-model\nmicro_batch_size: 1\n")
-    fails(memplan_(str(file)), 3, "model: no card", "(axolotl.yml:1 base_model)")
+    fails(memplan_(str(file)), 3, "model: no card", "memplan CARD --spec axolotl.yml (axolotl.yml:1 base_model)")
 
 
 # --- commands ---

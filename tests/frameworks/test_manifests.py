@@ -157,6 +157,7 @@ REFUSED = {
     "services:\n  a: &a [*a]": "contains itself",
     "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",
     "services: !!python/object:os.system {}": "is not YAML",
+    f"services: !{'a' * 300} b": "constructor for the tag '!aaa",
     "services:\n  a: [": "is not YAML",
     "services:\n  a: {{ b }}": "it is a template: render it first",
 }
@@ -168,3 +169,4 @@ def test_a_manifest_that_is_not_read_is_one_line(tmp_path: Path, text: str, erro
         read(tmp_path, text)
     assert error in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400

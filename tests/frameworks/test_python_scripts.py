@@ -119,6 +119,53 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("use_vllm (train.py:6): vLLM is counted with weights of its own, which Unsloth shares with it",),
     ),
+    "a reference that is loaded later": (
+        DPO.replace("model = Auto", "policy = Auto")
+        .replace("DPOTrainer(model, None", "DPOTrainer(policy, ref")
+        .replace("args =", "ref = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B')\nargs ="),
+        "train.py: TRL 1.16, by train.py:5 DPOTrainer",
+        {"model": "Qwen/Qwen2.5-7B-Instruct", "precision.weights": "bf16"},
+        (),
+    ),
+    "GKD": (
+        "student = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B', dtype='bfloat16')\n"
+        "teacher = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-1.5B')\n"
+        "GKDTrainer(model=student, teacher_model=teacher, args=GKDConfig(max_length=512, lmbda=0.5))",
+        "train.py: TRL 1.16, by train.py:3 GKDTrainer",
+        {
+            "trainer": "gkd",
+            "model": "Qwen/Qwen2-0.5B",
+            "roles.teacher.model": "Qwen/Qwen2-1.5B",
+            "batch.sequence": 512,
+            "precision.weights": "bf16",
+        },
+        (),
+    ),
+    "distillation": (
+        "args = DistillationConfig(max_completion_length=512)\n"
+        "DistillationTrainer(model='Qwen/Qwen2-0.5B', teacher_model='Qwen/Qwen2-1.5B', args=args)",
+        "train.py: TRL 1.16, by train.py:2 DistillationTrainer",
+        {"trainer": "distill", "roles.teacher.model": "Qwen/Qwen2-1.5B", "batch.new_tokens": 512},
+        (),
+    ),
+    "GRPO with a reward model that is loaded": (
+        GRPO.replace("score =", "score = AutoModelForSequenceClassification.from_pretrained(").replace(
+            '-Instruct"\nGRPO', '-Instruct")\nGRPO'
+        ),
+        "train.py: TRL 1.16, by train.py:6 GRPOTrainer",
+        {"model": "Qwen/Qwen2.5-1.5B-Instruct", "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct"},
+        (),
+    ),
+    "a stored adapter": (
+        "base = Qwen2ForCausalLM.from_pretrained('Qwen/Qwen2-7B')\n"
+        "model = PeftModel.from_pretrained(base, 'mine', is_trainable=True)\nSFTTrainer(model)",
+        "train.py: TRL 1.16, by train.py:3 SFTTrainer",
+        {"model": "Qwen/Qwen2-7B", "method.kind": "lora", "method.rank": 8},
+        (
+            "PeftModel.from_pretrained (train.py:2): the adapter's own settings are not known: rank 8 on peft's "
+            "default modules is counted",
+        ),
+    ),
     "two trainers": (
         TRL + "DPOTrainer(model='a')",
         "train.py: TRL 1.16, by train.py:7 SFTTrainer",
@@ -207,6 +254,15 @@ def test_a_value_of_a_script_says_its_line_and_argument(tmp_path: Path) -> None:
     assert reasons["batch.accumulation"] == "default of Unsloth 2026.10"
 
 
+def test_a_script_is_read_as_a_version_of_its_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, DPO)
+    monkeypatch.chdir(tmp_path)
+    for file in (read_run("train.py", "trl-0.24"), read_command("python train.py", "trl-0.24")):
+        assert (file.title, file.fields["profile"]) == ("TRL 0.24", "trl-0.24")
+    with pytest.raises(SpecError, match=r"framework: train\.py:4 DPOTrainer is TRL's, not Axolotl's"):
+        read_run("train.py", "axolotl")
+
+
 def notebook(*cells: str) -> str:
     code = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
     return json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Title"]}, *code], "nbformat": 4})
@@ -287,8 +343,8 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, DPOTrainer, "),
     "another trainer": (
         "train.py",
-        "\nGKDTrainer(model='a')",
-        "train.py:2: GKDTrainer is not supported yet; ",
+        "\nXPOTrainer(model='a')",
+        "train.py:2: XPOTrainer is not supported yet; ",
     ),
     "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
     "NUL": ("train.py", "x = '\0'", "train.py"),

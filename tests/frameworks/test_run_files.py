@@ -639,6 +639,8 @@ REFUSED: dict[str, str] = {
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",
     "policy_model: {a: b}\ntokenizer: {c: d}\nmax_grad_norm: 1": "policy_model: torchtune's PPO files are not read yet",
+    "model: {a: b}\ntokenizer: {c: d}\ncheckpointer: {e: f}": "checkpointer: torchtune's evaluation and",
+    "base_model: a\nmicro_batch_size: 1\ndeepspeed: ~~/a.json": "deepspeed: there is no file '~~/a.json'",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }
@@ -677,6 +679,13 @@ NOT_COUNTED = {
 @pytest.mark.parametrize(("text", "notes"), NOT_COUNTED.items())
 def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[str, ...]) -> None:
     assert read(tmp_path, text).notes == notes
+
+
+def test_long_values_are_read_at_once(tmp_path: Path) -> None:
+    name, digits = "$-q4_" * 40_000, "0" * 200_000  # in quadratic time, minutes
+    assert read(tmp_path, "base_model: ~~~a\nmicro_batch_size: 1").fields["model"] == "~~~a"  # no user's home
+    text = f"base_model: '{name}'\nmicro_batch_size: 1\nseed: {digits} 1\nlearning_rate: 1.5e-1"
+    assert read(tmp_path, text).fields["model"] == name
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct --train.colocate_all "
-    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 2 "
+    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 3 "
     "--rollout.micro_batch_size 4": (
         "openrlhf",
         {
@@ -323,6 +323,13 @@ def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> Non
     assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
 
 
+def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
+    script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
+    file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
+    assert file.fields["roles"]["reward"]["model"] == "Qwen/Qwen2-7B"
+    assert file.notes == ("reward.model_name_or_path (train.sh:1): only the first of 2 reward models is counted",)
+
+
 def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
     file = read(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 swift sft --model Qwen/Qwen2-7B --max_length 64")
     note = "several GPUs, and no number of processes: one is counted; add --gpus"
@@ -392,8 +399,13 @@ def test_a_line_of_data_is_no_command(tmp_path: Path) -> None:
     """shlex takes time quadratic in the length of a word."""
     with pytest.raises(SpecError, match=r"train\.sh does not train or serve"):
         read(tmp_path, f"trl sft --config {20_000 * 'x'}")
+    long = 4 * (10_000 * "x" + "\n")
+    with pytest.raises(SpecError, match=r"train\.sh:1: more than 20,000 characters in quotes, which are not read"):
+        read(tmp_path, f"trl sft '{long}' --config trl.yaml")
     with pytest.raises(SpecError, match=r"train\.sh:1: a quote is not closed"):
-        read(tmp_path, f"trl sft '{4 * (10_000 * 'x' + chr(10))}' --config trl.yaml")
+        read(tmp_path, f"trl sft '{20 * long}")
+    text = f"A='{long}'\nB=\"it's {300 * (chr(92) + chr(34) + chr(10))}\"\ntrl sft --config trl.yaml --max_length 32"
+    assert read(tmp_path, text).fields["batch"]["sequence"] == 32
 
 
 WORDS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import SpecError, misspelt, printable
-from memplan.core.files import exists, is_file, is_folder, open_file
+from memplan.core.files import exists, expanded, is_file, is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.spec.file import read_spec_with_lines, spec_with_lines
 
@@ -53,7 +53,7 @@ def read_document(name: str, text: str | None = None) -> Document:
 
     text  what to read instead of the file's text, as if the file had it
     """
-    path = None if name == "-" else Path(name).expanduser()
+    path = None if name == "-" else expanded(name)
     shown = "standard input" if path is None else printable(path.name, _MAX_SHOWN)
     if path is not None and text is None:
         _refuse_pickle(path, shown)
@@ -101,7 +101,7 @@ def named_document(name: str, within: Document, key: str) -> Document:
     folder = within.path.parent if within.path is not None else Path()
     around = folder.absolute().parents if "/" in name else ()
     for place in (folder, Path(), *around):
-        path = place / Path(name).expanduser()
+        path = place / expanded(name)
         if is_there(path) and not is_folder(path):
             return read_document(str(path))
     for end, values in _published().items():

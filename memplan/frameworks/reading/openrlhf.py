@@ -70,15 +70,12 @@ def _generation(config: Config) -> None:
         config.set("reference", "none", why="the reference has GPUs of its own: train.colocate_all is not set")
     rewards = _reward_models(config)
     if together and rewards and not config.flag("reward.offload"):
-        if len(rewards) > 1 or config.whole("ds.zero_stage") == 3:  # divided among the GPUs
-            config.leave(
-                "reward.model_name_or_path", "reward models on the same GPU are counted alone and undivided only"
-            )
-        else:
-            trainer.role(config, "reward", rewards[0], "reward.model_name_or_path")
-            if config.value("roles.reward.model") is not None:
-                key = "rollout.micro_batch_size"
-                config.set("roles.reward.micro", config.whole(key), key)
+        trainer.role(config, "reward", rewards[0], "reward.model_name_or_path")
+        if config.value("roles.reward.model") is not None:
+            key = "rollout.micro_batch_size"
+            config.set("roles.reward.micro", config.whole(key), key)
+        if len(rewards) > 1:
+            config.leave("reward.model_name_or_path", f"only the first of {len(rewards)} reward models is counted")
     if not config.whole("vllm.num_engines"):
         return
     shares = together and not config.flag("train.async_enable")

@@ -43,6 +43,8 @@ class PythonCall(NamedTuple):
     line       its line
     arguments  its arguments by name; `0` and so on for those without a name
     lines      line of each argument
+    variables  the variable that an argument is, by its name
+    targets    the variables that are set to what it returns
     """
 
     name: str
@@ -50,6 +52,8 @@ class PythonCall(NamedTuple):
     line: int
     arguments: Mapping[str, Any]
     lines: Mapping[str, int]
+    variables: Mapping[str, str] = {}
+    targets: tuple[str, ...] = ()
 
 
 class CallsOfScript(NamedTuple):
@@ -281,7 +285,11 @@ def arithmetic(text: str, numbers: Mapping[str, int]) -> int | None:
 
 
 def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
+    targets: dict[int, tuple[str, ...]] = {}  # by the identity of what is assigned
     for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            found = (inner for target in node.targets for inner in ast.walk(target))
+            targets[id(node.value)] = tuple(inner.id for inner in found if isinstance(inner, ast.Name))
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             inner = getattr(node.func, "value", None)
@@ -296,4 +304,8 @@ def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
                     more = cast("dict[str, Any]", value)
                 arguments |= more
                 lines |= dict.fromkeys(more, keyword.value.lineno)
-            yield PythonCall(name, getattr(inner, "id", getattr(inner, "attr", "")), node.lineno, arguments, lines)
+            given = {str(index): arg for index, arg in enumerate(node.args)}
+            given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            variables = {key: value.id for key, value in given.items() if isinstance(value, ast.Name)}
+            of = getattr(inner, "id", getattr(inner, "attr", ""))
+            yield PythonCall(name, of, node.lineno, arguments, lines, variables, targets.get(id(node), ()))

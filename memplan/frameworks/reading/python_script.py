@@ -6,6 +6,7 @@ Source: transformers 5.24 modeling_utils.py from_pretrained, utils/quantization_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,13 +18,19 @@ from memplan.frameworks.reading.document import Document
 from memplan.frameworks.reading.python_calls import UNKNOWN, CallsOfScript, PythonCall
 from memplan.frameworks.reading.run_format import RunFormat, format_named
 
-_OF_TRL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "RLOO")
+_OF_TRL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "RLOO", "GKD", "Distillation")
 _TRAINERS = {f"{name}Trainer": f"{name}Config" for name in _OF_TRL} | {
     "Trainer": "TrainingArguments",
     "Seq2SeqTrainer": "Seq2SeqTrainingArguments",
 }
 _CONFIGS = (*_TRAINERS.values(), "UnslothTrainingArguments")
-_OTHERS = ("PPO", "Online", "GKD", "XPO", "Nash", "Distillation", "PRM", "BCO")
+_OTHERS = ("PPO", "Online", "XPO", "Nash", "PRM", "BCO")
+# Arguments of trainers that are other models -> keys of TRL's command line; a reference is as large as the policy.
+_ROLES = {
+    "teacher_model": "teacher_model_name_or_path",
+    "reward_funcs": "reward_model_name_or_path",
+    "ref_model": "",
+}
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 # Arguments of a call -> keys of TRL's command line.
 _LOADED = {
@@ -244,8 +251,14 @@ _MATTER = {
 
 def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -> ScriptRun:
     script = keys.script
-    models = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.of]
-    load = _last(models, training) if models else None
+    loads = [call for call in script.calls if call.name == "from_pretrained"]
+    stored = [call for call in loads if call.of.startswith("Peft") and call.line < training.line]  # adapters
+    models = [call for call in loads if re.search("Model|For[A-Z]", call.of) and not call.of.startswith("Peft")]
+    variable = training.variables.get("model", training.variables.get("0"))
+    others = {training.variables[role] for role in _ROLES if role in training.variables}
+    own = [call for call in models if variable in call.targets or not others.intersection(call.targets)]
+    own = [call for call in own if variable in call.targets] or own
+    load = _last(own, training) if own else None
     keys.take(load, _LOADED)
     keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
     _take_stored(keys, training)
@@ -263,13 +276,21 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
         keys.put("model_name_or_path", training.arguments[named], training.lines[named], "model")
     if adapters is not None:
         keys.put("use_peft", True, script.places.get(adapters.line, adapters.line), "LoraConfig")
+    elif stored:
+        adapter = _last(stored, training)
+        place = script.places.get(adapter.line, adapter.line)
+        keys.put("use_peft", True, place, f"{adapter.of}.{adapter.name}")
+        note = "the adapter's own settings are not known: rank 8 on peft's default modules is counted"
+        keys.unread.append(Unread(f"{script.name}:{place}", f"{adapter.of}.{adapter.name}", note))
     defaults = dict(_DEFAULTS)
     if load is None:
         del defaults["dtype"]
     if training.name.removesuffix("Trainer") in _OF_TRL:
-        rewards = training.arguments.get("reward_funcs")
-        if isinstance(rewards, str):
-            keys.put("reward_model_name_or_path", rewards, training.lines["reward_funcs"], "reward_funcs")
+        for role, key in _ROLES.items():
+            loaded = [call for call in models if training.variables.get(role) in call.targets]
+            name = loaded[-1].arguments.get("0") if loaded else training.arguments.get(role)
+            if key and isinstance(name, str):
+                keys.put(key, name, script.places.get(training.lines[role], training.lines[role]), role)
         return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0], parses)
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None

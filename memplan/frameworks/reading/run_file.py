@@ -36,10 +36,15 @@ if TYPE_CHECKING:
 
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
+_WITH_SCRIPTS = ("trl", "transformers", "unsloth")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
+_LATER = {
+    "model_class": "LLaMA-Factory v1's",
+    "policy_model": "torchtune's PPO",
+    "checkpointer": "torchtune's evaluation and generation",
+}
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
@@ -155,7 +160,7 @@ def read_run(
     with suppress(OSError, ValueError):  # reading says why
         name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
     if name.lower().endswith(SCRIPTS):
-        return _read_python(name, {}, others, typed)
+        return _read_python(name, framework, {}, others, typed)
     if is_modelfile(name):
         from memplan.frameworks.reading import modelfile
 
@@ -215,16 +220,26 @@ def _read_toml(name: str) -> Document:
 
 
 def _read_python(
-    name: str, flags: Mapping[str, Typed], companions: dict[str, Document], typed: Mapping[str, Any] | None
+    name: str,
+    framework: str | None,
+    flags: Mapping[str, Typed],
+    companions: dict[str, Document],
+    typed: Mapping[str, Any] | None,
 ) -> RunFile:
-    """Return the run that a Python script or a notebook starts, with flags of its command line."""
+    """Return the run that a Python script or a notebook starts, with flags of its command line.
+
+    Raises SpecError if its trainer is not the framework's.
+    """
     from memplan.frameworks.reading.python_calls import read_script
     from memplan.frameworks.reading.python_script import run_of_script
 
     script = read_script(name, {key: flag.value for key, flag in flags.items()})
     run = run_of_script(script)
     others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
-    file = read_as(run.document, run.form, None, run.told, companions, typed, others, run.command, run.defaults)
+    form, version = (run.form, None) if framework is None else _named(framework)
+    if form.name != run.form.name:
+        raise SpecError(f"framework: {run.told[0]} is {run.form.title}'s, not {form.title}'s; leave --framework out")
+    file = read_as(run.document, run.form, version, run.told, companions, typed, others, run.command, run.defaults)
     return file._replace(unread=(*file.unread, *run.unread))
 
 
@@ -306,8 +321,9 @@ def _read_launched(
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path)
     over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
-    if script and form is None and framework is None and not config and "model_name_or_path" not in command.flags:
-        file = _read_python(script, over, companions, typed)
+    has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
+    if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
+        file = _read_python(script, framework, over, companions, typed)
         return file._replace(unread=(*file.unread, *left_out))
     if config:
         document = named_document(config, document, "config")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.core.errors import MemplanError, SpecError, nearest
+from memplan.core.files import expanded
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
 from memplan.frameworks.reading.document import Document, is_there, paths
@@ -453,7 +453,7 @@ def _by_folder(name: str) -> tuple[str, str]:
     last = f"{file[1]}-{file[2]}-GGUF" if file is not None else last
     is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
     is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
-    if is_path and not is_address and not is_there(Path(name).expanduser()):
+    if is_path and not is_address and not is_there(expanded(name)):
         with suppress(MemplanError):
             if other_format(last) or is_bundled(last):
                 return last, "assumed: by the name of a path that is not here"
