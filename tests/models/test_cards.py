@@ -348,7 +348,7 @@ def test_another_kind_of_model_is_refused_by_its_family(config: dict[str, Any], 
 
 
 def test_an_unknown_family_is_not_taken_for_another() -> None:
-    for model_type in ("xglm", "fuyu"):
+    for model_type in ("persimmon", "fuyu"):
         with pytest.raises(
             UnsupportedModelError, match=f"'{model_type}'.*, and no supported family has a similar name"
         ):

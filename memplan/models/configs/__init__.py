@@ -51,7 +51,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
         "encoder",
         "albert bart bert camembert data2vec-text deberta-v2 distilbert electra ernie eurobert gte "
         "jina_embeddings_v3 m2m_100 marian mbart megatron-bert modernbert mpnet mt5 nomic_bert pegasus "
-        "roberta roberta-prelayernorm t5 umt5 vit whisper xlm-roberta xlm-roberta-xl",
+        "roberta roberta-prelayernorm t5 t5gemma umt5 vit whisper xlm-roberta xlm-roberta-xl",
     ),
 }
 MODULES: dict[str, str] = {
