@@ -66,7 +66,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
             pattern.append(sum(elements(w.shape, axes) for w in inside.values()))
             for w in inside.values():
                 kinds[PART_OF.get(w.group, w.group)] += elements(w.shape, axes) * axes[run.times]
-        layers += pattern * axes[run.times]
+        layers += pattern * axes[run.times] if any(pattern) else []
     runs: list[list[int]] = []
     for n in layers:
         if runs and runs[-1][1] == n:
