@@ -392,7 +392,9 @@ FAMILIES: dict[str, Family] = {
     "electra": _ENCODER._replace(
         defaults={**_BERT, "embedding_size": 128, "hidden_size": 256, "intermediate_size": 1024}, axes=_electra
     ),
-    "ernie": _ENCODER._replace(defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}),
+    "ernie": _ENCODER._replace(
+        defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}, parallel=ParallelFacts()
+    ),
     "eurobert": _ROTARY._replace(
         defaults={"intermediate_size": 3072, "max_position_embeddings": 8192},
         keys=ConfigKeys(),
@@ -435,8 +437,9 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BERT, "intermediate_size": 4096},
         stack="pre_norm_bert",
         attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        parallel=ParallelFacts(),
     ),
-    "roberta-prelayernorm": _PRE_NORM,
+    "roberta-prelayernorm": _PRE_NORM._replace(parallel=ParallelFacts()),
     "xlm-roberta-xl": _PRE_NORM._replace(
         defaults={
             **_BERT,
