@@ -47,7 +47,12 @@ ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of stre
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
 VISION |= {"mm_projector", "connector"}
 AUDIO = {"audio_tower", "embed_audio"}
-EMBEDDING_PROJECTIONS = {"project_in", "project_out", "embeddings_project", "embedding_hidden_mapping_in"}  # OPT-350m, ELECTRA, ALBERT
+EMBEDDING_PROJECTIONS = {
+    "project_in",
+    "project_out",
+    "embeddings_project",
+    "embedding_hidden_mapping_in",
+}  # OPT-350m, ELECTRA, ALBERT
 EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and class tokens
 LANGUAGE_HEADS = {"cls", "head", "lm_head", "predictions", "vocab_transform"}
 HEADS = {"pooler", "classifier"}

@@ -314,7 +314,7 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
     ("config", "family"),
     [
         ({"model_type": "aria", "num_local_experts": 8}, "aria.*mixture of experts"),
-        ({"model_type": "flex_olmo", "num_experts": 128}, "flex_olmo.*mixture of experts"),
+        ({"model_type": "jetmoe", "num_experts": 128}, "jetmoe.*mixture of experts"),
         ({"model_type": "longcat_flash", "kv_lora_rank": 512, "n_routed_experts": 512}, "longcat_flash"),
         ({"model_type": "bailing_hybrid", "kv_lora_rank": 512}, "bailing_hybrid.*multi-head latent attention"),
         ({"model_type": "zamba", "state_size": 16}, "zamba.*state space"),
@@ -521,7 +521,10 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-STATED = {"dots1": ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")}  # keys whose default is none
+STATED = {  # keys whose default is none, or no divisor of the heads
+    "dots1": ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+    "helium": ("num_key_value_heads",),
+}
 OWN_KINDS = ("lfm2", "lfm2_moe", "llama4_text")  # families with their own names for layer types
 
 
