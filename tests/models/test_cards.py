@@ -523,7 +523,7 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 STATED = {  # keys whose default is none, or no divisor of the heads
     "dots1": ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
-    "helium": ("num_key_value_heads",),
+    "helium": ("head_dim", "num_key_value_heads"),
 }
 OWN_KINDS = ("lfm2", "lfm2_moe", "llama4_text")  # families with their own names for layer types
 
@@ -546,6 +546,8 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
             config[key] = 2048
         elif key in HEADS:
             config[key] = 32
+        elif key == "head_dim" and key in STATED.get(model_type, ()):  # its output projection is square
+            config[key] = 2048 // 32
         elif key in (*DEPTHS, *STATED.get(model_type, ()), "vocab_size", "pad_token_id") or (
             rng.random() < 0.5 and key != "rotary_dim"
         ):
