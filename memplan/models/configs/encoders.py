@@ -256,7 +256,8 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
 def _t5gemma(m: ModelFacts) -> Mapping[str, int]:
     """Return the axes of a decoder's runs, which are the encoder's. Both halves must have the same sizes."""
     encoder = m.part("encoder")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "sliding_window", *heads):
         if encoder.get(key, m.config.get(key)) != m.config.get(key):
             message = f"{as_json(encoder[key])} is not supported yet with {as_json(m.config.get(key))} in the decoder"
             raise UnsupportedModelError(f"encoder.{key}: {message}", "encoder")
