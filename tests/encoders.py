@@ -123,6 +123,17 @@ SMALL["albert"] = {
     "num_hidden_layers": 4,
     "num_hidden_groups": 2,
 }
+_HALF: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "vocab_size": 600,
+    "sliding_window": 64,
+}
+SMALL["t5gemma"] = {"model_type": "t5gemma", "vocab_size": 600, "encoder": _HALF, "decoder": _HALF}
 SMALL["mpnet"] = {"model_type": "mpnet", **_BERT, "pad_token_id": 1}
 SMALL["gte"] = {"model_type": "gte", **_BERT, "type_vocab_size": 1}
 SMALL["jina_embeddings_v3"] = {"model_type": "jina_embeddings_v3", **_BERT}
@@ -150,7 +161,7 @@ HEADS: dict[str, tuple[str, ...]] = {
         ("roberta-prelayernorm", "xlm-roberta-xl"), ("masked_lm", "sequence_classification", "feature_extraction")
     ),
     "xlm-roberta": ("sequence_classification", "token_classification"),
-    "mt5": ("seq2seq_lm",),
+    **dict.fromkeys(("mt5", "t5gemma"), ("seq2seq_lm",)),
     "umt5": ("seq2seq_lm",),
     "t5": ("seq2seq_lm",),
     "flan-t5": ("seq2seq_lm",),

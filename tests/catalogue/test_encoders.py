@@ -69,7 +69,8 @@ def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
             "masked_lm",
         ),
         **dict.fromkeys(
-            ("bart", "m2m_100", "marian", "mbart", "pegasus", "mt5", "t5", "flan-t5", "umt5", "whisper"), "seq2seq_lm"
+            ("bart", "m2m_100", "marian", "mbart", "pegasus", "mt5", "t5", "flan-t5", "t5gemma", "umt5", "whisper"),
+            "seq2seq_lm",
         ),
         "vit": "image_classification",
         **dict.fromkeys(("llama", "gemma2"), "causal_lm"),

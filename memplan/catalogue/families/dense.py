@@ -5,13 +5,14 @@ from __future__ import annotations
 from memplan.catalogue.decoder.decoder import Decoder, branch_dropout, decoder
 from memplan.catalogue.decoder.frame import BOTH, FULL
 from memplan.catalogue.decoder.mlp import fused_mlp
-from memplan.catalogue.decoder.norms import layer_norm_in_fp32
+from memplan.catalogue.decoder.norms import layer_norm_in_fp32, rms_norm_of_cast_weight
 from memplan.catalogue.decoder.rotation import (
     attend_heads_first,
     fused_heads,
     partial_rope_of_pairs,
     rope_and_norm,
     rope_and_scale,
+    rope_of_pairs,
 )
 from memplan.catalogue.decoder.rotation_fp32 import norm_and_rope_of_casts, rope_in_fp32, rope_of_casts
 from memplan.catalogue.decoder.scaling import scaled_branches, scaled_embeddings, scaled_logits
@@ -59,6 +60,7 @@ BUILDERS = {
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
     ),
     "granite": GRANITE,
+    "helium": LLAMA._replace(out_bias=False, norm=rms_norm_of_cast_weight, rotate=rope_of_pairs),
     "hunyuan_v1_dense": LLAMA._replace(rotate=rope_and_norm),
     "hyperclovax": hyperclovax,
     "internlm3": LLAMA,

@@ -11,6 +11,7 @@ from memplan.catalogue.decoder.frame import BOTH, Norm
 from memplan.catalogue.decoder.norms import gemma_norm
 from memplan.catalogue.decoder.scaling import scaled_embedding
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Op, Stack
 from memplan.models.model import ModelSpec
@@ -56,12 +57,11 @@ def capped_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
 def capped_attention(
     name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
 ) -> tuple[Op, ...]:
-    """Eager attention that soft-caps the scaled scores before adding the mask. The tanh is kept."""
+    """Eager attention that soft-caps the scaled scores before it adds the mask, if there is one. The tanh is kept."""
     kernel = attention(name, q, k, v, y, wiring, grouped, sliding, mask)
-    i, add = next((i, op) for i, op in enumerate(kernel) if op.name == f"{name}.add_mask")
-    scores, *others = add.reads
-    capped = ops.softcap(f"{name}.softcap", scores, "capped", "b a s s")
-    return (*kernel[:i], *capped, add._replace(reads=("capped", *others)), *kernel[i + 1 :])
+    i = next(i for i, op in enumerate(kernel) if "scaled" in op.reads)
+    capped = ops.softcap(f"{name}.softcap", "scaled", "capped", "b a s s")
+    return (*kernel[:i], *capped, *renamed(kernel[i:], {"scaled": "capped"}))
 
 
 _GEMMA = Decoder(bias="attention_bias", out_bias="attention_bias", norm=gemma_norm, embedded=(scaled_embedding(),))

@@ -317,6 +317,11 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
+    "helium": _DENSE._replace(
+        defaults={"num_key_value_heads": 20, "head_dim": 128, "intermediate_size": 7040},
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "hunyuan_v1_dense": _NO_MLP_BIAS._replace(
         checkpoint=CheckpointFacts(gguf="hunyuan-dense", gguf_keys={}),
         parallel=ParallelFacts(TensorParallelPlan(), context=True),

@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.configs.layer_lists import SLIDING, kinds
+from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import ONE_KERNEL, WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     AttentionFacts,
@@ -252,6 +253,19 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
     }
 
 
+def _t5gemma(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of a decoder's runs, which are the encoder's. Both halves must have the same sizes."""
+    encoder = m.part("encoder")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "sliding_window", *heads):
+        if encoder.get(key, m.config.get(key)) != m.config.get(key):
+            message = f"{as_json(encoder[key])} is not supported yet with {as_json(m.config.get(key))} in the decoder"
+            raise UnsupportedModelError(f"encoder.{key}: {message}", "encoder")
+    if m.probability("dropout_rate") > 0:
+        raise UnsupportedModelError("dropout_rate: only 0 is supported yet for t5gemma", "dropout_rate")
+    return {run.times.replace("L", "D"): run.number for run in m.runs}
+
+
 def _umt5(m: ModelFacts) -> Mapping[str, int]:
     """Return T5's axes: every layer is one that makes a bias."""
     axes = _t5(m)
@@ -379,7 +393,9 @@ FAMILIES: dict[str, Family] = {
     "electra": _ENCODER._replace(
         defaults={**_BERT, "embedding_size": 128, "hidden_size": 256, "intermediate_size": 1024}, axes=_electra
     ),
-    "ernie": _ENCODER._replace(defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}),
+    "ernie": _ENCODER._replace(
+        defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}, parallel=ParallelFacts()
+    ),
     "eurobert": _ROTARY._replace(
         defaults={"intermediate_size": 3072, "max_position_embeddings": 8192},
         keys=ConfigKeys(),
@@ -422,8 +438,9 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BERT, "intermediate_size": 4096},
         stack="pre_norm_bert",
         attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        parallel=ParallelFacts(),
     ),
-    "roberta-prelayernorm": _PRE_NORM,
+    "roberta-prelayernorm": _PRE_NORM._replace(parallel=ParallelFacts()),
     "xlm-roberta-xl": _PRE_NORM._replace(
         defaults={
             **_BERT,
@@ -453,6 +470,30 @@ FAMILIES: dict[str, Family] = {
         gated=True,
     ),
     "t5": _T5_ROW,
+    "t5gemma": Family(
+        {
+            "tie_word_embeddings": True,
+            "vocab_size": 256000,
+            "hidden_size": 2304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 9216,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        keys=ConfigKeys({"hidden_act": ("hidden_activation",)}, decoder="decoder"),
+        layers=all_but_every(2, fixed=True),
+        axes=_t5gemma,
+        objectives=("seq2seq_lm",),
+        lengths=LengthFacts(target=_any_target),
+        stack="t5gemma",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        generation=GenerationFacts(is_modelled=False),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "umt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}, axes=_umt5),
     "whisper": Family(
         _WHISPER,

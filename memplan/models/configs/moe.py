@@ -336,6 +336,14 @@ FAMILIES: dict[str, Family] = {
         training=TrainingFacts(fuses_experts=True),
         serving=ServingFacts(adapts_tables=True),
     ),
+    "flex_olmo": _MOE._replace(
+        defaults={"intermediate_size": 11008, "num_experts": 7, "num_experts_per_tok": 5},
+        keys=ConfigKeys({"head_dim": ()}, renamed={"num_local_experts": "num_experts"}),
+        axes=expert_axes(width="intermediate_size"),
+        stack="olmo",
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "glm4_moe": _GLM_MOE,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE._replace(
