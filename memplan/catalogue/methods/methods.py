@@ -55,6 +55,7 @@ class Recipe(NamedTuple):
     skip           modules that are not quantised
     wide           modules whose weights are loaded in fp32 though the others are not
     experts        whether stacked experts are quantised too, by bitsandbytes' parametrization
+    fp4_experts    an fp8 checkpoint has its stacked experts in fp4
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
     fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
@@ -90,6 +91,7 @@ class Recipe(NamedTuple):
     skip: tuple[str, ...] = ("lm_head",)
     wide: tuple[str, ...] = ()
     experts: bool = False
+    fp4_experts: bool = False
     preparation: str = ""
     fused: str = ""
     fp32_ends: bool = False
@@ -534,7 +536,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         return w._replace(dtype=w.dtype or wide, trains=False)
     takes = can_quantise(w, skipped) or (w.stacked and (recipe.experts or recipe.quantization == "fp8"))
     if recipe.quantization and takes and w.name not in head:
-        storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size, recipe.compute)
+        form = "fp8-fp4" if recipe.fp4_experts and w.stacked else recipe.quantization
+        storage = stored(w, form, recipe.double_quant, recipe.block_size, recipe.compute)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=storage)
     prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only

@@ -89,8 +89,8 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
     """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
     GPTQ has int32 words, a half-precision scale and a zero point per group of inputs (or one group, `WHOLE`), and every
-    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128. HQQ has scales
-    and zero points in the `compute` dtype.
+    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128, and `fp8-fp4`
+    half a byte and an exponent for 32 weights of a row. HQQ has scales and zero points in the `compute` dtype.
     """
     tokens = w.shape.split(" ")
     out, into = tokens[: w.rows], tokens[w.rows :]
@@ -104,6 +104,9 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
             Tensor("qzeros", grouped, f"int32/{per * group}"),
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
+    if format == "fp8-fp4":  # transformers 5.24 integrations/finegrained_fp8.py FP8Experts
+        exponents = Tensor("weight_scale_inv", f"{' '.join(out)} {'*'.join(into)}/32", "uint8")
+        return (Tensor("fp8", w.shape, "uint8/2"), exponents)
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
