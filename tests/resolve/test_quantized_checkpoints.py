@@ -133,12 +133,12 @@ def test_experts_are_stored_as_the_layer_of_transformers_stores_them() -> None:
     in_fp4 = RunSpec(
         model={"config": {**EXPERTS, "expert_dtype": "fp4", "quantization_config": FP8}}, task="generate", gpu="h100"
     )
-    for answer, settings in (
+    for answer, fp4 in (
         (ask(FP8, ATTENTION, config=EXPERTS), {}),
         (estimate(in_fp4), {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}),
     ):
         with torch.device("meta"):
-            layer = fp8.FP8Experts(config, block_size=(128, 128), **settings)
+            layer = fp8.FP8Experts(config, block_size=(128, 128), **fp4)
         sizes = sorted(rounded(p.numel() * p.element_size()) for p in layer.parameters())
         assert sorted(stacks(answer).values()) == sizes
 

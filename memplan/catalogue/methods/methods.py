@@ -16,6 +16,7 @@ from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
 from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers, with_dequantised_stacks
 from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
+from memplan.catalogue.quantization.fused_4bit import Copies
 from memplan.catalogue.quantization.inference_formats import (
     InferenceFormat,
     product,
@@ -67,7 +68,7 @@ class Recipe(NamedTuple):
     frozen         parts of the model that neither train nor are adapted, see `PARTS`
     keeps          torch keeps GPTQ's dequantised matrix for backward, see `quantised_linear`
     packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
-    trains         4-bit matrices are dequantised for any number of rows, as they are in training
+    copies         when a product dequantises packed weights first: `always` in training
     running        how matrices run whose format nothing can train over
     rank           rank of the adapters of methods other than LoRA
     options        other settings of those methods, by peft's names
@@ -101,7 +102,7 @@ class Recipe(NamedTuple):
     frozen: tuple[str, ...] = ()
     keeps: bool = False
     packed: bool = False
-    trains: bool = True
+    copies: Copies = "always"
     running: InferenceFormat | None = None
     rank: int = 0
     options: tuple[tuple[str, Value], ...] = ()
@@ -119,6 +120,10 @@ class Recipe(NamedTuple):
     def prefix(self) -> int:
         """Number of virtual tokens of which only keys and values exist, in every layer."""
         return self.virtual_tokens if trains_prefix(self.kind) else 0
+
+    def by_rows(self) -> Recipe:
+        """Return the recipe of a pass without gradients, in which few rows may read packed matrices."""
+        return self._replace(copies="by rows") if self.copies else self
 
     @property
     def is_dora(self) -> bool:
@@ -169,7 +174,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     casts = not ((quantised or scheme == "hqq") and recipe.autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, trains=recipe.trains)
+        quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, copies=recipe.copies)
         if scheme
         else (_as_base_layer(op, result),)
     )
@@ -295,7 +300,7 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
         recipe.autocast,
         recipe.dropout,
         recipe.moved,
-        recipe.trains,
+        recipe.copies,
     )
 
 
@@ -393,7 +398,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
             result = op.writes[0].name
-            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.trains))
+            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
         return (op,)
 
     stack = rewrite(stack, change)

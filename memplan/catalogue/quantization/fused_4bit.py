@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Literal
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.core.ir import Tensor, Weight
@@ -21,6 +22,7 @@ _ALWAYS_PACKED = 4  # rows
 _HIGH_BANDWIDTH = ((8, 0), (9, 0))
 _SMALL = 4 * 2**20  # elements of a matrix
 _COPIED = "@copied:"
+Copies = Literal["", "by rows", "always"]  # when a product dequantises a packed matrix first
 
 
 class KernelCard(NamedTuple):
@@ -181,10 +183,15 @@ def reads_packed(rows: int, outputs: int, inputs: int, compute: str, card: Kerne
 
 
 def copied(tensors: tuple[Tensor, ...], w: Weight, lead: str, compute: str) -> tuple[Tensor, ...]:
-    """Return the copies of a matrix with an axis of size 1 if a product of `lead` rows makes them, else 0."""
+    """Return the copies of a matrix with an axis of size 1 if a product of `lead` rows makes them, else 0.
+
+    Adapters over other libraries' packed weights are counted with a copy of the matrix for more than a few rows.
+    """
     axes = w.shape.split()
     out, into = axes[: w.rows], axes[w.rows :]
-    block = w.stored[1].dtype.partition("/")[2]
+    is_bitsandbytes = w.stored[1].name == "absmax"
+    block = w.stored[1].dtype.partition("/")[2] if is_bitsandbytes else "1"
+    compute = compute if is_bitsandbytes else ""
     name = ":".join((*(".".join(part) for part in (lead.split(), out, into)), compute, block))
     return tuple(t._replace(shape=f"{_COPIED}{name} {t.shape}") for t in tensors)
 
@@ -202,6 +209,7 @@ def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, g
         if axis.startswith(_COPIED):
             *parts, compute, block = axis.removeprefix(_COPIED).split(":")
             rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in p.split(".")) for p in parts)
-            is_packed = rows <= few_rows and k % int(block) == 0 and reads_packed(rows, n, k, compute, card)
+            fits = reads_packed(rows, n, k, compute, card) if compute else rows <= _ALWAYS_PACKED
+            is_packed = fits and rows <= few_rows and k % int(block) == 0
             found[axis] = int(not is_packed)
     return found
