@@ -8,6 +8,7 @@ _gemm_4bit_use_custom_cuda; a test compares them with the installed file's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -205,11 +206,15 @@ def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, g
     card = card_of(gpu.compute_capability if gpu is not None else None)
     if gpu is not None and gpu.compute_capability is None:  # AMD's kernels take no more
         few_rows = min(few_rows, _ALWAYS_PACKED)
-    for axis in needs:
-        if axis.startswith(_COPIED):
-            *parts, compute, block = axis.removeprefix(_COPIED).split(":")
-            rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in p.split(".")) for p in parts)
-            fits = reads_packed(rows, n, k, compute, card) if compute else rows <= _ALWAYS_PACKED
-            is_packed = fits and rows <= few_rows and k % int(block) == 0
-            found[axis] = int(not is_packed)
+    for axis, lengths, compute, block in _parsed(needs):
+        rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in names) for names in lengths)
+        fits = reads_packed(rows, n, k, compute, card) if compute else rows <= _ALWAYS_PACKED
+        found[axis] = int(not (fits and rows <= few_rows and k % block == 0))
     return found
+
+
+@lru_cache(maxsize=256)
+def _parsed(needs: frozenset[str]) -> tuple[tuple[str, tuple[list[str], ...], str, int], ...]:
+    """Return the axes that `copied` adds, each with the axes of its rows, outputs and inputs, its dtype and block."""
+    split = ((axis, axis.removeprefix(_COPIED).split(":")) for axis in needs if axis.startswith(_COPIED))
+    return tuple((axis, tuple(part.split(".") for part in parts[:3]), parts[3], int(parts[4])) for axis, parts in split)
