@@ -11,6 +11,7 @@ from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.defaults import adapted_experts, complete_method
+from memplan.resolve.kernels import FLASH_PACKAGES
 from memplan.resolve.parallelism import check_product, is_wrapped
 from memplan.resolve.peft_options import lora_options
 from memplan.resolve.quantized_checkpoint import method_for_training
@@ -233,6 +234,8 @@ def _kernels(run: RunSpec) -> None:
         raise _not_run("kernels.loss", k.loss, "fused, or another loss that is not Unsloth's")
     if k.compile:
         raise _not_run("kernels.compile", "true", "false")
+    if k.attention in FLASH_PACKAGES and run.precision.weights == "fp32" and not run.precision.autocast:
+        raise refused("kernels.attention", f"{k.attention} needs bf16 or fp16")
 
 
 def _precision(run: RunSpec) -> None:

@@ -391,6 +391,7 @@ def _recipe(
         str(precision.compute),
         precision.autocast,
         library="peft" if code == "transformers" else code,
+        copies="always" if method.quantization is not None and method.quantization.format in ("nf4", "fp4") else "",
     )
     if method.quantization is None and running is not None:  # dequantised when it is loaded
         return base._replace(kind="stored", skip=running.skip, running=running, packed=True), []

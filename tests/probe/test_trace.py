@@ -350,6 +350,7 @@ REFUSED = [
     ({"optimizer": "galore_adamw"}, SpecError, "optimizer.name: a probe does not run galore_adamw; it runs "),
     ({"optimizer": "adamm"}, UnknownNameError, "did you mean ademamix or adamw_8bit"),
     ({"precision": "mixed"}, SpecError, "precision.master"),
+    ({"precision": "fp32", "kernels": {"attention": "flash_attention_2"}}, SpecError, "needs bf16 or fp16"),
     ({"optimizer": {"state_dtype": "bf16"}}, SpecError, "optimizer.state_dtype"),
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
     ({"parallelism": {"world": 2, "dp": 1}}, SpecError, "parallelism.world: a world of 2 GPUs is not dp 1 x tp 1"),

@@ -8,7 +8,9 @@ _gemm_4bit_use_custom_cuda; a test compares them with the installed file's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.core.ir import Tensor, Weight
@@ -21,6 +23,7 @@ _ALWAYS_PACKED = 4  # rows
 _HIGH_BANDWIDTH = ((8, 0), (9, 0))
 _SMALL = 4 * 2**20  # elements of a matrix
 _COPIED = "@copied:"
+Copies = Literal["", "by rows", "always"]  # when a product dequantises a packed matrix first
 
 
 class KernelCard(NamedTuple):
@@ -181,10 +184,15 @@ def reads_packed(rows: int, outputs: int, inputs: int, compute: str, card: Kerne
 
 
 def copied(tensors: tuple[Tensor, ...], w: Weight, lead: str, compute: str) -> tuple[Tensor, ...]:
-    """Return the copies of a matrix with an axis of size 1 if a product of `lead` rows makes them, else 0."""
+    """Return the copies of a matrix with an axis of size 1 if a product of `lead` rows makes them, else 0.
+
+    Adapters over other libraries' packed weights are counted with a copy of the matrix for more than a few rows.
+    """
     axes = w.shape.split()
     out, into = axes[: w.rows], axes[w.rows :]
-    block = w.stored[1].dtype.partition("/")[2]
+    is_bitsandbytes = w.stored[1].name == "absmax"
+    block = w.stored[1].dtype.partition("/")[2] if is_bitsandbytes else "1"
+    compute = compute if is_bitsandbytes else ""
     name = ":".join((*(".".join(part) for part in (lead.split(), out, into)), compute, block))
     return tuple(t._replace(shape=f"{_COPIED}{name} {t.shape}") for t in tensors)
 
@@ -198,10 +206,15 @@ def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, g
     card = card_of(gpu.compute_capability if gpu is not None else None)
     if gpu is not None and gpu.compute_capability is None:  # AMD's kernels take no more
         few_rows = min(few_rows, _ALWAYS_PACKED)
-    for axis in needs:
-        if axis.startswith(_COPIED):
-            *parts, compute, block = axis.removeprefix(_COPIED).split(":")
-            rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in p.split(".")) for p in parts)
-            is_packed = rows <= few_rows and k % int(block) == 0 and reads_packed(rows, n, k, compute, card)
-            found[axis] = int(not is_packed)
+    for axis, lengths, compute, block in _parsed(needs):
+        rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in names) for names in lengths)
+        fits = reads_packed(rows, n, k, compute, card) if compute else rows <= _ALWAYS_PACKED
+        found[axis] = int(not (fits and rows <= few_rows and k % block == 0))
     return found
+
+
+@lru_cache(maxsize=256)
+def _parsed(needs: frozenset[str]) -> tuple[tuple[str, tuple[list[str], ...], str, int], ...]:
+    """Return the axes that `copied` adds, each with the axes of its rows, outputs and inputs, its dtype and block."""
+    split = ((axis, axis.removeprefix(_COPIED).split(":")) for axis in needs if axis.startswith(_COPIED))
+    return tuple((axis, tuple(part.split(".") for part in parts[:3]), parts[3], int(parts[4])) for axis, parts in split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.quantization.fused_4bit import copied
+from memplan.catalogue.quantization.fused_4bit import Copies, copied
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.core.records import NamedTuple
 
@@ -89,8 +89,8 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
     """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
     GPTQ has int32 words, a half-precision scale and a zero point per group of inputs (or one group, `WHOLE`), and every
-    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128. HQQ has scales
-    and zero points in the `compute` dtype.
+    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128, and `fp8-fp4`
+    half a byte and an exponent for 32 weights of a row. HQQ has scales and zero points in the `compute` dtype.
     """
     tokens = w.shape.split(" ")
     out, into = tokens[: w.rows], tokens[w.rows :]
@@ -104,6 +104,9 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
             Tensor("qzeros", grouped, f"int32/{per * group}"),
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
+    if format == "fp8-fp4":  # transformers 5.24 integrations/finegrained_fp8.py FP8Experts
+        exponents = Tensor("weight_scale_inv", f"{' '.join(out)} {'*'.join(into)}/32", "uint8")
+        return (Tensor("fp8", w.shape, "uint8/2"), exponents)
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
@@ -158,14 +161,14 @@ def dequantise(w: Weight, name: str, y: str, shape: str) -> Op:
 
 
 def quantised_linear(
-    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, trains: bool = True
+    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: Copies = "always"
 ) -> Iterator[Op]:
     """Return the linear layer with which the matrix's library replaces `op`, writing `y`.
 
     compute  dtype in which 4-bit layers compute
     older    before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step
     keeps    torch keeps GPTQ's dequantised matrix for backward, as with gptqmodel but not auto-gptq
-    trains   4-bit matrices are dequantised for any number of rows
+    copies   when a 4-bit matrix is dequantised first
     """
     w = next(w for w in op.weights if w.matrix)
     if op.skipped:  # its bias keeps the loaded dtype
@@ -182,7 +185,7 @@ def quantised_linear(
         case "torchao":
             return _linear_torchao(op, w, name, y)
         case _:
-            return _linear_4bit(op, w, name, y, compute, older, trains)
+            return _linear_4bit(op, w, name, y, compute, older, copies)
 
 
 def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
@@ -365,13 +368,13 @@ def _source(w: Weight) -> str:
     return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, trains: bool) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: Copies) -> Iterator[Op]:
     """Return a 4-bit linear layer. It keeps nothing of the input and dequantises the matrix in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias permanently.
     Forward dequantises directly to the compute dtype, backward to the matrix's original dtype and then casts. Before
-    0.43 forward did as backward does, and the backward node referenced the input (`older`). If nothing trains, few rows
-    read the packed weights (`fused_4bit`). Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward,
+    0.43 forward did as backward does, and the backward node referenced the input (`older`). Few rows may read the
+    packed weights (`copies`). Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward,
     autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
@@ -389,7 +392,7 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=scratch if trains else copied(scratch, w, lead, compute),
+        scratch=copied(scratch, w, lead, compute) if copies == "by rows" else scratch if copies else (),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),
