@@ -27,6 +27,7 @@ class RunDefaults(NamedTuple):
     method_adapter_dtype: Literal["fp32", "bf16", "weights"]
     method_quantization_skip: tuple[str, ...]
     method_quantization_kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"]
+    method_quantization_experts: bool
 
 
 class ModelBehaviour(NamedTuple):
