@@ -290,6 +290,10 @@ def _choose_recipe(run: OpenTraining) -> None:
     """Choose the dtypes, the adapters, what is quantised and frozen, and the fused kernels that apply."""
     model, method, library = run.model, run.method, run.library
     recipe, notes = method_recipe(model, method, run.precision, run.code, run.checkpoint.as_stored)
+    is_lora, whole = recipe.kind == "lora" and not recipe.quantization, run.parallelism.strategy in ("none", "ddp")
+    if library.weights.trains_mxfp4 and model.card.get("stored") == "mxfp4" and is_lora and whole:
+        recipe = recipe._replace(quantization="mxfp4", experts=True, packed=True)
+        notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
     frozen = frozen_parts(model, method)
     run.kernels, idle = fused_kernels(
         model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora

@@ -389,6 +389,13 @@ def test_unsloth_quantises_stacked_experts_and_adapts_them() -> None:
         method = {"kind": "qlora", "quantization": {"experts": said}}
         found: Any = decide(RunSpec(model=model, method=method, profile="unsloth-2026.10")).parts["method"]
         assert (found.quantization.experts, found.targets) == (expected, "all-linear")
+    stack, _ = operations_of(
+        decide(RunSpec(model="gpt-oss-20b", method="lora", profile="unsloth-2026.10")).structure.graph
+    )
+    block = next(block for run in stack.runs for block in run.blocks)
+    stored = {w.name: w.stored for op in block.ops for w in op.weights if w.stored}  # half a byte, and a byte for 32
+    assert [*stored] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert {t.dtype for tensors in stored.values() for t in tensors} == {"uint8/2", "uint8/32"}
 
 
 def test_a_module_with_adapted_quantised_experts_begins_by_folding_each_once() -> None:

@@ -103,6 +103,8 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
             Tensor("qzeros", grouped, f"int32/{per * group}"),
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
+    if format == "mxfp4":  # of stacks alone
+        return (Tensor("weight_packed", w.shape, "uint8/2"), Tensor("weight_scale", w.shape, "uint8/32"))
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
@@ -146,7 +148,7 @@ def storage_of(w: Weight) -> str:
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
     """Return the fp32 scales of a doubly quantised matrix, computed whenever it is dequantised."""
-    nested = w.stored[1].dtype.startswith("uint8/")
+    nested = w.stored[1].name == "absmax" and w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
     return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
 
