@@ -231,7 +231,7 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
     if q.format not in ("nf4", "fp4"):
         yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
     if r.parallelism.world > 1 and r.parallelism.strategy not in ("ddp", "fsdp2"):
-        yield not_yet_with(field, r.parallelism.strategy, "ddp, fsdp2")
+        yield not_yet_with(field, "pipelines" if r.parallelism.pp > 1 else r.parallelism.strategy, "ddp, fsdp2")
 
 
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
