@@ -107,10 +107,8 @@ class Tape(LiveStorages):
     def _offload_saved(self, frame: Frame, node: Node, outputs: bool) -> None:
         """Offload the node's saved inputs, which autograd saves before it computes, or its outputs.
 
-        Recomputed tensors are not offloaded, nor are quantised weights, which autograd does not save.
+        Quantised weights are not offloaded, for autograd does not save them.
         """
-        if self.saves is None or self.phase == "backward":
-            return
         written = {t.name for t in node.op.writes}
         seen = {k.what: k.seen for k in node.op.keeps if k.seen}
         stored = {w.name for w in node.op.weights if w.stored}
@@ -179,6 +177,7 @@ class Tape(LiveStorages):
         """
         ops, names, outer = frame.ops, frame.names, frame.outer
         mine = dict(owned)  # references held by Python variables
+        offloads = keep and self.saves is not None and self.phase != "backward"  # recomputed tensors stay
         last_node = frame.nodes[end - 1] if end < len(ops) else None
         for op, node, ends, holding in zip(
             ops[:end], frame.nodes, last_uses(ops, keep), are_holding(ops), strict=False
@@ -188,14 +187,15 @@ class Tape(LiveStorages):
             self.enter(frame, op)
             for t in op.past:
                 names[t.name] = mine[t.name] = frame.past[t.name]
-            if keep and node.pins:
+            if offloads and node.pins:
                 self._offload_saved(frame, node, outputs=False)
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
             if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)
             if keep and node.pins:
-                self._offload_saved(frame, node, outputs=True)
+                if offloads:
+                    self._offload_saved(frame, node, outputs=True)
                 for what in node.pins:
                     storage = names.get(what) or outer.get(what)
                     if storage is not None and what not in node.away:  # a weight is alive anyway

@@ -176,7 +176,7 @@ def _fill_quantization(r: OpenInference, method: Method) -> Method:
         raise refused(f"{field}.backend", f"{q.backend} does not run {q.format}; choose {choices}")
     backend = r.library.weights.kernel(q.format) or RUNS.get(q.format, ("",))[0]
     skip = r.library.defaults.method_quantization_skip
-    filled = with_defaults(q, kbit_preparation=False, skip=skip, backend=backend)
+    filled = with_defaults(q, kbit_preparation=False, skip=skip, backend=backend, experts=False)
     return method.model_copy(update={"quantization": filled})
 
 

@@ -228,8 +228,11 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
 
 def _fill_from_profile(run: OpenTraining) -> None:
     """Fill in the defaults of the profile."""
-    defaults = run.library.defaults
-    run.method, run.optimizer, run.kernels = fill_parts(run.method, run.optimizer, run.kernels, run.precision, defaults)
+    defaults, q = run.library.defaults, run.method.quantization
+    stacked = run.library.model.experts == "stacked" and q is not None and q.format in ("nf4", "fp4")
+    run.method, run.optimizer, run.kernels = fill_parts(
+        run.method, run.optimizer, run.kernels, run.precision, defaults, stacked and "E" in run.model.axes()
+    )
 
 
 def _refuse_settings(run: OpenTraining) -> None:
@@ -279,7 +282,7 @@ def _refuse_adapted_parameters(run: OpenTraining) -> None:
 def _complete_parts(run: OpenTraining) -> None:
     """Fill in the defaults of torch, peft and the optimizer."""
     run.precision = fill_precision(run.precision)
-    run.method = complete_method(run.method, run.model)
+    run.method = complete_method(run.method, run.model, run.library.defaults.method_quantization_experts)
     run.optimizer = fill_optimizer(run.optimizer)
 
 
@@ -287,6 +290,10 @@ def _choose_recipe(run: OpenTraining) -> None:
     """Choose the dtypes, the adapters, what is quantised and frozen, and the fused kernels that apply."""
     model, method, library = run.model, run.method, run.library
     recipe, notes = method_recipe(model, method, run.precision, run.code, run.checkpoint.as_stored)
+    is_lora, whole = recipe.kind == "lora" and not recipe.quantization, run.parallelism.strategy in ("none", "ddp")
+    if library.weights.trains_mxfp4 and model.card.get("stored") == "mxfp4" and is_lora and whole:
+        recipe = recipe._replace(quantization="mxfp4", experts=True, packed=True)
+        notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
     frozen = frozen_parts(model, method)
     run.kernels, idle = fused_kernels(
         model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora

@@ -347,7 +347,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "quantize_experts": Option(
             "method.quantization.experts",
-            "Also quantise experts that are stacked in one parameter, as Axolotl's quantize_moe_experts does.",
+            "Also quantise experts that are stacked in one parameter, as Axolotl's quantize_moe_experts does. Default "
+            "the profile's: on in Unsloth's, off in others.",
             aliases=("quantize_moe_experts",),
         ),
         "kbit_preparation": Option(

@@ -382,6 +382,24 @@ def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
     assert casts == {(f"n{i}",): f"b {chunk} h" for i, chunk in chunks.items()}
 
 
+def test_unsloth_quantises_stacked_experts_and_adapts_them() -> None:
+    for model, said, expected in (
+        ("olmoe-1b-7b", None, True),
+        ("qwen2-7b", None, False),
+        ("olmoe-1b-7b", False, False),
+    ):
+        method = {"kind": "qlora", "quantization": {"experts": said}}
+        found: Any = decide(RunSpec(model=model, method=method, profile="unsloth-2026.10")).parts["method"]
+        assert (found.quantization.experts, found.targets) == (expected, "all-linear")
+    stack, _ = operations_of(
+        decide(RunSpec(model="gpt-oss-20b", method="lora", profile="unsloth-2026.10")).structure.graph
+    )
+    block = next(block for run in stack.runs for block in run.blocks)
+    stored = {w.name: w.stored for op in block.ops for w in op.weights if w.stored}  # half a byte, and a byte for 32
+    assert [*stored] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert {t.dtype for tensors in stored.values() for t in tensors} == {"uint8/2", "uint8/32"}
+
+
 def test_a_module_with_adapted_quantised_experts_begins_by_folding_each_once() -> None:
     """peft dequantises the last stack first, holds it, casts its adapter, and checks what the two give."""
     method = {"kind": "qlora", "targets": ["gate_proj", "up_proj", "down_proj"], "quantization": {"experts": True}}

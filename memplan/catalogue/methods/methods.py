@@ -545,7 +545,9 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
     if running is not None:
         wide = "fp32" if wide_bias(w, running) else recipe.weights
         return w._replace(dtype=w.dtype or wide, trains=False)
-    takes = can_quantise(w, skipped) or (w.stacked and (recipe.experts or recipe.quantization == "fp8"))
+    takes = (recipe.quantization != "mxfp4" and can_quantise(w, skipped)) or (
+        w.stacked and (recipe.experts or recipe.quantization == "fp8")
+    )
     if recipe.quantization and takes and w.name not in head:
         form = "fp8-fp4" if recipe.fp4_experts and w.stacked else recipe.quantization
         storage = stored(w, form, recipe.double_quant, recipe.block_size, recipe.compute)

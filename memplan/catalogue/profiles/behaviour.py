@@ -27,6 +27,7 @@ class RunDefaults(NamedTuple):
     method_adapter_dtype: Literal["fp32", "bf16", "weights"]
     method_quantization_skip: tuple[str, ...]
     method_quantization_kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"]
+    method_quantization_experts: bool
 
 
 class ModelBehaviour(NamedTuple):
@@ -188,6 +189,7 @@ class WeightsBehaviour(NamedTuple):
     awq_int4_kernel   AWQ's kernel, likewise
     keeps_matrix      a product with a GPTQ matrix keeps the dequantised matrix for backward
     trains_fp8        adapters train over fp8 weights without dequantising them
+    trains_mxfp4      LoRA trains over gpt-oss's experts in MXFP4, which are dequantised while their module runs
     runs_formats      formats that nothing trains over were read (`memplan.catalogue.quantization.inference_formats`)
     few_rows          most rows of a 4-bit product that may read the packed matrix (`fused_4bit`)
     """
@@ -199,6 +201,7 @@ class WeightsBehaviour(NamedTuple):
     awq_int4_kernel: Literal["", "gemm"]
     keeps_matrix: bool
     trains_fp8: bool
+    trains_mxfp4: bool
     runs_formats: bool
     few_rows: int
 

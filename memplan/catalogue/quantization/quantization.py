@@ -107,6 +107,8 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
     if format == "fp8-fp4":  # transformers 5.24 integrations/finegrained_fp8.py FP8Experts
         exponents = Tensor("weight_scale_inv", f"{' '.join(out)} {'*'.join(into)}/32", "uint8")
         return (Tensor("fp8", w.shape, "uint8/2"), exponents)
+    if format == "mxfp4":  # of stacks alone
+        return (Tensor("weight_packed", w.shape, "uint8/2"), Tensor("weight_scale", w.shape, "uint8/32"))
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
@@ -150,7 +152,7 @@ def storage_of(w: Weight) -> str:
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
     """Return the fp32 scales of a doubly quantised matrix, computed whenever it is dequantised."""
-    nested = w.stored[1].dtype.startswith("uint8/")
+    nested = w.stored[1].name == "absmax" and w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
     return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
 
