@@ -92,6 +92,18 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, embeddings among the targets": (
+        UNSLOTH.replace('"v_proj"]', '"lm_head", "embed_tokens"], modules_to_save=["norm"]').replace(
+            "Meta-Llama-3.1-8B-bnb", "mistral-7b-instruct-v0.3-bnb"
+        ),
+        "train.py: Unsloth 2026.10, by train.py:10 SFTTrainer",
+        {
+            "model": "mistral-7b-v0.3",
+            "method.targets": ["q_proj"],
+            "method.modules_to_save": ["norm", "lm_head", "embed_tokens"],
+        },
+        (),
+    ),
     "Unsloth, DPO": (
         UNSLOTH.replace("SFT", "DPO").replace("=2, bf16", "=2, max_length=1024, beta=0.1, bf16"),
         "train.py: Unsloth 2026.10, by train.py:10 DPOTrainer",

@@ -340,6 +340,7 @@ def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
 
 QUOTED = {
     "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
+    "over many lines": "bash -c '\n" + 300 * "# a line\n" + "trl sft --config trl.yaml --max_length 32\n'",
     "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
     "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
     "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",

@@ -244,7 +244,7 @@ def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple
 _MATTER = {
     **dict.fromkeys(("load_in_8bit", "load_in_fp8"), "the weights' format"),
     **dict.fromkeys(("fast_inference", "unsloth_tiled_mlp", "neftune_noise_alpha"), "not counted"),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), "what trains"),
+    "target_parameters": "what trains",
     "eval_strategy": "evaluation",
 }
 

@@ -53,7 +53,8 @@ _CONTINUED = "\\\n"
 _LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
 _LONGEST_ARRAY = 200  # lines
 _LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
-_QUOTES = re.compile(r"\\.|['\"]|#.*", re.DOTALL)  # and what they may not be in, as shlex has it
+_QUOTES = re.compile(r"\\.|['\"]|#.*")  # and what they may not be in, as shlex has it
+_QUOTES_END = re.compile(r"\\.|\"")
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
@@ -267,13 +268,14 @@ def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
-        is_short = number - start < _LONGEST_ARRAY and len(joined) < _LONGEST_LINE
-        if quote or (is_short and _OPEN_ARRAY.match(joined) and not _ARRAYS_END.search(line)):
+        is_long = len(joined) >= _LONGEST_LINE
+        is_array = not is_long and number - start < _LONGEST_ARRAY and _OPEN_ARRAY.match(joined)
+        if quote or (is_array and not _ARRAYS_END.search(line)):
             joined += "\n"
             continue
         ending, reading = _HERE.search(joined), _READ.match(joined)
         end, name = ending[1] if ending is not None else "", reading[1] if reading is not None else ""
-        yield start, joined if is_short or "\n" not in joined else _LONG
+        yield start, _LONG if is_long and "\n" in joined else joined
         joined = ""
     yield start, quote or joined  # a quote that is never closed, which shlex reads in quadratic time
 
@@ -286,12 +288,11 @@ def _open_quote(line: str, quote: str) -> str:
             at = line.find(quote, at) + 1 or len(line) + 1
             quote = quote if at > len(line) else ""
             continue
-        match = _QUOTES.search(line, at)
+        match = (_QUOTES_END if quote else _QUOTES).search(line, at)
         if match is None:
             break
-        is_comment = match[0][0] == "#"
-        at = match.start() + 1 if is_comment and quote else match.end()
-        if match[0] in ("'", '"') and quote in ("", match[0]):
+        at = match.end()
+        if match[0] in ("'", '"'):
             quote = "" if quote else match[0]
     return quote
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer, trl
 from memplan.frameworks.reading.config import Config, Rule, shown
-from memplan.models.cards import card_names
+from memplan.models.cards import card_names, other_format
 
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # among targets, models/llama.py moves them to modules_to_save
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CHECKPOINTING = {"unsloth": "offload", "true": "full", "none": "none", "false": "none"}
 
@@ -30,8 +31,9 @@ def original(config: Config) -> None:
     if trainer.model_of(config) is not None:
         return
     card = name.partition("/")[2].lower().removeprefix("meta-")
+    other = other_format(name)
     for ending in ("", *_ENDINGS):
-        card = card.removesuffix(ending)
+        card = other[0] if other is not None else card.removesuffix(ending)
         if card in card_names():
             origin = config.found["model"]
             config.found["model"] = origin._replace(value=card, why=f"a copy of the original: {origin.why}")
@@ -47,6 +49,14 @@ def _method(config: Config) -> None:
     trainer.adapter(config, kind == "lora", is_dora, "training.training_type", "lora.use_dora")
     if kind == "lora":
         names = config.names("lora.target_modules") or list(TARGETS)
+        moved = [name for name in names if name in _EMBEDDINGS]
+        saved = list(dict.fromkeys([*(config.names("modules_to_save") or []), *moved]))
+        if saved:
+            why = f"{config.title} trains them as full matrices" if moved else ""
+            config.set(
+                "method.modules_to_save", saved, "modules_to_save", *["lora.target_modules"] * bool(moved), why=why
+            )
+        names = [name for name in names if name not in moved]
         config.set("method.targets", "all-linear" if names == ["all-linear"] else names, "lora.target_modules")
         if config.flag("lora.use_rslora"):
             config.set("method.options", {"use_rslora": True}, "lora.use_rslora")
