@@ -376,11 +376,9 @@ class Tape(LiveStorages):
         for storage in frame.shared:
             self.drop(storage)
         frame.shared = []
-        if not outputs:
-            return
         wanted = set(outputs)
         kept: list[Storage] = []
-        for node in reversed(frame.nodes):
+        for node in reversed(frame.nodes) if outputs else ():
             if node.targets and not wanted.isdisjoint(t.name for t in node.op.writes):
                 wanted.update(node.op.reads)
                 kept += node.kept

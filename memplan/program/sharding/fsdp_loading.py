@@ -30,7 +30,7 @@ from memplan.program.stack_facts import shared_tables
 def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> tuple[tuple[int, int], ...]:
     """Return what loading allocates and frees, in order. With `together`, equal tensors that are allocated and freed at
     once are merged into one event, as thousands of ranks have thousands of them."""
-    events, has_merged = _loaded(graph, ranks, together=True)  # the peak is found in these: seldom are there others
+    events, has_merged = _loaded(graph, ranks, together=True)  # which the peak takes, too, so they are there
     return events if together or not has_merged else _loaded(graph, ranks, together=False)[0]
 
 
