@@ -98,7 +98,7 @@ def lower(
     return at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)  # each keeps its stack alive; the graphs' own cache has more
 def _lowered(
     stack: Stack,
     depth: tuple[tuple[str, int], ...],

@@ -105,7 +105,7 @@ def test_a_rank_holds_the_papers_share_and_padding(stage: int, world: int) -> No
         2: (),
         3: (h for h in sharding_of(run).reduction_buffers() if h.kind == "gradient"),
     }[stage]
-    states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in program(run).optimizer.states if s.shape)
+    states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in sharding_of(run).optimizer().states if s.shape)
     held = exact(run, (h for h in sharding_of(run).weights() if h.kind == "parameter")) + exact(run, kept) + states
     held += 2 * own if stage == 2 else 0
     whole = {1: 4, 2: 2, 3: 0}[stage] * PARAMETERS
@@ -435,7 +435,7 @@ def test_megatron_divides_twelve_bytes_of_eighteen(world: int) -> None:
     weights = sum(n for w, n, _ in weights_of(run.graph) if w.trains)
     assert whole % world == whole % 128 == 0
     assert 0 <= whole - PARAMETERS < 64 * weights + lcm(world, 128)
-    states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in program(run).optimizer.states)
+    states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in sharding_of(run).optimizer().states)
     held = exact(run, (h for h in sharding_of(run).weights() if h.kind == "parameter"))
     assert held == 2 * whole
     assert exact(run, sharding_of(run).gradients()) == 4 * whole
@@ -446,7 +446,7 @@ def test_replicas_with_fp32_gradients_and_masters_have_eighteen_bytes_a_paramete
     precision = {"weights": "bf16", "grads": "fp32", "master": "fp32"}
     run = structure("ddp", 8, precision=precision)
     held = exact(run, (h for h in (*sharding_of(run).weights(), *sharding_of(run).gradients()) if h.kind != "buffer"))
-    assert held + sum(prod(s.shape) * 4 * s.count for s in program(run).optimizer.states) == 18 * PARAMETERS
+    assert held + sum(prod(s.shape) * 4 * s.count for s in sharding_of(run).optimizer().states) == 18 * PARAMETERS
 
 
 @laws
@@ -514,7 +514,7 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
     """One byte per number and an fp32 absmax per 256; no exception for small weights or embeddings."""
     run = structure("zero2", 8, optimizer=name)
     own = zero_of(run).partition
-    states = sum(s.bytes * s.count for s in program(run).optimizer.states if s.shape and s.bytes > 10**5)
+    states = sum(s.bytes * s.count for s in sharding_of(run).optimizer().states if s.shape and s.bytes > 10**5)
     assert states == pytest.approx(moments * own * (1 + 4 / 256), rel=1e-4)
 
 

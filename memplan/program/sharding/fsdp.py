@@ -152,13 +152,13 @@ class FullySharded(Sharding):
             path = f"{piece.where}.{name}".lstrip(".")
             yield Parameter(path, shape, piece.dtype, embedding=self.run.trainer and embedding)
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
-        memory = super().optimizer(trained)
+    def optimizer(self) -> OptimizerMemory:
+        memory = super().optimizer()
         return stepped_on_host(memory) if self.ranks.offloads else memory
 
-    def clipping(self, trained: list[Parameter]) -> int:
+    def clipping(self) -> int:
         if not self.ranks.offloads:
-            return super().clipping(trained)
+            return super().clipping()
         return NORM_OF_HOST[self.is_flat] if self.run.clips else 0
 
     def host(self) -> Iterator[TensorGroup]:

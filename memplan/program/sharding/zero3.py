@@ -125,9 +125,9 @@ class Zero3Sharding(ZeroSharding):
         """Yield nothing: reduced gradients are the rank's partition, one of the reduction buffers."""
         yield from ()
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
+    def optimizer(self) -> OptimizerMemory:
         """Return the optimizer's memory. It steps one sub-group after another, with the scratch of one."""
-        memory = super().optimizer(trained)
+        memory = super().optimizer()
         if self.knobs.optimizer:
             return memory
         of_one = self.memory_of([Parameter("", (self.updated_at_once,), "fp32")])

@@ -389,6 +389,6 @@ def _update(program: Program, step: int, events: SizedEvents) -> None:
 
 def _make_states(program: Program, events: SizedEvents) -> None:
     events.enter("states")
-    for state in program.optimizer.states:
+    for state in sharding_of(program.structure).optimizer().states:
         if not state.host:
             events.alloc_copies(state.bytes, state.count)
