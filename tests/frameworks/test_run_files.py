@@ -621,7 +621,7 @@ REFUSED: dict[str, str] = {
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
     "base_model: a\nadapter: qlora": "run.yaml:2: adapter: qlora needs load_in_4bit: true",
-    "base_model: a\nactivation_offloading: true": "run.yaml:2: activation_offloading: Axolotl needs gradient_checkp",
+    "base_model: a\nmicro_batch_size: 1\nactivation_offloading: true": "run.yaml:3: activation_offloading: Axolotl ",
     "base_model: a\nadapter: lora": "run.yaml:2: adapter: set lora_target_linear: true",
     "base_model: a\nadapter: lora\nlora_target_modules: {a: 1}": "run.yaml:3: lora_target_modules: must be a list",
     "base_model: a\nmicro_batch_size: 1\noptimizer: adamw_8bits": "run.yaml:3: optimizer: the optimizer 'adamw_8bits'",
