@@ -85,6 +85,11 @@ WHOLE = -1  # the block size if there is one scale per column
 FP8_BLOCK = 128
 
 
+# Formats of stacked experts alone: names of their halves of bytes, and of an exponent for 32 weights of a row.
+# Source: transformers 5.24 integrations/finegrained_fp8.py FP8Experts, integrations/mxfp4.py Mxfp4GptOssExperts.
+_FP4_OF_STACKS = {"fp8-fp4": ("fp8", "weight_scale_inv"), "mxfp4": ("weight_packed", "weight_scale")}
+
+
 def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute: str = "bf16") -> tuple[Tensor, ...]:
     """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
@@ -104,11 +109,9 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
             Tensor("qzeros", grouped, f"int32/{per * group}"),
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
-    if format == "fp8-fp4":  # transformers 5.24 integrations/finegrained_fp8.py FP8Experts
-        exponents = Tensor("weight_scale_inv", f"{' '.join(out)} {'*'.join(into)}/32", "uint8")
-        return (Tensor("fp8", w.shape, "uint8/2"), exponents)
-    if format == "mxfp4":  # of stacks alone
-        return (Tensor("weight_packed", w.shape, "uint8/2"), Tensor("weight_scale", w.shape, "uint8/32"))
+    if format in _FP4_OF_STACKS:
+        packed, exponents = _FP4_OF_STACKS[format]
+        return (Tensor(packed, w.shape, "uint8/2"), Tensor(exponents, w.shape, "uint8/32"))
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
