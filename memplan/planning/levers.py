@@ -55,7 +55,7 @@ class Lever(NamedTuple):
     @property
     def tier(self) -> int:
         """Rank of the lever's price: its severity, or above every severity if it needs more hardware."""
-        return _MORE_HARDWARE_TIER if self.group == "gpus" else self.severity
+        return _MORE_HARDWARE_TIER if "more_gpus" in self.keys else self.severity
 
 
 def pull(run: RunSpec, levers: Iterable[Lever]) -> RunSpec:
@@ -304,7 +304,7 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if run.parallelism.world == 1 and run.parallelism.strategy == "none":
         host = Offload(optimizer=True, parameters=True)
         fields = (("parallelism.strategy", "zero3"), ("parallelism.offload", host))
-        yield _lever("offload_all", "DeepSpeed ZeRO 3, with optimizer and weights on the host", "offload", *fields)
+        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", "gpus", *fields)
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
