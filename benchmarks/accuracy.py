@@ -785,6 +785,7 @@ KNOWN = """
 - LLM.int8's outlier columns depend on the data and are not counted.
 - bitsandbytes chooses its fused 4-bit product by the number of multiprocessors, of which memplan knows one per compute
   capability. Another card of the same may dequantise a matrix for a few rows more or fewer than is counted.
+- The backward of Kimi Linear's delta rule is counted as one operation (1.2 to 1.3 % of small models).
 - Reentrant checkpoints of T5Gemma keep the rotary tables with the graph, which is not counted (0.06 % of a tiny model).
   DeepSeek V4 on sequences shorter than a layer
   compresses into one token counts gradients of a compressor that gets none (1.1 % of a tiny model). A trace of BART
