@@ -246,7 +246,7 @@ REFUSED = {
         "parallelism.dp",
     ),
     "adapters": (run(2, profile="megatron-core", method="lora"), "method.kind: 'lora' is not supported yet"),
-    "nf4": (stored(2, "nf4"), "method.quantization.format: 'nf4' is not supported yet; supported: fp8"),
+    "nf4": (stored(2, "nf4"), "method.quantization.format: transformers 5.24 cannot run nf4 with tensor"),
     "blocks": (stored(8), "parallelism.tp: 8 ranks would divide blocks of 128 x 128 fp8 weights (of 256)"),
     "profile": (run(2, profile="transformers-4.48"), "parallelism.tp: 2 is not supported yet with profile"),
 }
