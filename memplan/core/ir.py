@@ -362,12 +362,14 @@ class SavedTensors(NamedTuple):
     source   where the facts come from
     stash    saves after which a copied tensor leaves the GPU, while another stream copies it: until then it is not
              copied again, but stays if it is saved again. A copy then stays until the next operation with copies has
-             run backward, and the model's head saves its tensors as usual. 0 if there is no other stream
+             run backward. 0 if there is no other stream
+    stays    with a stash: operations whose names begin so save their tensors as usual; none if empty
     """
 
     weights: bool
     source: str
     stash: int = 0
+    stays: str = ""
 
 
 class Unit(NamedTuple):

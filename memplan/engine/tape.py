@@ -122,11 +122,11 @@ class Tape(LiveStorages):
 
     def _leaves(self, frame: Frame, op: Op, what: str) -> bool:
         """Return whether a saved tensor is copied to host memory. Weights and tensors of a few numbers are not, nor, if
-        there is a stash, what it holds and what the head saves."""
+        there is a stash, what it holds and what its `stays` names."""
         storage = frame.storage(what)
         if self.stash is None or self.saves is None:
             return storage is not None or (self.saves is not None and self.saves.weights)
-        if op.name.startswith("lm_head"):
+        if self.saves.stays and op.name.startswith(self.saves.stays):
             return False
         if storage is None or not any(map(str.isalpha, frame.scope[what].shape)):
             return self.stash.takes(None)

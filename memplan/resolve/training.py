@@ -57,7 +57,12 @@ _SAVED_TENSORS = {
     "torch": SavedTensors(
         weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
     ),
-    "trl": SavedTensors(weights=False, source="trl 1.16.0 models/activation_offloading.py OffloadActivations", stash=5),
+    "trl": SavedTensors(
+        weights=False,
+        source="trl 1.16.0 models/activation_offloading.py OffloadActivations",
+        stash=5,
+        stays="lm_head",
+    ),
 }
 _CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
