@@ -782,11 +782,12 @@ KNOWN = """
 - Kernels that allocate inside themselves do not show in a trace. One such row was found by the published runs (the
   softmax's backward with eager attention multiplies gradient and output first) and is in the ledger; there may be
   others.
-- LLM.int8's outlier columns depend on the data and are not counted. bitsandbytes' fused 4-bit product, which it
-  chooses by card and shape up to 512 rows (1,536 for small matrices), is not modelled: the dequantised matrix is always
-  counted, which is up to one matrix too much for a short prompt (0.5 to 1.8 % of real models, 9 % of a tiny one).
-- Reentrant checkpointing of Marian and UMT5 is up to 1.3 % too large: the encoder's output is counted until the
-  encoder's backward, and is freed after the decoder's first block. DeepSeek V4 on sequences shorter than a layer
+- LLM.int8's outlier columns depend on the data and are not counted.
+- bitsandbytes chooses its fused 4-bit product by the number of multiprocessors, of which memplan knows one per compute
+  capability. Another card of the same may dequantise a matrix for a few rows more or fewer than is counted.
+- The backward of Kimi Linear's delta rule is counted as one operation (1.2 to 1.3 % of small models).
+- Reentrant checkpoints of T5Gemma keep the rotary tables with the graph, which is not counted (0.06 % of a tiny model).
+  DeepSeek V4 on sequences shorter than a layer
   compresses into one token counts gradients of a compressor that gets none (1.1 % of a tiny model). A trace of BART
   alike with padding masks the decoder's own tokens too (up to 1 %), which a step on a card does not.
 - The band comes from replaying traced steps through a model of torch's allocator, not on cards. It is wide, and

@@ -19,6 +19,7 @@ import yaml
 
 from memplan.frameworks import reading
 from memplan.frameworks.reading.document import paths
+from memplan.frameworks.reading.run_file import nested
 
 FOLDER = Path(reading.__file__).parent / "defaults"
 _VERL_PARTS = {"model/hf_model.yaml": "model", "engine/fsdp.yaml": "engine", "optim/fsdp.yaml": "optim"}
@@ -189,6 +190,13 @@ SECTIONS: dict[str, dict[str, str]] = {
     "verl-sft": _VERL_PARTS,
     "unsloth": {"TrainingConfig": "training", "LoraConfig": "lora", "DataConfig": "data", "LoggingConfig": "logging"},
 }
+# What memory depends on in torchtune's recipes, of which `tune run` finds one by its name.
+_RECIPE = (
+    *("model", "tokenizer.max_seq_len", "dataset.packed", "batch_size", "gradient_accumulation_steps", "compile"),
+    *("optimizer._component_", "optimizer.fused", "optimizer_in_bwd", "loss._component_", "clip_grad_norm", "dtype"),
+    *("enable_activation_checkpointing", "enable_activation_offloading", "fsdp_cpu_offload", "custom_sharded_layers"),
+    *("quantizer._component_", "tensor_parallel_dim", "teacher_model._component_", "policy_model._component_"),
+)
 # Suffix of a file that is not Python -> its flags or keys.
 _FLAGS = {
     ".yaml": re.compile(r"^(\w+):", re.MULTILINE),
@@ -266,6 +274,16 @@ def default(value: ast.expr | None) -> Any:
         return ...
 
 
+def recipes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each of torchtune's recipes, and what memory depends on in it, if it trains."""
+    for path in sorted(folder.glob("configs/*/*.yaml")):
+        values = dict(paths(yaml.safe_load(path.read_text("utf-8"))))
+        said = {key: value for key, value in values.items() if key in _RECIPE or key.partition(".")[0] == "model"}
+        if "optimizer._component_" in said:
+            kept = {key: value for key, value in said.items() if value not in (None, False)}
+            yield f"{path.parent.name}/{path.stem}", {"title": "torchtune", "tokenizer": {}, **nested(kept)}
+
+
 def main(framework: str, version: str, folder: str, read: str = "") -> None:
     """Add one version of a framework to its file, with what was `read` if that is no package of that version."""
     package, patterns, wanted = SOURCES[framework]
@@ -285,6 +303,9 @@ def main(framework: str, version: str, folder: str, read: str = "") -> None:
     data["defaults"][short] = {name: found[name] for name in wanted if found.get(name, ...) not in (..., None)}
     data["keys"] = sorted({*data["keys"], *found})
     target.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    if framework == "torchtune":
+        lines = (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in recipes(root))
+        (FOLDER / "torchtune-recipes.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 if __name__ == "__main__":

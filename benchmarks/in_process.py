@@ -1,6 +1,9 @@
 """Time one estimate in a warm process: median microseconds, and ratios to references.
 
-    python benchmarks/in_process.py
+    python benchmarks/in_process.py [first [step]]
+
+With `first` only the first estimate of each bundled model is timed, full and with LoRA, in CPU time; of every second
+model with a `step` of 2.
 
 The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
 `verdict` includes computing the verdict: free if it is clear, otherwise a replay of the run's allocations. `used`
@@ -13,16 +16,19 @@ of a repeated estimate of the same run. The time of imports in a fresh process i
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from memplan import RunSpec, estimate
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.errors import MemplanError
 from memplan.engine.walk import largest, values
 from memplan.estimate.training import reserved
 from memplan.estimate.training_peaks import training_peaks
-from memplan.models.cards import load_card
+from memplan.models.cards import card_names, load_card
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
 from memplan.program.axes import run_axes
@@ -54,11 +60,26 @@ def median_us(function: Callable[[Any], object], arguments: Sequence[Any], round
     return statistics.median(times) * 1e6
 
 
+def first_estimates(step: int) -> None:
+    """Print the CPU milliseconds of the first estimates of bundled models in a warm process."""
+    estimate(RunSpec(model="qwen2-7b"))
+    times: list[tuple[float, str]] = []
+    for name in sorted(card_names())[::step]:
+        for method in ("full", "lora"):
+            start = time.process_time()
+            with suppress(MemplanError):  # a model that has no such training
+                estimate(RunSpec(model=name, method=method))
+                times.append(((time.process_time() - start) * 1e3, f"{name}, {method}"))
+    times.sort()
+    median, p90, (most, slowest) = times[len(times) // 2][0], times[len(times) * 9 // 10][0], times[-1]
+    print(f"{len(times)} first estimates: median {median:.1f} ms, p90 {p90:.1f}, worst {most:.0f} ({slowest})")
+
+
 def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
     """Run only the engine's walk: from a batch to the peak of every phase."""
     decided = decide(run)
     program = training_peaks(decided).program
-    phases = [program.moments.first[phase] for phase in PHASES if program.moments.first[phase]]
+    phases = [program.moments.terms.first[phase] for phase in PHASES if program.moments.terms.first[phase]]
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
@@ -69,6 +90,9 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["first"]:
+        first_estimates(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+        return
     print(f"{'run':30s} {'validate':>9s} {'estimate':>9s} {'both':>9s} {'walk':>9s}   both / validate")
     for name, fields in METHODS.items():
         run = RunSpec(model="qwen2-7b", gpu="3090", **fields)

@@ -2,8 +2,8 @@
 
 No machine profile or terminal width changes an answer, garbage is rarely collected, torch computes on one thread, only
 the first of the processes that tests start compiles its imports, a traced run is estimated once for all tests of it,
-one process traces what tests trace, and hypothesis draws `tests.sampling`'s number of examples, the same in each run,
-without a deadline.
+one process imports torch and traces what tests trace, and hypothesis draws `tests.sampling`'s number of examples, the
+same in each run, without a deadline.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 
 import pytest
 from hypothesis import settings
 
 from benchmarks.golden import SHARED
 from memplan.probe.run.trace import Tracer
-from tests.sampling import examples
+from tests.sampling import ALL, examples
 
 os.environ["OMP_NUM_THREADS"] = "1"  # there is a process per core, and threads wait for each other in a loop
 gc.set_threshold(2_000_000, 10, 10)  # lowering creates many acyclic tuples: saves a fifth of the time
@@ -48,6 +49,13 @@ def tracer() -> Iterator[Tracer]:
     """One process for the traces of all tests, so that torch is imported once."""
     with Tracer() as shared:
         yield shared
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests marked `torch` first, where pytest-xdist gives them to one process: the others import it less."""
+    items.sort(key=lambda item: item.get_closest_marker("torch") is None)
+    for item in takewhile(lambda item: item.get_closest_marker("torch"), items):
+        item.add_marker(ALL)
 
 
 def pytest_collection_finish() -> None:

@@ -116,11 +116,39 @@ SMALL["deberta-v2"] = {
     "problem_type": "single_label_classification",
     "pad_token_id": 0,
 }
+SMALL["albert"] = {
+    "model_type": "albert",
+    **_BERT,
+    "embedding_size": 64,
+    "num_hidden_layers": 4,
+    "num_hidden_groups": 2,
+}
+_HALF: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "vocab_size": 600,
+    "sliding_window": 64,
+}
+SMALL["t5gemma"] = {"model_type": "t5gemma", "vocab_size": 600, "encoder": _HALF, "decoder": _HALF}
 SMALL["mpnet"] = {"model_type": "mpnet", **_BERT, "pad_token_id": 1}
-for _name in ("camembert", "data2vec-text"):
+SMALL["gte"] = {"model_type": "gte", **_BERT, "type_vocab_size": 1}
+SMALL["jina_embeddings_v3"] = {"model_type": "jina_embeddings_v3", **_BERT}
+SMALL["nomic_bert"] = {"model_type": "nomic_bert", **_BERT, "hidden_dropout_prob": 0.1}
+SMALL["eurobert"] = {"model_type": "eurobert", **_BERT, "num_key_value_heads": 2, "pad_token_id": 0}
+SMALL["ernie"] = {"model_type": "ernie", **_BERT, "use_task_id": True}
+SMALL["megatron-bert"] = {"model_type": "megatron-bert", **_BERT}
+for _name in ("camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl"):
     SMALL[_name] = {**SMALL["roberta"], "model_type": _name}
 
 HEADS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("albert", "eurobert", "gte", "jina_embeddings_v3", "megatron-bert", "nomic_bert"),
+        ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
+    ),
     "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     **dict.fromkeys(("bart", "m2m_100", "marian", "mbart", "pegasus"), ("seq2seq_lm",)),
     "distilbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
@@ -128,9 +156,12 @@ HEADS: dict[str, tuple[str, ...]] = {
     "modernbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "deberta-v2": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "mpnet": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
-    **dict.fromkeys(("camembert", "data2vec-text", "roberta"), ("masked_lm", "sequence_classification")),
+    **dict.fromkeys(("camembert", "data2vec-text", "ernie", "roberta"), ("masked_lm", "sequence_classification")),
+    **dict.fromkeys(
+        ("roberta-prelayernorm", "xlm-roberta-xl"), ("masked_lm", "sequence_classification", "feature_extraction")
+    ),
     "xlm-roberta": ("sequence_classification", "token_classification"),
-    "mt5": ("seq2seq_lm",),
+    **dict.fromkeys(("mt5", "t5gemma"), ("seq2seq_lm",)),
     "umt5": ("seq2seq_lm",),
     "t5": ("seq2seq_lm",),
     "flan-t5": ("seq2seq_lm",),

@@ -12,7 +12,9 @@ from typing import TypeVar
 
 import pytest
 
-COMPLETE = find_spec("torch") is not None
+from memplan.probe.libraries import NAMES
+
+COMPLETE = all(find_spec(name) is not None for name in NAMES)
 ALL = pytest.mark.skipif(not COMPLETE, reason="takes long, and is done where torch is installed")
 Row = TypeVar("Row")
 

@@ -1,6 +1,7 @@
 """Trains small Llamas as one rank of several, on the CPU, and reports peaks.
 
-FSDP runs with a fake process group; DDP, whose reducer waits for an answer, with a second process.
+FSDP runs with a fake process group; DDP, whose reducer waits for an answer, in two processes. These are forks, which
+need not import the libraries again, so DDP's runs come first: autograd refuses a fork of a process that ran it.
 
 FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
 transformers does. Run as a separate process: a run per line on stdin, its peaks per line on stdout.
@@ -24,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,7 +150,7 @@ def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
 def together(asked: dict[str, Any]) -> dict[str, int]:
     """Return the peaks of the first DDP rank."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(replica, args=(asked, folder), nprocs=asked["world"])
+        start_processes(replica, args=(asked, folder), nprocs=asked["world"], start_method="fork")
         return json.loads((Path(folder) / "peaks.json").read_text())
 
 

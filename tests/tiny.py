@@ -138,6 +138,7 @@ TINY: dict[str, dict[str, Any]] = {
         "bias": False,
     },
     "falcon_mamba": _MAMBA,
+    "flex_olmo": _base(num_experts=8, num_experts_per_tok=2),
     "gemma": _base(**_HEADS),
     "gemma2": _base(num_hidden_layers=4, sliding_window=32, **_HEADS),
     "gemma3_text": _base(num_hidden_layers=7, sliding_window=32, **_HEADS),
@@ -201,6 +202,8 @@ TINY: dict[str, dict[str, Any]] = {
         mamba_n_groups=2,
         mamba_chunk_size=32,
     ),
+    "helium": _base(head_dim=16),
+    "hyperclovax": _base(**_HEADS),
     "hunyuan_v1_dense": _base(**_HEADS),
     "hunyuan_v1_moe": _base(num_experts=8, moe_topk=2, **_HEADS),
     "internlm3": _base(**_HEADS),
@@ -293,9 +296,19 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "ministral3": _base(**_HEADS),
     "mistral": _base(sliding_window=None),
+    "mellum": _base(
+        sliding_window=32,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        **_HEADS,
+    ),
     "mixtral": _base(num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=0.01),
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 300},
     "mistral4": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
+    "nanochat": _base(),
     "nemotron": _base(**_HEADS),
     "nemotron_h": {
         "hidden_size": 64,
@@ -352,6 +365,8 @@ TINY: dict[str, dict[str, Any]] = {
     "solar_open": _base(**_HEADS, moe_intermediate_size=48, n_routed_experts=16, num_experts_per_tok=4),
     "stablelm": _base(),
     "starcoder2": _base(sliding_window=None),
+    "vaultgemma": _base(num_hidden_layers=4, sliding_window=32, **_HEADS),
+    "youtu": _base(num_key_value_heads=4, **_LATENT),
 }
 
 # Adapter targets of families for which peft does not accept all linear layers.

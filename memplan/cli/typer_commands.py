@@ -14,7 +14,7 @@ from memplan.cli.commands import Options, Subcommand, Switch, type_of
 from memplan.cli.outcome import TYPED
 from memplan.core.errors import SpecError
 from memplan.spec.option_values import INSTEAD, is_method
-from memplan.spec.options import Option, flag
+from memplan.spec.options import OPTIONS, Option, flag
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -71,12 +71,22 @@ def usage(error: Any) -> str:
     instead = INSTEAD.get(typed.strip("-").replace("_", "-"))
     if text.startswith(_EXTRA):
         text = _instead_of(text.removeprefix(_EXTRA).strip("()").partition(" ")[0]) or text
+    elif text.endswith(_LACKS):
+        text = f"{text.removesuffix('.')}{_values_of(typed)}"
     elif instead is not None:
         text = f"No such option: {typed}; {f'write {instead}' if instead else 'leave it out, it takes no memory'}"
     return " ".join(text.split())
 
 
-_EXTRA = "Got unexpected extra argument(s) "
+_EXTRA, _LACKS = "Got unexpected extra argument(s) ", "requires an argument."
+
+
+def _values_of(typed: str) -> str:
+    """Return the words that a run's option accepts, "" if it accepts numbers, or names without a list."""
+    name = typed.strip("-").replace("-", "_")
+    option = next((group[name] for group in OPTIONS.values() if name in group), None)
+    choices = described(option)[1] if option is not None else ()
+    return f": {', '.join(choices)}" if choices else ""
 
 
 def _instead_of(word: str) -> str:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
+_ALIKE = 0.6  # of the letters of a misspelt name are in the one that is meant
 _MAX_SHOWN = 80  # characters of a wrong name that an error message repeats
 
 
@@ -46,6 +47,18 @@ def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:
     longer = [word for word in known if value and word.startswith(value)]
     near = [n for pool in (longer, known) for n in difflib.get_close_matches(value, pool, n=most, cutoff=0.0)]
     return [known[word] for word in dict.fromkeys(near)][:most]
+
+
+def misspelt(value: str, choices: Iterable[str]) -> str:
+    """Return the choice that `value` may be a misspelling of; empty if none is like it.
+
+    >>> misspelt("lora_dropuot", ["lora_r", "lora_dropout"]), misspelt("seed", ["lora_r"])
+    ('lora_dropout', '')
+    """
+    from difflib import SequenceMatcher
+
+    near = nearest(value, choices, 1)
+    return near[0] if near and SequenceMatcher(None, value[:_MAX_SHOWN], near[0]).ratio() > _ALIKE else ""
 
 
 class MemplanError(Exception):

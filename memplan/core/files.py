@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
-from shutil import copymode
+from stat import S_IMODE
 from typing import BinaryIO
 
 _SHELLS = ("/dev/", "/proc/")  # where a shell's own pipes are: `<(command)` and /dev/stdin
@@ -50,6 +50,14 @@ def is_folder(path: Path) -> bool:
     return not are_given() and path.is_dir()
 
 
+def expanded(name: str) -> Path:
+    """Return the path of a name, with the user's home in place of `~`; as it is written if there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError, also for a named pipe, which nobody may ever write to."""
     given = _GIVEN.get()
@@ -73,7 +81,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         part.write_text(text, "utf-8", "backslashreplace")
         if not is_new:
-            copymode(target, part)
+            part.chmod(S_IMODE(target.stat().st_mode))
         part.replace(target)
     except OSError:
         part.unlink(missing_ok=True)

@@ -360,10 +360,16 @@ class SavedTensors(NamedTuple):
 
     weights  kept weights are copied too, though they stay on the GPU anyway
     source   where the facts come from
+    stash    saves after which a copied tensor leaves the GPU, while another stream copies it: until then it is not
+             copied again, but stays if it is saved again. A copy then stays until the next operation with copies has
+             run backward. 0 if there is no other stream
+    stays    with a stash: operations whose names begin so save their tensors as usual; none if empty
     """
 
     weights: bool
     source: str
+    stash: int = 0
+    stays: str = ""
 
 
 class Unit(NamedTuple):

@@ -44,7 +44,7 @@ class Allocator(Protocol):
     allocated  size of allocated blocks, as torch.cuda.memory_allocated counts them
     reserved   size of segments
     requests   number of requests to the driver
-    was_full   whether a request ever found less than it needed, so that free segments were released
+    refused    the fewest bytes of segments that were more than the capacity, so that free ones were released; 0 if none
     """
 
     allocated: int
@@ -52,7 +52,7 @@ class Allocator(Protocol):
     peak_allocated: int
     peak_reserved: int
     requests: int
-    was_full: bool
+    refused: int
 
     def alloc(self, size: int, stream: int = 0) -> Block:
         """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
@@ -145,7 +145,7 @@ class PythonAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requests = 0
         self.peak_allocated = self.peak_reserved = 0
-        self.was_full = False
+        self.refused = 0
         self._pools = [BlockPool(is_small) for _ in range(streams) for is_small in (False, True)]
 
     def alloc(self, size: int, stream: int = 0) -> AllocatorBlock:
@@ -278,14 +278,17 @@ class PythonAllocator:
         free = pool.last.size if pool.last is not None and pool.last.free else 0
         return -(-(size - free) // _page_size(pool)) * _page_size(pool)
 
-    def _is_full(self, more: int) -> bool:
-        """Whether the driver cannot give `more` bytes."""
-        return self.capacity is not None and self.reserved + more > self.capacity
+    def _refuses(self, more: int) -> bool:
+        """Whether the driver refuses `more` bytes, which `refused` then counts."""
+        reserved = self.reserved + more
+        if self.capacity is None or reserved <= self.capacity:
+            return False
+        self.refused = min(self.refused or reserved, reserved)
+        return True
 
     def _make_room(self, more: int) -> None:
         """Release free segments if the driver cannot give `more` bytes."""
-        if self._is_full(more):
-            self.was_full = True
+        if self._refuses(more):
             self.release()
 
     def _unmap(self, pool: BlockPool) -> None:
@@ -308,7 +311,7 @@ class PythonAllocator:
     def _request(self, more: int) -> None:
         """Request `more` bytes from the driver, after releasing free segments if it is full."""
         self._make_room(more)
-        if self._is_full(more):
+        if self._refuses(more):
             raise OutOfMemoryError(f"{more} bytes more than {self.reserved} of {self.capacity}")
         self.requests += 1
         self.reserved += more

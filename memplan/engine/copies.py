@@ -110,7 +110,8 @@ def resolve_stack(
     """Resolve a stack's dtypes, and split off the copies of blocks that differ from the others of their run.
 
     reentrant   blocks are checkpointed by torch's reentrant kind
-    is_sharded  the first and the last copy of each run differ from the others, because weights are gathered
+    is_sharded  the first and the last copy of each run differ from the others, because weights are gathered, or
+                saved tensors leave the GPU later
     one_by_one  split off this many copies of each run, and skip the others; 0 for those that differ
 
     The other arguments are those of `memplan.engine.step.ExecutionOptions` and `memplan.engine.dtypes.Scope`.

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from struct import pack
 
 from memplan.core.records import NamedTuple
 
 FREED, RELEASED = -1, -2  # in place of an event's key: the storage is freed; free segments go back to the driver
 Event = tuple[int, int]  # the number of a storage, and the key of its size, or FREED or RELEASED
+
+
+def packed(numbers: Sequence[int]) -> array[int]:
+    """Return the numbers as an array, in a quarter of the time that its constructor and methods take."""
+    if isinstance(numbers, array):
+        return numbers
+    out = array("i")
+    out.frombytes(pack(f"{len(numbers)}i", *numbers))
+    return out
 
 
 class EventSpan(NamedTuple):
@@ -72,11 +82,11 @@ class Events:
         self.spans[-3] += len(numbers)
         self.store(numbers, keys)
 
-    def store(self, numbers: Iterable[int], keys: Iterable[int]) -> int:
+    def store(self, numbers: Sequence[int], keys: Sequence[int]) -> int:
         """Store events for spans, and return the index of the first."""
         first = len(self.numbers)
-        self.numbers.extend(numbers)
-        self.keys.extend(keys)
+        self.numbers.extend(packed(numbers))
+        self.keys.extend(packed(keys))
         return first
 
     def append_span(self, span: Iterable[int]) -> None:
@@ -101,8 +111,10 @@ class Events:
     def of(self, span: EventSpan) -> list[Event]:
         """Return the events of one repetition of a span."""
         first, length, shift, _ = span
-        numbers, keys = self.numbers[first : first + length], self.keys[first : first + length]
-        return [(number + shift, key) for number, key in zip(numbers, keys, strict=True)]
+        numbers: Iterable[int] = self.numbers[first : first + length]
+        if shift:
+            numbers = [number + shift for number in numbers]
+        return [*zip(numbers, self.keys[first : first + length], strict=True)]
 
     def unrolled(self, part: range | None = None) -> Iterator[Event]:
         """Yield every event, or every event of the spans with these indices."""

@@ -13,8 +13,9 @@ from functools import partial
 
 from memplan.core.ir import MODEL, Division, Op, Unit
 from memplan.core.records import NamedTuple
+from memplan.engine.frames import Frame
 from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Storage
-from memplan.engine.tape import Frame, Tape
+from memplan.engine.tape import Tape
 
 BEFORE, AFTER, TIED, ROOT, REST = "before", "after", "tied", "root", "rest"
 OUTSIDE = (ROOT, BEFORE, TIED, AFTER)  # units of weights outside of blocks

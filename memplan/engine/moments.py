@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from memplan.core.records import NamedTuple
+from memplan.engine.events import packed
 
 Counts = dict[int, int]  # size -> number of live storages
 
@@ -48,8 +48,10 @@ class PassMoments(Sequence[Moment]):
     """
 
     def __init__(self, moments: Iterable[Moment]) -> None:
-        *columns, at, per_copy = [*zip(*moments, strict=True)] or [()] * len(Moment._fields)
-        self._columns: tuple[Sequence[Any], ...] = *columns, array("i", at), per_copy
+        *columns, events, at, per_copy = [*zip(*moments, strict=True)] or [()] * len(Moment._fields)
+        arrays = {number: packed(each) for number, each in {id(each): each for each in events}.items()}
+        events = [arrays[id(each)] for each in events]
+        self._columns: tuple[Sequence[Any], ...] = *columns, events, packed(at), per_copy
         self._name: Callable[[str], str] = str
 
     def __len__(self) -> int:

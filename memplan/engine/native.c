@@ -11,110 +11,80 @@
 enum { FREED = -1, RELEASED = -2, FULL = -1, EMPTY = -2, NONE = -1 };
 static const int64_t MIB = 1 << 20, MOST = (int64_t)1 << 61; /* bytes reserved that are still counted exactly */
 
-typedef struct { int64_t start, size; int32_t before, after; int16_t pool; int16_t is_free; } Block;
-typedef struct { int64_t size, start; int32_t block; } Free;
-typedef struct Chunk { struct Chunk *spare; int32_t count; Free free[32]; } Chunk;
-typedef struct { Chunk **chunks; int32_t count, room; } Bin; /* free blocks of similar sizes, by size, then start */
-enum { BINS = 256 };
-typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t filled[BINS / 64]; Bin bins[BINS]; } Pool;
-typedef struct { Bin *bin; int32_t chunk, index; } Place;
+typedef struct { int64_t start, size; int32_t before, after, lower, higher; int16_t pool; int16_t is_free; } Block;
+enum { BINS = 512 };
+typedef struct { int64_t end; int32_t last, is_small; uint64_t filled[BINS / 64]; int32_t bins[BINS]; } Pool;
 typedef struct {
     /* read by native.py */
-    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, was_full, capacity, missing;
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, refused, capacity, missing;
     int32_t expandable, pool_count, block_count, block_room, unused;
     Pool *pools;
     Block *blocks;
 } Allocator;
 
-/* free blocks of a pool: in bins of similar sizes, four to each power of two, which are mostly short. In a bin they are
- * sorted, in chunks, because mixtures of experts leave hundreds of thousands of one size */
+/* free blocks of a pool: in bins of similar sizes, eight to each power of two, of which most hold one. A bin is a tree,
+ * searched by size, then start. The block with the highest rank is on top, in each part of it, too, which keeps it
+ * shallow: mixtures of experts leave hundreds of thousands of one size */
 
 static inline int bin_of(int64_t size) {
-    uint64_t units = (uint64_t)size >> 7; /* sizes are multiples of 512 */
-    int shift = 61 - __builtin_clzll(units);
-    return 4 * shift + (int)(units >> shift) - 4;
+    uint64_t units = (uint64_t)size >> 6; /* sizes are multiples of 512 */
+    int shift = 60 - __builtin_clzll(units);
+    return 8 * shift + (int)(units >> shift) - 8;
 }
 
-static inline int is_less(const Free *f, int64_t size, int64_t start) {
-    return f->size < size || (f->size == size && (uint64_t)f->start < (uint64_t)start); /* a start of 0 is the least */
+static inline int is_less(const Block *f, const Block *g) {
+    return f->size < g->size || (f->size == g->size && f->start < g->start);
 }
 
-static inline Place find(Pool *p, int64_t size, int64_t start) { /* of the first that is not less, or its bin's end */
-    Bin *bin = &p->bins[bin_of(size)];
-    Place at = {bin, 0, 0};
-    if (!bin->count) return at;
-    for (int32_t high = bin->count - 1; at.chunk < high;) {
-        int32_t middle = (at.chunk + high) / 2;
-        const Chunk *c = bin->chunks[middle];
-        if (is_less(&c->free[c->count - 1], size, start)) at.chunk = middle + 1; else high = middle;
+static inline uint64_t rank(const Block *b) { return (uint64_t)b->start * 0x9e3779b97f4a7c15u; } /* as if at random */
+
+static inline int32_t find(const Allocator *a, const Pool *p, int64_t size) { /* the smallest that holds it, or NONE */
+    uint32_t n = (uint32_t)bin_of(size);
+    int32_t found = NONE;
+    for (int32_t block = p->bins[n]; block != NONE;) {
+        const Block *b = &a->blocks[block];
+        if (b->size >= size) { found = block; block = b->lower; } else block = b->higher;
     }
-    const Chunk *c = bin->chunks[at.chunk];
-    while (at.index < c->count && is_less(&c->free[at.index], size, start)) at.index++;
-    return at;
-}
-
-static inline Bin *bin_after(Pool *p, const Bin *bin) { /* that has blocks, or NULL */
-    for (uint32_t n = (uint32_t)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
+    for (n++; found == NONE && n < BINS; n = (n | 63) + 1) {
         uint64_t filled = p->filled[n / 64] >> n % 64;
-        if (filled) return &p->bins[n + __builtin_ctzll(filled)];
+        if (!filled) continue;
+        found = p->bins[n + __builtin_ctzll(filled)];
+        while (a->blocks[found].lower != NONE) found = a->blocks[found].lower;
     }
-    return NULL;
-}
-
-static inline void toggle_filled(Pool *p, const Bin *bin) {
-    uint32_t n = (uint32_t)(bin - p->bins);
-    p->filled[n / 64] ^= (uint64_t)1 << n % 64;
-}
-
-static inline void delete_at(Pool *p, Place at) { /* a bin keeps its last chunk, which may be empty */
-    Bin *bin = at.bin;
-    Chunk *c = bin->chunks[at.chunk];
-    if (--c->count > at.index)
-        memmove(c->free + at.index, c->free + at.index + 1, (size_t)(c->count - at.index) * sizeof(Free));
-    if (c->count) return;
-    if (bin->count == 1) { toggle_filled(p, bin); return; }
-    c->spare = p->spare;
-    p->spare = c;
-    memmove(bin->chunks + at.chunk, bin->chunks + at.chunk + 1, (size_t)(--bin->count - at.chunk) * sizeof(Chunk *));
-}
-
-static Chunk *insert_chunk(Pool *p, Bin *bin, int32_t at) {
-    if (bin->count == bin->room)
-        bin->chunks = realloc(bin->chunks, (size_t)(bin->room = 2 * bin->room + 4) * sizeof(Chunk *));
-    memmove(bin->chunks + at + 1, bin->chunks + at, (size_t)(bin->count++ - at) * sizeof(Chunk *));
-    Chunk *c = p->spare;
-    if (c) p->spare = c->spare; else c = malloc(sizeof(Chunk));
-    c->count = 0;
-    return bin->chunks[at] = c;
-}
-
-static inline void insert(Pool *p, Free f) {
-    Place at = find(p, f.size, f.start);
-    Chunk *c = at.bin->count ? at.bin->chunks[at.chunk] : insert_chunk(p, at.bin, 0);
-    int32_t half = sizeof c->free / sizeof(Free) / 2;
-    if (!c->count) toggle_filled(p, at.bin);
-    else if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
-        Chunk *upper = insert_chunk(p, at.bin, at.chunk + 1);
-        memcpy(upper->free, c->free + half, (size_t)half * sizeof(Free));
-        upper->count = c->count = half;
-        if (at.index > half) { c = upper; at.index -= half; }
-    }
-    if (c->count > at.index)
-        memmove(c->free + at.index + 1, c->free + at.index, (size_t)(c->count - at.index) * sizeof(Free));
-    c->count++;
-    c->free[at.index] = f;
+    return found;
 }
 
 static inline void add(Allocator *a, int32_t block) {
     Block *b = &a->blocks[block];
-    insert(&a->pools[b->pool], (Free){b->size, b->start, block});
+    Pool *p = &a->pools[b->pool];
+    uint32_t n = (uint32_t)bin_of(b->size);
+    int32_t *at = &p->bins[n], *lower = &b->lower, *higher = &b->higher;
+    p->filled[n / 64] |= (uint64_t)1 << n % 64;
+    while (*at != NONE && rank(&a->blocks[*at]) > rank(b))
+        at = is_less(&a->blocks[*at], b) ? &a->blocks[*at].higher : &a->blocks[*at].lower;
+    for (int32_t below = *at; below != NONE;) { /* divide what was there */
+        Block *other = &a->blocks[below];
+        if (is_less(other, b)) { *lower = below; lower = &other->higher; below = *lower; }
+        else { *higher = below; higher = &other->lower; below = *higher; }
+    }
+    *lower = *higher = NONE;
+    *at = block;
     b->is_free = 1;
 }
 
 static inline void take(Allocator *a, int32_t block) {
     Block *b = &a->blocks[block];
     Pool *p = &a->pools[b->pool];
-    delete_at(p, find(p, b->size, b->start));
+    uint32_t n = (uint32_t)bin_of(b->size);
+    int32_t *at = &p->bins[n], lower = b->lower, higher = b->higher;
+    while (*at != block) at = is_less(&a->blocks[*at], b) ? &a->blocks[*at].higher : &a->blocks[*at].lower;
+    while (lower != NONE && higher != NONE) { /* join what was below */
+        Block *low = &a->blocks[lower], *high = &a->blocks[higher];
+        if (rank(low) > rank(high)) { *at = lower; at = &low->higher; lower = *at; }
+        else { *at = higher; at = &high->lower; higher = *at; }
+    }
+    *at = lower != NONE ? lower : higher;
+    if (p->bins[n] == NONE) p->filled[n / 64] &= ~((uint64_t)1 << n % 64);
     b->is_free = 0;
 }
 
@@ -143,7 +113,12 @@ static inline void link(Allocator *a, Pool *p, int32_t before, int32_t after) { 
 
 static int64_t page_size(const Pool *p) { return p->is_small ? 2 * MIB : 20 * MIB; }
 
-static int is_full(const Allocator *a, int64_t more) { return a->capacity >= 0 && a->reserved + more > a->capacity; }
+static int refuses(Allocator *a, int64_t more) {
+    int64_t reserved = a->reserved + more;
+    if (a->capacity < 0 || reserved <= a->capacity) return 0;
+    if (!a->refused || reserved < a->refused) a->refused = reserved;
+    return 1;
+}
 
 static void unmap(Allocator *a, Pool *p) {
     int32_t block = p->last;
@@ -160,27 +135,21 @@ static void unmap(Allocator *a, Pool *p) {
 }
 
 void release(Allocator *a) {
-    for (int32_t n = 0; n < a->pool_count; n++) {
-        Pool *p = &a->pools[n];
-        if (a->expandable) { unmap(a, p); continue; }
-        for (Bin *bin = p->bins; bin < p->bins + BINS; bin++)
-            for (Place at = {bin, bin->count - 1, 0}; at.chunk >= 0; at.chunk--)
-                for (at.index = bin->chunks[at.chunk]->count - 1; at.index >= 0; at.index--) {
-                    int32_t block = bin->chunks[at.chunk]->free[at.index].block;
-                    Block *b = &a->blocks[block];
-                    if (b->before != NONE || b->after != NONE) continue;
-                    a->reserved -= b->size;
-                    recycle(a, block);
-                    delete_at(p, at);
-                }
+    for (int32_t n = 0; n < a->pool_count && a->expandable; n++) unmap(a, &a->pools[n]);
+    for (int32_t block = 0; block < a->block_count && !a->expandable; block++) {
+        Block *b = &a->blocks[block];
+        if (!b->is_free || b->before != NONE || b->after != NONE) continue;
+        a->reserved -= b->size;
+        take(a, block);
+        recycle(a, block);
     }
 }
 
-static void make_room(Allocator *a, int64_t more) { if (is_full(a, more)) { a->was_full = 1; release(a); } }
+static void make_room(Allocator *a, int64_t more) { if (refuses(a, more)) release(a); }
 
 static int request(Allocator *a, int64_t more) {
     make_room(a, more);
-    if (is_full(a, more) || a->reserved > MOST - more) { a->missing = is_full(a, more) ? more : 0; return 0; }
+    if (refuses(a, more) || a->reserved > MOST - more) { a->missing = refuses(a, more) ? more : 0; return 0; }
     a->requests++;
     a->reserved += more;
     if (a->reserved > a->peak_reserved) a->peak_reserved = a->reserved;
@@ -192,7 +161,7 @@ static int32_t reserve(Allocator *a, int64_t size, int16_t pool) {
     int64_t segment = p->is_small ? 2 * MIB : size < 10 * MIB ? 20 * MIB : (size + 2 * MIB - 1) / (2 * MIB) * (2 * MIB);
     if (!request(a, segment)) return FULL;
     p->end += segment;
-    return new_block(a, (Block){p->end - segment, segment, NONE, NONE, pool, 0});
+    return new_block(a, (Block){p->end - segment, segment, NONE, NONE, NONE, NONE, pool, 0});
 }
 
 static int64_t missing(const Allocator *a, const Pool *p, int64_t size) {
@@ -210,7 +179,7 @@ static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
         take(a, last);
         a->blocks[last].size += more;
     } else {
-        block = new_block(a, (Block){p->end, more, last, NONE, pool, 0});
+        block = new_block(a, (Block){p->end, more, last, NONE, NONE, NONE, pool, 0});
         if (last != NONE) a->blocks[last].after = block;
     }
     p->last = block;
@@ -226,21 +195,16 @@ static inline int32_t allocate(Allocator *a, int64_t size, int32_t stream) {
     int is_small = size <= MIB;
     int16_t pool = (int16_t)(2 * stream + is_small);
     Pool *p = &a->pools[pool];
-    Place at = find(p, size, 0);
-    if (!at.bin->count || at.index == at.bin->chunks[at.chunk]->count) at = (Place){bin_after(p, at.bin), 0, 0};
-    int32_t block;
-    if (at.bin) {
-        block = at.bin->chunks[at.chunk]->free[at.index].block;
-        a->blocks[block].is_free = 0;
-        delete_at(p, at);
-    } else {
+    int32_t block = find(a, p, size);
+    if (block != NONE) take(a, block);
+    else {
         block = a->expandable ? grow(a, size, pool) : reserve(a, size, pool);
         if (block == FULL) return FULL;
     }
     int64_t rest = a->blocks[block].size - size;
     if (rest > MIB || (rest && (is_small || a->expandable))) {
         Block b = a->blocks[block];
-        int32_t other = new_block(a, (Block){b.start + size, rest, block, NONE, pool, 1});
+        int32_t other = new_block(a, (Block){b.start + size, rest, block, NONE, NONE, NONE, pool, 1});
         link(a, p, other, b.after);
         a->blocks[block].after = other;
         a->blocks[block].size = size;
@@ -284,18 +248,15 @@ Allocator *allocator_new(int32_t expandable, int64_t capacity, int32_t streams) 
     a->unused = NONE;
     a->pool_count = 2 * streams;
     a->pools = calloc((size_t)a->pool_count, sizeof(Pool));
-    for (int32_t n = 0; n < a->pool_count; n++) { a->pools[n].is_small = n % 2; a->pools[n].last = NONE; }
+    for (int32_t n = 0; n < a->pool_count; n++) {
+        a->pools[n].is_small = n % 2;
+        a->pools[n].last = NONE;
+        memset(a->pools[n].bins, NONE, sizeof a->pools[n].bins);
+    }
     return a;
 }
 
 void allocator_delete(Allocator *a) {
-    for (int32_t n = 0; n < a->pool_count; n++) {
-        for (Chunk *c = a->pools[n].spare, *next; c; c = next) { next = c->spare; free(c); }
-        for (Bin *bin = a->pools[n].bins; bin < a->pools[n].bins + BINS; bin++) {
-            while (bin->count) free(bin->chunks[--bin->count]);
-            free(bin->chunks);
-        }
-    }
     free(a->pools);
     free(a->blocks);
     free(a);

@@ -20,7 +20,7 @@ from memplan.engine.events import Events
 
 SOURCE = Path(__file__).with_name("native.c")
 NONE = -1  # the block of no storage; the index of no event
-_COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "was_full", "capacity", "missing")
+_COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "refused", "capacity", "missing")
 
 
 _MOST = 2**61  # bytes that native.c counts exactly
@@ -95,12 +95,12 @@ def _counter(name: str) -> Any:
 class NativeAllocator:
     """One device's allocator, like `PythonAllocator`; its blocks' handles are numbers."""
 
-    allocated, reserved, peak_allocated, peak_reserved, requests, was_full = map(_counter, _COUNTERS[:6])
+    allocated, reserved, peak_allocated, peak_reserved, requests, refused = map(_counter, _COUNTERS[:6])
 
     def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
         self._library = library()
         self._state = self._library.allocator_new(
-            expandable, -1 if capacity is None else min(capacity, 2 * _MOST), streams
+            expandable, -1 if capacity is None else max(0, min(capacity, 2 * _MOST)), streams
         )
 
     def __del__(self) -> None:

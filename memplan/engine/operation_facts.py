@@ -59,15 +59,15 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
     scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets)]
     return Backward(
         targets,
-        pins=tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets)),
-        weights=tuple(w.name for w in op.weights),
-        wraps=tuple(t.name for t in op.wraps),
+        pins=tuple(dict.fromkeys([k.what for k in op.keeps if k.of in targets])),
+        weights=tuple([w.name for w in op.weights]),
+        wraps=tuple([t.name for t in op.wraps]),
         past=_past_with_gradients(op),
         shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
         becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
         sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
-        early=tuple(s.tensor for s in scratch if s.early),
-        late=tuple(s.tensor for s in scratch if not s.early),
+        early=tuple([s.tensor for s in scratch if s.early]),
+        late=tuple([s.tensor for s in scratch if not s.early]),
     )
 
 
@@ -108,12 +108,11 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
     for op in ops.value:
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
-            targets = tuple(r for r in dict.fromkeys(op.reads) if r in flows)
-            targets += tuple(w.name for w in op.weights if w.requires_grad)
-            targets += tuple(t.name for t in op.wraps)
-            targets += _past_with_gradients(op)
+            reads = [r for r in dict.fromkeys(op.reads) if r in flows]
+            weights = [w.name for w in op.weights if w.requires_grad]
+            targets = (*reads, *weights, *[t.name for t in op.wraps], *_past_with_gradients(op))
             if targets:
-                flows.update(t.name for t in op.writes if t.dtype in FLOATING)
+                flows.update([t.name for t in op.writes if t.dtype in FLOATING])
         else:
             flows.update(leaves(op))
         targets_of_each.append(targets)
@@ -141,8 +140,8 @@ def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
                 root[t.name] = root[op.writes[0].name]
     ends: list[tuple[str, ...]] = []
     for i, op in enumerate(ops.value):
-        used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
-        ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
+        used = [root.get(n, n) for n in (*[t.name for t in op.writes], *op.reads, *[t.name for t in op.past])]
+        ends.append(tuple([n for n in dict.fromkeys(used) if last.get(n, i) == i]))
     return tuple(ends)
 
 
@@ -165,6 +164,18 @@ def weights_used_again(ops: Ops) -> dict[str, int]:
 def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
     uses = Counter(w.name for op in ops.value if op.gradient != "none" for w in op.weights if w.trains)
     return tuple((name, n) for name, n in uses.items() if n > 1)
+
+
+@lru_cache(maxsize=128)
+def parts_behind(ops: Identity[Ops]) -> Mapping[str, str]:
+    """Map names to parts of a storage, for those that do not begin where their storage does: views of such a part."""
+    parts: dict[str, str] = {}
+    for op in ops.value:
+        for i, t in enumerate(op.writes if op.view else ()):
+            part = t.name if i else parts.get(op.reads[0])
+            if part is not None:
+                parts[t.name] = part
+    return parts
 
 
 def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) -> Mapping[str, str]:

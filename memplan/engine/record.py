@@ -18,11 +18,12 @@ from memplan.core.cached_property import cached_property
 from memplan.core.ir import Division, Op, Stack, Tensor
 from memplan.core.records import NamedTuple
 from memplan.engine.events import FREED, Event, Events, EventSpan
+from memplan.engine.frames import Frame
 from memplan.engine.gather import Gatherer
 from memplan.engine.moments import Moment
 from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
 from memplan.engine.storages import COMPUTING, Storage, Way
-from memplan.engine.tape import Frame, Tape
+from memplan.engine.tape import Tape
 
 # How many copies at either end of a run are run, and how far from it a copy frees storages. If forward prefetches, the
 # last copies in backward do so with a delay.

@@ -20,12 +20,14 @@ from memplan.engine.copies import (
     shares_with_gradient,
 )
 from memplan.engine.dtypes import FLOATING
+from memplan.engine.frames import Frame
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
 from memplan.engine.lowered import Lowered, at_depth
 from memplan.engine.moments import Moment, PassMoments, add_to_each
 from memplan.engine.operation_facts import leaves, storages_behind
+from memplan.engine.stash import Stash
 from memplan.engine.storages import Storage
-from memplan.engine.tape import Frame, Tape
+from memplan.engine.tape import Tape
 
 # Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
 _RECOMPUTED = ("", "grouped")
@@ -96,7 +98,7 @@ def lower(
     return at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)  # each keeps its stack alive; the graphs' own cache has more
 def _lowered(
     stack: Stack,
     depth: tuple[tuple[str, int], ...],
@@ -184,6 +186,8 @@ def run_pass(
     casts       as in `memplan.engine.dtypes.Scope`
     """
     tape.saves = options.saves
+    if options.saves is not None and options.saves.stash:
+        tape.stash = Stash(options.saves.stash, tape.drop)
 
     def resolved(stack: Stack, is_sharded: bool, input_grad: bool = False, reentrant: bool = False) -> ResolvedStack:
         return resolve_stack(
@@ -198,7 +202,7 @@ def run_pass(
         )
 
     reentrant = options.checkpoint and options.reentrant
-    own = resolved(stack, gatherer.divides, options.input_grad, reentrant)
+    own = resolved(stack, gatherer.divides or tape.stash is not None, options.input_grad, reentrant)
     one = _Pass(tape, gatherer, own, depth, options, records)
 
     def run_model(model: Stack, phase: str) -> None:
@@ -364,7 +368,7 @@ class _Pass:
         entering = self.stream
         frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
         if number is not None:
-            tape.leave_run(self.stream, *self.carried.values(), *self.gatherer.handed)
+            tape.leave_run(self.stream, *self.carried.values(), *self.gatherer.handed, *tape.handed)
             holding = (op for block in copies.blocks for op in block.ops if op.holds)
             if any(op.holds == "states" or any(t.name == "y" for t in op.writes) for op in holding):
                 entering.run = number  # stands for the other copies' inputs, and is freed with them
@@ -513,7 +517,7 @@ class _Pass:
         for i in reversed(range(len(ran.frames))):
             self._block_backward(at, i)
         if ran.run is not None:
-            tape.leave_run(*self.grads.values(), *self.gatherer.handed)
+            tape.leave_run(*self.grads.values(), *self.gatherer.handed, *tape.handed)
         tape.leave_copy()
         if copies.joins is not None:
             self._rename_gradient("y", copies.joins.stream)

@@ -5,7 +5,6 @@ A repeated block is run once; what every further copy adds is counted per copy. 
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from sys import intern
@@ -58,7 +57,7 @@ class LiveStorages:
         self.phase = "forward"
         self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
-        self._changes = array("i")  # allocations and frees, as `Moment.events`
+        self._changes: list[int] = []  # allocations and frees, as `Moment.events`
         self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
@@ -69,13 +68,13 @@ class LiveStorages:
         self._born: set[Storage] = set()  # live storages that the current run made
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
-        key = (tensor.shape, tensor.dtype)
-        if self._labelled:
-            key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
-        storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
-        self._changes.append(storage.size)
+        (name, shape, dtype), op, sizes = tensor, self._op, self.sizes
+        key = (shape, dtype, kind, self._block, op.name, of + name, op.source) if self._labelled else (shape, dtype)
+        size = sizes.setdefault(key, len(sizes))
+        storage = Storage(size, fresh)
+        self._changes.append(size)
         self._rising = True
-        self._allocated_in = self._layer, self._op
+        self._allocated_in = self._layer, op
         if self._in_run is not None:
             self._born.add(storage)
         return storage

@@ -2,93 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
-from typing import Any
 
+from memplan.core.identity import Identity
 from memplan.core.ir import Op, SavedTensors, Stack, Tensor, Unit
-from memplan.engine.dtypes import Scope
+from memplan.engine.frames import NOT_RECORDED, NOTHING, Frame, Node
 from memplan.engine.moments import Moment
 from memplan.engine.operation_facts import (
-    NO_BACKWARD,
-    Backward,
     are_holding,
     gradient_flow,
     last_uses,
     leaves,
-    weights_used_again,
+    parts_behind,
 )
-from memplan.engine.storages import CASTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-class Node:
-    """One operation of the backward graph.
-
-    backward  what its backward computes
-    targets   reads and weights that need a gradient
-    pins      names of the tensors it keeps
-    kept      the storages it keeps
-    away      tensors it keeps in host memory
-    fetched   copies of those on the GPU, during its backward
-    """
-
-    __slots__ = ("away", "backward", "fetched", "kept", "op", "pins", "targets")
-
-    def __init__(self, op: Op, backward: Backward) -> None:
-        self.op, self.backward = op, backward
-        self.targets, self.pins = backward.targets, backward.pins
-        self.kept: list[Storage] = []
-        self.away: Mapping[str, Tensor] = _NOTHING
-        self.fetched: Mapping[str, Storage] = _NOTHING
-
-
-_NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
-
-
-class Frame:
-    """One execution of a list of operations, and the backward graph it leaves."""
-
-    def __init__(
-        self,
-        ops: tuple[Op, ...],
-        scope: Scope,
-        outer: dict[str, Storage],
-        flows: Iterable[str],
-        block: str = "",
-        layer: int | None = None,
-    ) -> None:
-        self.block = block
-        self.uses = weights_used_again(ops) if block else {}  # weight -> operations of the block that use it
-        self.where = "" if layer is None else f"{block}.{layer}."
-        self.ops = ops
-        self.scope = scope
-        self.outer = outer
-        self.flows = set(flows)
-        self.nodes: list[Node] = []
-        self.names: dict[str, Storage] = {}
-        self.checkpointed = False
-        self.reentrant = False
-        self.recomputed = False
-        self.whole = False  # a checkpoint recomputes all of it
-        self.exported: Container[str] = ()
-        self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
-        self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
-        self.to_host = False  # the checkpoint keeps `x` in host memory
-        self.saves: Container[str] = ()  # operations whose outputs the checkpoint keeps
-        self.saved: dict[str, Storage] = {}  # those outputs
-        self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
-        self.shared: list[Storage] = []
-        self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
-        self.past: Mapping[str, Storage] = {}  # left by the previous pass
-
-    def __getitem__(self, name: str) -> Storage:
-        return self.names[name] if name in self.names else self.outer[name]
-
-    def storage(self, name: str) -> Storage | None:
-        """Return the storage of a tensor; None for a weight, which is always alive and not counted here."""
-        return self.names.get(name) or self.outer.get(name)
+from memplan.engine.stash import Stash
+from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
 
 
 class Tape(LiveStorages):
@@ -108,6 +37,7 @@ class Tape(LiveStorages):
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         self.host = Moment("forward", "", {}, (), 0, {})  # tensors in host memory at the end of forward
         self.saves: SavedTensors | None = None  # how saved tensors are offloaded, if they are
+        self.stash: Stash | None = None  # those that are still on the GPU, if another stream copies them
         self._pending: dict[str, Storage] = {}  # gradients of weights that other operations will still add to
         self.uses: dict[str, int] = {}  # weight outside of blocks -> operations that use it, if more than one
         self._shared: list[Storage] = []  # recomputed outputs for other blocks, and what their graph keeps
@@ -125,6 +55,11 @@ class Tape(LiveStorages):
     def enter(self, frame: Frame, op: Op) -> None:
         """Attribute the following allocations to this operation."""
         self._layer, self._block, self._op = frame.where, frame.block, op
+
+    @property
+    def handed(self) -> list[Storage]:
+        """The storages that one copy of a block hands to the next in the stash."""
+        return self.stash.alone if self.stash is not None else []
 
     # hooks for subclasses
 
@@ -169,23 +104,47 @@ class Tape(LiveStorages):
             counts = {**counts, key: counts.get(key, 0) + 1}
             self.host = self.host._replace(per_copy={**per_copy, self._in_run: counts})
 
-    def _offload_saved(self, frame: Frame, node: Node) -> Container[str]:
-        """Offload the node's saved tensors and return their names.
+    def _offload_saved(self, frame: Frame, node: Node, outputs: bool) -> None:
+        """Offload the node's saved inputs, which autograd saves before it computes, or its outputs.
 
-        Recomputed tensors are not offloaded, nor are quantised weights, which autograd does not save.
+        Quantised weights are not offloaded, for autograd does not save them.
         """
-        if self.saves is None or self.phase == "backward":
-            return ()
+        written = {t.name for t in node.op.writes}
         seen = {k.what: k.seen for k in node.op.keeps if k.seen}
         stored = {w.name for w in node.op.weights if w.stored}
-        away: dict[str, Tensor] = {}
-        for what in node.pins:
-            if what not in stored and (self.saves.weights or frame.storage(what) is not None):
+        away = {**node.away}
+        for what in [what for what in node.pins if (what in written) == outputs]:
+            if what not in stored and self._leaves(frame, node.op, what):
                 tensor = frame.scope[what]
                 away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
                 self._offload(away[what])
         node.away = away
-        return away
+
+    def _leaves(self, frame: Frame, op: Op, what: str) -> bool:
+        """Return whether a saved tensor is copied to host memory. Weights and tensors of a few numbers are not, nor, if
+        there is a stash, what it holds and what its `stays` names."""
+        storage = frame.storage(what)
+        if self.stash is None or self.saves is None:
+            return storage is not None or (self.saves is not None and self.saves.weights)
+        if self.saves.stays and op.name.startswith(self.saves.stays):
+            return False
+        if storage is None or not any(map(str.isalpha, frame.scope[what].shape)):
+            return self.stash.takes(None)
+        return self.stash.takes((storage, parts_behind(Identity(frame.ops)).get(what, "")))
+
+    def _unpack(self, frame: Frame, node: Node) -> None:
+        """Copy the node's saved tensors back from host memory, except those that the stash still holds."""
+        stashed, stream = ((), COMPUTING) if self.stash is None else (self.stash.held, GATHERING)
+        fetched: dict[str, Storage] = {}
+        for what, tensor in node.away.items():
+            storage = frame.storage(what)
+            if storage is not None and storage in stashed:
+                storage.refs += 1
+                fetched[what] = storage
+            else:
+                (fetched[what],) = self.alloc_buffers((tensor,), "activation", stream)
+        node.fetched = fetched
+        node.kept += fetched.values()
 
     def _fetch(self, frame: Frame) -> list[Storage]:
         """Copy the checkpoint's input back from host memory, if it is there; the caller drops the copy."""
@@ -198,7 +157,7 @@ class Tape(LiveStorages):
 
     def _graph(self, frame: Frame, grad: bool) -> list[Node]:
         if not grad:
-            return [_NOT_RECORDED] * len(frame.ops)
+            return [NOT_RECORDED] * len(frame.ops)
         flow = gradient_flow(frame.ops, frame.flows)
         frame.flows |= flow.flows
         return [*map(Node, frame.ops, flow.backwards)]
@@ -218,6 +177,7 @@ class Tape(LiveStorages):
         """
         ops, names, outer = frame.ops, frame.names, frame.outer
         mine = dict(owned)  # references held by Python variables
+        offloads = keep and self.saves is not None and self.phase != "backward"  # recomputed tensors stay
         last_node = frame.nodes[end - 1] if end < len(ops) else None
         for op, node, ends, holding in zip(
             ops[:end], frame.nodes, last_uses(ops, keep), are_holding(ops), strict=False
@@ -227,15 +187,18 @@ class Tape(LiveStorages):
             self.enter(frame, op)
             for t in op.past:
                 names[t.name] = mine[t.name] = frame.past[t.name]
+            if offloads and node.pins:
+                self._offload_saved(frame, node, outputs=False)
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
             if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)
             if keep and node.pins:
-                away = self._offload_saved(frame, node) if self.saves is not None else ()
+                if offloads:
+                    self._offload_saved(frame, node, outputs=True)
                 for what in node.pins:
                     storage = names.get(what) or outer.get(what)
-                    if storage is not None and what not in away:  # a weight is alive anyway
+                    if storage is not None and what not in node.away:  # a weight is alive anyway
                         storage.refs += 1
                         node.kept.append(storage)
             if holding:
@@ -347,6 +310,8 @@ class Tape(LiveStorages):
 
         Returns the storages freed by either.
         """
+        if self.stash is not None:
+            self.stash.pass_by(())
         freed: list[Moment] = []
         for name, more in (("step", gradients), ("nodes", ())):
             before = self.snapshot()
@@ -413,7 +378,7 @@ class Tape(LiveStorages):
         frame.shared = []
         wanted = set(outputs)
         kept: list[Storage] = []
-        for node in reversed(frame.nodes):
+        for node in reversed(frame.nodes) if outputs else ():
             if node.targets and not wanted.isdisjoint(t.name for t in node.op.writes):
                 wanted.update(node.op.reads)
                 kept += node.kept
@@ -478,8 +443,7 @@ class Tape(LiveStorages):
         gathered = self._gather(op) if self.nested else []
         self.differentiated(frame, node, incoming)
         if node.away:
-            node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
-            node.kept += node.fetched.values()
+            self._unpack(frame, node)
         early = [self.alloc(t, "temp") for t in backward.early] if backward.early else ()
         late = [self.alloc(t, "temp") for t in backward.late] if backward.late else ()
         for storage in early:
@@ -487,7 +451,9 @@ class Tape(LiveStorages):
         raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
         for storage in late:
             self.drop(storage)
-        if frame.recomputed or node.fetched:  # unpacked tensors are freed when the function returns, before the casts
+        if node.away and self.stash is not None:
+            self.stash.pass_by(node.fetched.values())
+        if frame.recomputed or self.saves is not None:  # what was unpacked is freed before the casts
             self._release(node)
         gradients = [
             self._own_dtype(frame, node, target, storage) if wide else storage
@@ -524,7 +490,7 @@ class Tape(LiveStorages):
         if node.kept:
             for storage in node.kept:
                 self.drop(storage)
-            node.kept, node.fetched = [], _NOTHING
+            node.kept, node.fetched = [], NOTHING
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
         """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""

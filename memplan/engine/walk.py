@@ -115,7 +115,27 @@ def bytes_at_each(
     moments: Iterable[Moment], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
 ) -> Iterator[int]:
     """Yield the bytes alive at every moment, given the bytes of a storage of each size."""
-    yield from (total for (total,) in _totals(moments, runs, axes, [(0, bytes_) for bytes_ in sizes], 1))
+    changes = [*sizes, *(-bytes_ for bytes_ in reversed(sizes))]  # of each event: a free is a negative index
+    copies = [axes[axis] - counted for axis, counted in runs]
+
+    known: dict[int, tuple[Mapping[int, int], int]] = {}  # many moments share the counts: by their id, which they keep
+
+    def bytes_of(counts: Mapping[int, int]) -> int:
+        if id(counts) not in known:
+            known[id(counts)] = counts, sum(sizes[size] * n for size, n in counts.items())
+        return known[id(counts)][1]
+
+    before: Moment | None = None
+    upto, held, repeated = [0], 0, 0  # after each event, of what no event allocates, and of the other copies of runs
+    for moment in moments:
+        if before is None or moment.events is not before.events:
+            upto = [*accumulate(map(changes.__getitem__, moment.events), initial=0)]
+        if before is None or moment.shared is not before.shared:
+            held = bytes_of(moment.shared)
+        if before is None or moment.per_copy is not before.per_copy:
+            repeated = sum(copies[run] * bytes_of(counts) for run, counts in moment.per_copy.items())
+        before = moment
+        yield upto[moment.at] + held + repeated
 
 
 def kinds_at_each(

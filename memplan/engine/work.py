@@ -9,10 +9,11 @@ from collections.abc import Mapping
 
 from memplan.core.ir import Op, Stack, Tensor
 from memplan.core.records import NamedTuple
+from memplan.engine.frames import Frame, Node
 from memplan.engine.gather import Gatherer
 from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
 from memplan.engine.storages import Storage
-from memplan.engine.tape import Frame, Node, Tape
+from memplan.engine.tape import Tape
 
 
 class Call(NamedTuple):

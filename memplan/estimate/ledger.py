@@ -336,7 +336,7 @@ def _between_steps(walked: TrainingPeaks, states: bool) -> Iterator[Line]:
     axes = {**operations_of(structure.graph)[1], **walked.axes}
     if states:
         counts: Counter[State] = Counter()  # equal layers are one line, though the first has its own entry
-        for state in p.optimizer.states:
+        for state in sharding_of(structure).optimizer().states:
             if not state.host:
                 counts[state._replace(count=1)] += state.count
         for state, count in counts.items():

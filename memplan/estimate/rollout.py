@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
-from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.side_tasks import evaluation_run, generation
+from memplan.estimate.side_tasks import evaluation, evaluation_run, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
@@ -32,9 +32,10 @@ from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_run
+from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec, changed
+from memplan.spec.run import Batch, RunSpec, changed
+from memplan.spec.training import Evaluation
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -55,12 +56,23 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     has_reward = "reward" in dict(decided.structure.graph.roles)
     reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
     critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
-    tasks, e = (*_generation(run, walked, decided), *reward, *critic), run.also.evaluation
+    scored = _log_probs(run, walked, decided) if run.batch.scored > run.batch.micro else ()
+    tasks, e = (*_generation(run, walked, decided), *scored, *reward, *critic), run.also.evaluation
     if e is None:
         return tasks
     evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
     during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
     return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in during))
+
+
+def _log_probs(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+    """Yield the passes for log-probabilities before the step, over more completions than one of its micro-batches has:
+    those of an evaluation of as many."""
+    rows, standing = run.batch.scored, walked.program.between_steps(walked.workspace)
+    alone = changed(run.model_copy(update=decided.parts), "batch", generations=rows)
+    for task in evaluation(alone, Evaluation(micro=rows), walked, None, standing):
+        moved = _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
+        yield moved._replace(phase="rollout", where=f"log-probabilities: {task.where}")
 
 
 def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
@@ -75,7 +87,7 @@ def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTas
 
 def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
     """Return the reward model's pass over a step's completions."""
-    scoring, batch = decide(scoring_run(run)), run.batch
+    scoring, batch = scoring_pass(run, "reward", decide), run.batch
     step = steps_of(scoring)[0]
     keeps = library_behaviour(run.profile, step.graph.model.model_type, False).trainer.reward_caches
     if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
@@ -105,10 +117,10 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
-    if run.trainer in DISTILLING or run.kernels.loss == "fused":  # its step computes in another precision
-        one = {"micro": batch.micro, "sequence": batch.tokens}
+    if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
+        one = Batch(micro=batch.micro, sequence=batch.tokens)
         alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
-        graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
+        graph = decide(run.model_copy(update=alone)).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
@@ -130,7 +142,8 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
     batch, standing = with_new_tokens(run).batch, walked.program.between_steps(walked.workspace)
-    alone = decide(changed(run, "precision", autocast=False, compute=None))
+    precision = run.precision.model_copy(update={"autocast": False, "compute": None})
+    alone = decide(run.model_copy(update={"precision": precision}))
     graph, rows = alone.structure.graph, batch.micro * batch.accumulation
     chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
@@ -152,10 +165,10 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
         return SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), (passed,), (0, moment), moving)
 
     policy = scored("reference", alone, reference, library.generation.cache)
-    values = scored("value", decide(scoring_run(run, "value")), without_gradients(others["value"]))
+    values = scored("value", scoring_pass(run, "value", decide), without_gradients(others["value"]))
     yield max(policy, values, key=lambda task: task.peak)
     if "reward" in others:
-        yield scored("reward", decide(scoring_run(run)), others["reward"])
+        yield scored("reward", scoring_pass(run, "reward", decide), others["reward"])
 
 
 def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:

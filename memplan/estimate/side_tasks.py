@@ -59,7 +59,7 @@ def side_tasks_of(
     standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
     if also.evaluation is not None:
-        tasks += _evaluation(run, also.evaluation, walked, model, standing)
+        tasks += evaluation(run, also.evaluation, walked, model, standing)
     if also.saving is not None:
         held, where, host = saving_peak(decided.structure, also.saving, walked.program)
         tasks.append(SideTask("save", where, standing, held, host=host))
@@ -85,7 +85,7 @@ def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
         )
 
 
-def _evaluation(
+def evaluation(
     run: RunSpec, e: Evaluation, walked: TrainingPeaks, model: ModelSpec | None, standing: int
 ) -> Iterator[SideTask]:
     """Yield an evaluation, and the generation in it."""
@@ -125,7 +125,7 @@ def evaluation_run(run: RunSpec, e: Evaluation) -> RunSpec:
     alone = changed(alone, "kernels", **kernels)
     alone = changed(alone, "loop", hold_outputs=Loop().hold_outputs)
     batch = {"micro": e.micro, "sequence": e.sequence or run.batch.sequence, "accumulation": 1}
-    alone = changed(alone, "batch", **batch)
+    alone = changed(alone, "batch", **batch, scored=0)
     if run.method.dropout:
         alone = changed(alone, "method", dropout=0.0)
     return alone

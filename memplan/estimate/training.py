@@ -11,7 +11,7 @@ from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import OutOfMemoryError
-from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
+from memplan.engine.capacities import ReservedPeak, by_capacity
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
@@ -30,6 +30,7 @@ from memplan.program.training.pipeline import in_flight, layers_of, parameters_o
 from memplan.program.training.program import Program, host_bytes, host_notes, program
 from memplan.program.training.replay import (
     LONG_PASS,
+    STREAMS,
     cached_logits,
     pass_of,
     replay_steps,
@@ -227,22 +228,18 @@ def reserved(replay: TrainingReplay, capacity: int | None) -> ReservedPeak:
     """Return the peak that torch reserves on a card with `capacity` bytes."""
     short, extra = shorten_replay(replay)
     if short is not replay:
-        left = None if capacity is None else capacity - extra
-        peak = reserved(short, left)
-        return ReservedPeak(
-            None if peak is None else peak + extra, left is not None and reserved.within(short, left) is None
-        )
+        return reserved.peak(short, None if capacity is None else capacity - extra).plus(extra)
     after = [task.replay for task in replay.side_tasks if task.own_process_graph is None]
     alone = [task.replay for task in replay.side_tasks if task.own_process_graph is not None]
-    p, axes = program(replay.structure), dict(replay.axes)
+    allocators = [new_allocator(replay.expandable, capacity, STREAMS)]
     try:
-        allocators = [replay_steps(p, axes, replay.workspace, replay.expandable, capacity, after)]
+        replay_steps(program(replay.structure), dict(replay.axes), replay.workspace, allocators[0], after)
         for replay_task in alone:
             allocators.append(new_allocator(replay.expandable, capacity))
             replay_task(allocators[-1])
-        return ReservedPeak(max(a.peak_reserved for a in allocators), any(a.was_full for a in allocators))
     except OutOfMemoryError:
-        return OUT_OF_MEMORY
+        return ReservedPeak.of(allocators, survived=False)
+    return ReservedPeak.of(allocators, survived=True)
 
 
 @lru_cache(maxsize=1024)
@@ -250,7 +247,6 @@ def _is_long(structure: Structure) -> bool:
     return sum(pass_of(chunk, later=False).length for chunk in chunks_of(structure)) > LONG_PASS
 
 
-@lru_cache(maxsize=1024)
 def shorten_replay(replay: TrainingReplay) -> tuple[TrainingReplay, int]:
     """Return a replay with fewer microbatches, and the bytes that the others add to its peak.
 

@@ -7,6 +7,7 @@ from operator import mul
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
 from memplan.core.records import NamedTuple
 from memplan.engine.largest import PhaseTerms
@@ -79,10 +80,14 @@ class _StepProgram:
 
     def __init__(self, p: Program, workspace: int) -> None:
         self._program, self._workspace = p, workspace
-        passes = (p.moments.first, p.moments.later)[: 1 + p.structure.accumulates]
-        self._terms = PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], p.moments.products)
         self._offsets = phase_offsets(p.structure, workspace)
         self._last: tuple[_Sizes, TrainingPeaks] | None = None
+
+    @cached_property
+    def _terms(self) -> PhaseTerms:
+        moments = self._program.moments
+        passes = (moments.terms.first, moments.terms.later)[: 1 + self._program.structure.accumulates]
+        return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
 
     def peaks(self, sizes: _Sizes) -> TrainingPeaks:
         """Return the peaks of all phases. Those of the last sizes are kept, as one run is asked for on many GPUs."""
@@ -95,7 +100,7 @@ class _StepProgram:
         p, (micro, sequence, half, large_tiles, pictures, target) = self._program, sizes
         axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
         numbers = values(p.moments.variables, axes)
-        largest = self._terms.largest(numbers, axes)
+        largest, names = p.moments.largest(numbers) or (self._terms.largest(numbers, axes), p.moments.terms.where)
         best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}
         for phase, (bytes_, index) in zip(PHASES, largest[len(PHASES) :], strict=False):  # in a later micro-batch
             if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:
@@ -113,7 +118,7 @@ class _StepProgram:
                 continue
             if bytes_ >= most:
                 peak, most = len(phases), bytes_
-            phases.append(Phase(phase, step, bytes_, where or p.moments.where[later][index]))
+            phases.append(Phase(phase, step, bytes_, where or names[later][index]))
             moments.append((later, index))
         return TrainingPeaks(p, axes, numbers, self._workspace, phases, moments, peak)
 

@@ -332,8 +332,8 @@ class Usage:
     def _reserves_within(self, sure: int, possible: int) -> bool:
         """Return whether torch reserves at most `sure` bytes with room to spare. A replay with the `possible` ones
         tells, and whether a run that reserves more survives."""
-        is_within = self._replay.is_long or self._replay.reserved_within(max(sure, possible)) is not None
-        return is_within and self._roomy <= sure
+        is_known = "_replayed_with_room" in vars(self) or self._replay.is_long
+        return (is_known or self._replay.reserved_within(max(sure, possible)) is not None) and self._roomy <= sure
 
     def _lives_in(self, capacity: int) -> bool:
         if self._replay.is_long:

@@ -259,7 +259,7 @@ def _tensors(walk: Walk) -> Iterator[RunTensor]:
             yield RunTensor(held.what, held.where, held.kind, held.shape, held.dtype, "load", WEIGHT)
         for held in sharding.gradients():
             yield RunTensor(held.what, held.where, "gradient", held.shape, held.dtype, "backward", GRADIENT)
-        for state in walk.peaks.program.optimizer.states:
+        for state in sharding.optimizer().states:
             shape = " ".join(map(str, state.shape))
             what = f"{state.parameter} {state.what}".strip()
             yield RunTensor(what, "optimizer", "optstate", shape, state.dtype, "step", STATES)

@@ -20,7 +20,14 @@ from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
 _LEFT_TO_A_FILE = ("quant_storage", "gpus_per_node", "save", "merge")
-_ROLLOUT = ("batch.new_tokens", "batch.generations", "rollout", "serving.sleep", "serving.memory_utilization")
+_ROLLOUT = (
+    "batch.new_tokens",
+    "batch.generations",
+    "batch.scored",
+    "rollout",
+    "serving.sleep",
+    "serving.memory_utilization",
+)
 # Field of a training run -> the option that sets it. `_has_option` lists the exceptions.
 OPTIONS = {
     option.field: flag(name)

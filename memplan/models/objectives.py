@@ -38,6 +38,8 @@ _CLASSIFIES = ("sequence_classification", "token_classification", "image_classif
 # Objectives of decoders that have a class for sequence classification and reward models, and of embedding models.
 # Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification.
 CLASSIFIER = ("causal_lm", "sequence_classification", "feature_extraction")
+# Objectives of encoders, whose head is a matrix of the vocabulary, of classes or none.
+ENCODER = ("masked_lm", "sequence_classification", "token_classification", "feature_extraction")
 _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
 _MAX_SHOWN = 80  # characters of a name that an error message repeats
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
+from math import inf
+from operator import itemgetter
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.engines import find_engine
-from memplan.core.errors import MemplanError, errors_about
+from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
@@ -70,20 +72,33 @@ class CardAnswers:
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
-        fit = self._fits.get(gpu.name)
-        if fit is None:
-            found = self.on(gpu)
-            fit = Fit(gpu, None, str(found)) if isinstance(found, MemplanError) else Fit(gpu, self._answer(found, gpu))
-            self._fits[gpu.name] = fit
-        return fit
+        if gpu.name not in self._fits:
+            self._settle({gpu.compute_capability: [(gpu.usable, gpu)]})
+        return self._fits[gpu.name]
 
-    def _answer(self, found: Estimate, gpu: GPU) -> Answer | None:
-        if not self._is_shared:
-            return found.verdict.answer
-        usable = gpu.usable
-        if usable >= found.ample:
-            return "fits"
-        return "does not fit" if usable < found.least else found.answer_on(usable)
+    def fits(self, gpus: Sequence[GPU]) -> tuple[Fit, ...]:
+        """Return the answers on several GPUs."""
+        if not all(gpu.name in self._fits for gpu in gpus):
+            self._settle(_catalogue() if gpus is all_gpus() else _by_kind(gpus))
+        return tuple(self._fits[gpu.name] for gpu in gpus)
+
+    def _settle(self, kinds: _Kinds) -> None:
+        """Answer on all GPUs: by bounds where they tell, then by replays."""
+        edge: list[tuple[int, GPU, Estimate]] = []
+        alone = ([card] for cards in kinds.values() for card in cards)
+        for alike in kinds.values() if self._is_shared else alone:
+            found = self.on(alike[0][1])
+            if isinstance(found, MemplanError):
+                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for _, gpu in alike}
+                continue
+            ample, least = (found.ample, found.least) if self._is_shared else (inf, 0)
+            for usable, gpu in alike:
+                if least <= usable < ample:
+                    edge.append((usable, gpu, found))
+                else:
+                    self._fits[gpu.name] = Fit(gpu, "fits" if usable >= ample else "does not fit")
+        for usable, gpu, found in sorted(edge, key=itemgetter(0), reverse=True):  # a replay tells of smaller ones, too
+            self._fits[gpu.name] = Fit(gpu, found.answer_on(usable) if self._is_shared else found.verdict.answer)
 
 
 @lru_cache(maxsize=512)
@@ -96,22 +111,33 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
 
     The answers are those of `estimate`; the run's own `gpu` is ignored. Raises what `estimate` raises for a run that is
-    refused on every GPU, and UnknownNameError for an unknown GPU.
+    refused on every GPU, UnknownNameError for an unknown GPU, and SpecError for a pool without one.
     """
     run, named = RunSpec.model_validate(run), () if pool is None else listed("pool", pool)
     with errors_about("pool", "gpu"):
         gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
+    if not gpus:
+        raise refused("pool", "has no GPU; give one, as in ['a100']")
     answers = card_answers(run.model_copy(update={"gpu": None}))
-    for gpu in _largest_first(tuple(gpus)):  # what a replay with much room reserves tells of smaller GPUs, too
-        answers.fit(gpu)
-    found = tuple(map(answers.fit, gpus))
-    if found and all(fit.refusal for fit in found):
+    found = answers.fits(gpus)
+    if all(fit.refusal for fit in found):
         error = answers.on(found[0].gpu)
         assert isinstance(error, MemplanError)
         raise error
     return found
 
 
-@lru_cache(maxsize=8)
-def _largest_first(gpus: tuple[GPU, ...]) -> list[GPU]:
-    return sorted(gpus, key=lambda gpu: -gpu.usable)
+_Kinds = Mapping[Hashable, Sequence[tuple[int, GPU]]]
+
+
+def _by_kind(gpus: Iterable[GPU]) -> _Kinds:
+    """Return GPUs and their usable bytes by vendor and compute capability, which run the same kernels."""
+    kinds: dict[Hashable, list[tuple[int, GPU]]] = {}
+    for gpu in gpus:
+        kinds.setdefault((gpu.vendor, gpu.compute_capability), []).append((gpu.usable, gpu))
+    return kinds
+
+
+@cache
+def _catalogue() -> _Kinds:
+    return _by_kind(all_gpus())

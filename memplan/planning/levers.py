@@ -55,7 +55,7 @@ class Lever(NamedTuple):
     @property
     def tier(self) -> int:
         """Rank of the lever's price: its severity, or above every severity if it needs more hardware."""
-        return _MORE_HARDWARE_TIER if self.group == "gpus" else self.severity
+        return _MORE_HARDWARE_TIER if "more_gpus" in self.keys else self.severity
 
 
 def pull(run: RunSpec, levers: Iterable[Lever]) -> RunSpec:
@@ -207,7 +207,7 @@ def _rollout(run: RunSpec) -> Iterator[Lever]:
 
 
 def _completions(run: RunSpec) -> Iterator[Lever]:
-    """Yield fewer completions of each prompt, in as many fewer passes, and shorter ones."""
+    """Yield fewer completions of each prompt, in as many fewer passes, and shorter ones; fewer scored at once."""
     if run.trainer not in GENERATING:
         return
     parts, group = run.batch.accumulation, run.batch.generations
@@ -215,6 +215,8 @@ def _completions(run: RunSpec) -> Iterator[Lever]:
         parts, group = parts // 2, group // 2
         fields = (("batch.generations", group), ("batch.accumulation", parts))
         yield _lever("generations", f"{group} completions of a prompt", "generations", *fields)
+    for rows in _halves(run.batch.scored, run.batch.micro):
+        yield _lever("micro_batch", f"{rows:,} completions scored at once", "scored", ("batch.scored", rows))
     for tokens in _halves(run.batch.new_tokens, _MIN_SEQUENCE):
         yield _lever("completions", f"completions of {tokens:,} tokens", "completions", ("batch.new_tokens", tokens))
 
@@ -299,6 +301,10 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
         yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
+    if run.parallelism.world == 1 and run.parallelism.strategy == "none":
+        host = Offload(optimizer=True, parameters=True)
+        fields = (("parallelism.strategy", "zero3"), ("parallelism.offload", host))
+        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", "gpus", *fields)
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,

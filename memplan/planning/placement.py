@@ -269,6 +269,8 @@ def _parts(gpu: GPU, profiles: tuple[str, ...]) -> Iterator[tuple[GPU, int]]:
         yield gpu, gpu.devices
         return
     instances = {instance.mig: instance for instance in mig_instances(gpu)}
+    if not instances:
+        raise refused("mig", f"{gpu.name} has no MIG profiles in the table")
     for profile in profiles:
         if profile not in instances:
             raise UnknownNameError("mig", profile, instances)

@@ -272,15 +272,14 @@ def _update(structure: Structure) -> int:
 def _copied(structure: Structure, passes: int) -> int:
     """Return the bytes copied for an update on the host: gradients there, parameters back.
 
-    FSDP copies a rank's shard of all weights to the card for every forward and backward pass, and copies gradients
-    whenever they are reduced.
+    A rank's offloaded parts of all weights are copied to the card for every forward and backward pass. FSDP copies
+    gradients whenever they are reduced.
     """
     ranks = structure.ranks
+    gathered = passes * (1 if ranks.keeps else 2) * sharding_of(structure).host_shards()
     if ranks.offloads:
-        parts = sharding_of(structure).host_shards()
-        gathered = 1 if ranks.keeps else 2
-        return passes * gathered * parts + (1 if ranks.delayed else passes) * _weights(structure)
-    return _gradients(structure) + _weights(structure) if structure.on_host else 0
+        return gathered + (1 if ranks.delayed else passes) * _weights(structure)
+    return gathered + (_gradients(structure) + _weights(structure) if structure.on_host else 0)
 
 
 def _fsdp_host_update(structure: Structure) -> int:

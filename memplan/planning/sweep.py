@@ -265,7 +265,10 @@ def _target(decided: ResolvedRun, run: RunSpec) -> int | None:
 def _upper_bound(p: Program, values: Sequence[int]) -> int:
     """Return the largest variable or moment, given the largest value of every variable."""
     rows = [
-        term.coefficients for terms in (p.moments.first, p.moments.later) for phase in terms.values() for term in phase
+        term.coefficients
+        for terms in (p.moments.terms.first, p.moments.terms.later)
+        for phase in terms.values()
+        for term in phase
     ]
     return max(*values, *(sum(map(mul, row, values)) for row in (*rows, p.moments.held)))
 
@@ -295,8 +298,8 @@ class _Walk:
         p = program(decided.structure)
         self._program, self._decided, self._target = p, decided, target
         no_gradients = dict.fromkeys(p.accumulated, 0)
-        passes = [(p.moments.first, no_gradients)] + (
-            [(p.moments.later, p.accumulated)] if p.structure.accumulates else []
+        passes = [(p.moments.terms.first, no_gradients)] + (
+            [(p.moments.terms.later, p.accumulated)] if p.structure.accumulates else []
         )
         self._terms: list[tuple[str, slice, int]] = []  # per phase and pass: rows of its moments, constant bytes
         rows: list[tuple[int, ...]] = []

@@ -11,7 +11,8 @@ from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.defaults import adapted_experts, complete_method
-from memplan.resolve.parallelism import check_product
+from memplan.resolve.kernels import FLASH_PACKAGES
+from memplan.resolve.parallelism import check_product, is_wrapped
 from memplan.resolve.peft_options import lora_options
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.refusals.across_parts import contradictions
@@ -131,7 +132,7 @@ def _refuse(run: RunSpec) -> None:
     if q is not None:
         if q.format not in _FORMATS:
             raise _not_run("method.quantization.format", q.format, ", ".join(_FORMATS))
-        if q.storage != "uint8" and run.parallelism.world == 1:
+        if q.storage != "uint8" and not is_wrapped(run.parallelism):
             raise _not_run("method.quantization.storage", q.storage, "uint8")
         if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
             raise refused("method.quantization", f"{run.method.kind} trains no quantised weights; use qlora or qdora")
@@ -178,7 +179,7 @@ def _parallelism(run: RunSpec) -> None:
             "a probe runs on one GPU, or as one rank of data, tensor or (with fsdp2) context parallelism, but not of a "
             "combination",
         )
-    if p.dp > 1 and p.strategy not in _STRATEGIES:
+    if is_wrapped(p) and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
     if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
         raise refused(
@@ -186,11 +187,11 @@ def _parallelism(run: RunSpec) -> None:
             f"a probe runs {p.ep} expert-parallel ranks only with tp of the same degree, or with dp of "
             "the same degree in full training under fsdp2 without autocast",
         )
-    if run.task != "train" and p.dp > 1:
+    if run.task != "train" and is_wrapped(p):
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # DDP would count the used parameters in pinned memory
         raise _not_run("parallelism.static_graph", "true", "false")
-    if run.kernels.loss != "hf" and p.world > 1 and run.trainer == "sft":
+    if run.kernels.loss != "hf" and is_wrapped(p) and run.trainer == "sft":
         raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 
@@ -233,6 +234,8 @@ def _kernels(run: RunSpec) -> None:
         raise _not_run("kernels.loss", k.loss, "fused, or another loss that is not Unsloth's")
     if k.compile:
         raise _not_run("kernels.compile", "true", "false")
+    if k.attention in FLASH_PACKAGES and run.precision.weights == "fp32" and not run.precision.autocast:
+        raise refused("kernels.attention", f"{k.attention} needs bf16 or fp16")
 
 
 def _precision(run: RunSpec) -> None:

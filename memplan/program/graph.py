@@ -217,7 +217,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if graph.inference is not None:
-        model = without_dropout(model)
+        model, recipe = without_dropout(model), recipe.by_rows() if graph.inference.few_rows else recipe
     part: dict[str, int] = {}
     if degrees.tp > 1:
         part = tensor_parallel.local_expert_axes(model, degrees)

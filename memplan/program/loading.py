@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 
 from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS, inside
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
@@ -139,7 +140,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         elif w.group == "buffer":
             tape.alloc(w.shape, w.dtype)
         else:
-            is_wide = inside(w.name, graph.recipe.wide)
+            is_wide = bool(graph.recipe.wide) and inside(w.name, graph.recipe.wide)
             first = tape.alloc(w.shape, w.dtype if is_wide else loaded)
             if w.kernel and how is not None:
                 _alloc(tape, w.stored[1:])  # scales come first
@@ -207,10 +208,10 @@ def _record(
 def in_order(graph: Graph, by_name: bool = False) -> Iterator[Weight]:
     """Yield every weight once: before the layers, layer by layer, after them. With `by_name`, in the order in which
     transformers 5.24 sorts names: core_model_loading.py dot_natural_key."""
-    weights = _by_block(graph)
-    if by_name:
-        weights = sorted(weights, key=_natural_key)
-    return (w for _, w in weights)
+    if not by_name:
+        return chain.from_iterable(weights for _, weights in _by_block(graph))
+    paths = ((block, w) for block, weights in _by_block(graph) for w in weights)
+    return (w for _, w in sorted(paths, key=_natural_key))
 
 
 def _natural_key(weight: tuple[str, Weight]) -> tuple[tuple[int, str], ...]:
@@ -220,22 +221,20 @@ def _natural_key(weight: tuple[str, Weight]) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in f"{block}{name}".split("."))
 
 
-def _by_block(graph: Graph) -> Iterable[tuple[str, Weight]]:
-    """Yield every weight once, with the path of its block."""
+def _by_block(graph: Graph) -> Iterator[tuple[str, list[Weight]]]:
+    """Yield every block's path and weights, each weight once."""
     stack, axes = operations_of(graph)
     outside: set[str] = set()
     number: dict[str, int] = {}
-    yield from (("", w) for w in _weights(stack.before, outside))
+    yield "", list(_weights(stack.before, outside))
     for run in stack.runs:
-        yield from (("", w) for w in _weights(run.before, outside))
+        yield "", list(_weights(run.before, outside))
         blocks = [(block.name, list(_weights(block.ops, set()))) for block in run.blocks]
         for _ in range(axes[run.times]):
             for name, weights in blocks:
                 number[name] = number.get(name, -1) + 1
-                path = f"{name}.{number[name]}."
-                for w in weights:
-                    yield path, w
-    yield from (("", w) for w in _weights((*stack.after, *stack.loss), outside))
+                yield f"{name}.{number[name]}.", weights
+    yield "", list(_weights((*stack.after, *stack.loss), outside))
 
 
 def _weights(ops: Iterable[Op], seen: set[str]) -> Iterator[Weight]:

@@ -11,6 +11,7 @@ from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
 from memplan.report.blocks import Facts
 from memplan.report.wording import adapters, asked, count, examples, images, lengths, model
+from memplan.resolve.parallelism import is_wrapped
 from memplan.resolve.roles import models_of
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
@@ -52,7 +53,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
     ]
-    if run.parallelism.world > 1:
+    if run.parallelism.world > 1 or is_wrapped(run.parallelism):
         text.insert(-1, ("GPUs", ", ".join([f"{run.parallelism.world}", *strategies(run.parallelism)])))
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
@@ -142,8 +143,8 @@ def _question(answer: Estimate) -> Iterator[str]:
         yield str(run.optimizer.name)
     elif answer.serving is None and run.task == "generate":
         yield f"{batch.new_tokens:,} new tokens"
-    if p.world > 1:
-        yield f"{p.world:,} GPUs" + "".join(f" ({how})" for how in [*strategies(p)][:1])
+    if p.world > 1 or is_wrapped(p):
+        yield f"{p.world:,} GPU{'s' * (p.world > 1)}" + "".join(f" ({how})" for how in [*strategies(p)][:1])
     if answer.serving is None:
         yield run.profile
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
-from memplan.core.errors import printable
+from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Holding
@@ -84,8 +84,9 @@ def _ways(answer: Estimate) -> Iterator[Way]:
 
     lever = answer_with_one_lever(run, ("batch", "sequence", "gpus"), calibration)
     if lever:
-        option = options(run, lever.asked)
-        yield Way(f"{option} (uses {tenths(lever.bytes.used)} GiB)", option)
+        with suppress(SpecError):  # only a file can say it
+            option = options(run, lever.asked)
+            yield Way(f"{option} (uses {tenths(lever.bytes.used)} GiB)", option)
 
 
 def room_left(answer: Estimate) -> Iterator[str]:

@@ -14,6 +14,7 @@ from memplan.report import wording as words
 from memplan.report.bar import bar
 from memplan.report.blocks import Block, Column, Drawing, Pairs, Table, Text, Verbatim
 from memplan.report.text import Screen
+from memplan.resolve.parallelism import is_wrapped
 from memplan.resolve.roles import models_of
 from memplan.spec.options import FIELDS, flag
 
@@ -121,7 +122,7 @@ def settings(answer: Estimate) -> Iterator[str]:
         from memplan.report.serving import divisions
 
         yield ", ".join(divisions(answer))
-    elif p.world > 1:
+    elif p.world > 1 or is_wrapped(p):
         from memplan.report.assumptions import strategies
 
         yield next(strategies(p), f"{p.world:,} GPUs")

@@ -123,11 +123,11 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
 def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:
     """Yield what a critic holds between its updates: its weights, the states of its optimizer, and buffers."""
-    p, axes = program(structure), operations_of(structure.graph)[1]
-    for w in sharding_of(structure).weights():
+    p, sharding, axes = program(structure), sharding_of(structure), operations_of(structure.graph)[1]
+    for w in sharding.weights():
         shape = " ".join(str(axes.get(axis, axis)) for axis in w.shape.split())  # the policy's differ
         yield w._replace(what=f"value.{w.what}", shape=shape)
-    for s in (s for s in p.optimizer.states if not s.host):
+    for s in (s for s in sharding.optimizer().states if not s.host):
         what, shape = f"value.{s.parameter} {s.what}", " ".join(map(str, s.shape))
         yield TensorGroup("optstate", what, "optimizer", shape, s.dtype, s.count, s.bytes, p.optimizer.source)
     buffers = p.between_steps(0) - p.parameters - p.states

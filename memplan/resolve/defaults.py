@@ -86,9 +86,14 @@ def defaults_of(library: LibraryBehaviour, trainer: str) -> RunDefaults:
 
 
 def fill_parts(
-    method: Method, optimizer: Optimizer, kernels: Kernels, precision: Precision, defaults: RunDefaults
+    method: Method,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    precision: Precision,
+    defaults: RunDefaults,
+    stacked: bool | None = None,
 ) -> tuple[Method, Optimizer, Kernels]:
-    """Return the parts with what they leave open filled in from the profile."""
+    """Return the parts with what they leave open filled in from the profile. `stacked`: it has stacked experts."""
 
     method = with_adapter_dtype(method, precision, defaults)
     if method.quantization is not None:
@@ -97,6 +102,7 @@ def fill_parts(
             skip=defaults.method_quantization_skip,
             # Axolotl, the trainer that quantises experts, does not prepare such a model.
             kbit_preparation=not method.quantization.experts and defaults.method_quantization_kbit_preparation,
+            experts=defaults.method_quantization_experts and stacked,
         )
         method = method.model_copy(update={"quantization": quantization})
     kernels = with_defaults(
@@ -123,8 +129,11 @@ def fill_precision(p: Precision, trains: bool = True) -> Precision:
     return with_defaults(p, compute=compute, **({"grads": p.weights} if trains else {}))
 
 
-def complete_method(m: Method, model: ModelSpec) -> Method:
-    """Return the method with what peft and LLaMA-Factory fill in: scale, targets, the modules that are trained."""
+def complete_method(m: Method, model: ModelSpec, adapts_experts: bool = False) -> Method:
+    """Return the method with what peft and LLaMA-Factory fill in: scale, targets, the modules that are trained.
+
+    `adapts_experts`: all-linear includes quantised experts.
+    """
     if m.kind == "freeze":  # like LLaMA-Factory: all layers, if there are fewer
         return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
     if m.kind not in ADAPTERS:
@@ -134,7 +143,7 @@ def complete_method(m: Method, model: ModelSpec) -> Method:
         update={
             "alpha": (m.alpha or PEFT_ALPHA) if m.kind in LORA else m.alpha,
             "modules_to_save": saved,
-            "targets": _filled_targets(model, m),
+            "targets": m.targets if adapts_experts and m.targets == "all-linear" else _filled_targets(model, m),
         }
     )
 

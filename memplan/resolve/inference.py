@@ -176,7 +176,7 @@ def _fill_quantization(r: OpenInference, method: Method) -> Method:
         raise refused(f"{field}.backend", f"{q.backend} does not run {q.format}; choose {choices}")
     backend = r.library.weights.kernel(q.format) or RUNS.get(q.format, ("",))[0]
     skip = r.library.defaults.method_quantization_skip
-    filled = with_defaults(q, kbit_preparation=False, skip=skip, backend=backend)
+    filled = with_defaults(q, kbit_preparation=False, skip=skip, backend=backend, experts=False)
     return method.model_copy(update={"quantization": filled})
 
 
@@ -391,8 +391,8 @@ def _recipe(
         str(precision.compute),
         precision.autocast,
         library="peft" if code == "transformers" else code,
+        copies="always" if method.quantization is not None and method.quantization.format in ("nf4", "fp4") else "",
     )
-    base = base._replace(copies=method.quantization is not None and method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None and running is not None:  # dequantised when it is loaded
         return base._replace(kind="stored", skip=running.skip, running=running, packed=True), []
     if method.quantization is None:

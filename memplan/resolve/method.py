@@ -179,7 +179,8 @@ def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: 
             *used_directly,
             *model.family.training.never_quantised,
         ),
-        experts=q.experts,
+        experts=bool(q.experts),
+        fp4_experts=stored and q.format == "fp8" and model.config.get("expert_dtype") == "fp4",
         preparation=preparation,
         packed=stored or q.format not in ("nf4", "fp4", "int8", "hqq-int4", "torchao-int8"),
     ), [*notes, *([row.note] if row is not None and row.note else [])]

@@ -146,7 +146,8 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             f"tokens are assumed to spread evenly over the experts of {ranks} ranks; a rank that receives more needs "
             f"more memory: set parallelism.expert_imbalance to the multiple of the mean, up to {ranks}"
         )
-    if graph.recipe.quantization and unquantised and graph.recipe.running is None:
+    r = graph.recipe
+    if r.quantization and unquantised and r.running is None and not r.experts:
         _, axes = operations_of(graph)
         numbers = [(elements(w, axes) * n, bool(w.stored)) for w, n in weights]
         share = 100 * sum(n for n, is_stored in numbers if is_stored) / sum(n for n, _ in numbers)

@@ -12,7 +12,7 @@ from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
 from memplan.resolve.card import GPUFacts
-from memplan.resolve.parallelism import ZERO, divides_weights, replicas
+from memplan.resolve.parallelism import ZERO, divides_weights, is_wrapped, replicas
 from memplan.resolve.quantized_checkpoint import CheckpointMethod
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.roles import Roles
@@ -141,14 +141,19 @@ class OpenRun(_Fields):
         return replicas(self.parallelism)
 
     @property
+    def is_wrapped(self) -> bool:
+        """Whether the strategy's library holds the model (`memplan.resolve.parallelism.is_wrapped`)."""
+        return is_wrapped(self.parallelism)
+
+    @property
     def is_sharded(self) -> bool:
-        """Whether FSDP shards the weights over ranks."""
+        """Whether FSDP holds the weights."""
         return divides_weights(self.parallelism)
 
     @property
     def under_deepspeed(self) -> bool:
-        """Whether DeepSpeed shards the run over ranks."""
-        return self.copies > 1 and self.parallelism.strategy in ZERO
+        """Whether DeepSpeed holds the run."""
+        return self.is_wrapped and self.parallelism.strategy in ZERO
 
     @property
     def is_megatron_model(self) -> bool:

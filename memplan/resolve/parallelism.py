@@ -47,6 +47,16 @@ def replicas(p: Parallelism) -> int:
     return p.dp * p.cp
 
 
+def is_wrapped(p: Parallelism) -> bool:
+    """Return whether the strategy's library holds the model.
+
+    FSDP and DeepSpeed do on one GPU too; accelerate wraps a model in DDP only for several processes.
+
+    Source: accelerate 1.15 accelerator.py prepare_model, multi_device.
+    """
+    return replicas(p) > 1 or (p.world == 1 and p.strategy in (*FSDP, *ZERO))
+
+
 def divides_weights(p: Parallelism) -> bool:
-    """Return whether FSDP shards the weights over ranks."""
-    return replicas(p) > 1 and p.strategy in FSDP
+    """Return whether FSDP holds the weights, and shards them over the ranks."""
+    return is_wrapped(p) and p.strategy in FSDP

@@ -87,6 +87,8 @@ def method_for_training(
             dense = "only LoRA trains over it"
         elif why := _why_not_fp8(method, capability) or why_not_fp8:
             dense = why
+        elif model.config.get("expert_dtype") == "fp4":
+            dense = "transformers 5.24 computes no gradients through its experts in fp4"
         elif any(_adapted(names, method) for names in stacks(model).values()):
             dense = "peft adds expert adapters to their matrices, which fails in fp8; name targets other than experts"
     if dense:
@@ -254,8 +256,6 @@ def _fp8(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
     key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
     skip, notes = _skipped(model, names_in(config, key) if config.get(key) else [_HEAD])
     dense = "its config says so" if config.get("dequantize") is True else ""
-    if model.config.get("expert_dtype") == "fp4":
-        notes = (*notes, "experts are stored in fp4 and counted in fp8, twice as large")
     return CheckpointFormat("fp8", _quantization("fp8", block, skip), dense, notes)
 
 

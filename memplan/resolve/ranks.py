@@ -83,7 +83,7 @@ def _allowed_storages(run: OpenRun) -> tuple[str, ...]:
     return ("uint8", run.precision.weights) if run.under_deepspeed else ("uint8",)
 
 
-def _deepspeed_knobs(p: Parallelism, hidden: int) -> ZeroSettings:
+def _deepspeed_knobs(p: Parallelism, hidden: int, copies: int) -> ZeroSettings:
     """Return DeepSpeed's configuration with every value filled in.
 
     Source: transformers 5.24 integrations/deepspeed.py trainer_config_finalize; DeepSpeed runtime/zero/config.py.
@@ -107,6 +107,7 @@ def _deepspeed_knobs(p: Parallelism, hidden: int) -> ZeroSettings:
         divides_loading=z.zero3_init_flag,
         optimizer=optimizer.device if p.offload.optimizer else "",
         parameters=weights.device if p.offload.parameters else "",
+        in_place=copies == 1 and not p.offload.parameters,
         pins=(optimizer.pin_memory, weights.pin_memory),
         swaps=(optimizer.buffer_count, weights.buffer_count, weights.buffer_size, weights.max_in_cpu),
     )
@@ -144,10 +145,10 @@ def _ranks(run: OpenRun) -> Ranks:
     p, q, copies, trainer = run.parallelism, run.method.quantization, run.copies, run.loop.trainer
     accumulates = run.batch_facts.accumulates and not run.loop.sync_each_batch
     waits = p.strategy in run.library.sharding.delays_reduction
-    if copies == 1:
+    if not run.is_wrapped:
         return SINGLE_RANK
     if p.strategy in ZERO:
-        knobs = _deepspeed_knobs(p, run.model.axes()["h"])
+        knobs = _deepspeed_knobs(p, run.model.axes()["h"], copies)
         if q is None:
             return Ranks(p.strategy, copies, knobs=knobs)
         # transformers creates no quantised model under deepspeed.zero.Init: modeling_utils.py get_init_context
@@ -167,7 +168,7 @@ def _ranks(run: OpenRun) -> Ranks:
         prefetches_at=p.backward_prefetch,
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and (q is None or stages),
-        is_unsharded=p.shard_group == 1,
+        is_unsharded=p.shard_group == 1 or (copies == 1 and p.strategy == "fsdp"),
         reduces=run.library.sharding.fsdp_reduces if p.strategy == "fsdp2" else "",
     )
     if q is not None:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.errors import FactsMissingError, MemplanError, SpecError, UnknownNameError
 from memplan.spec.option_values import listed
 from memplan.spec.options import FIELDS, OPTIONS
 
@@ -273,6 +273,9 @@ def errors_of(file: RunFile | None) -> Generator[None]:
         why = origins.get(field) or next((why for path, why in origins.items() if path.startswith(f"{field}.")), "")
         if field.startswith("parallelism.") and origins.get("parallelism.world", "").startswith("assumed"):
             why = "; ".join(filter(None, (why, origins["parallelism.world"])))
+        if isinstance(error, FactsMissingError):
+            again = f"--spec {file.name}" if "." in file.name else "-- COMMAND"
+            line += f"; or name a card of its size: memplan CARD {again}"
         if why:
             error.args = (f"{line} ({why})",)
         raise

@@ -30,15 +30,8 @@ DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
 def step_precision(trainer: str, loss: str | None, precision: Precision) -> Precision:
-    """Return the precision in which a trainer's step computes.
-
-    Distill, and GRPO with Liger's loss, call the model's backbone, past the forward that accelerate wraps in autocast.
-    They generate with it.
-
-    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl
-    1.13.0 trainer/grpo_trainer.py compute_liger_loss.
-    """
-    if trainer == "distill" or (trainer, loss) == ("grpo", "fused"):
+    """Return the precision in which a trainer's step computes: without autocast, if it calls the model's backbone."""
+    if TRAINERS[trainer].backbone in ("every", loss):
         return precision.model_copy(update={"autocast": False, "compute": None})
     return precision
 
@@ -90,8 +83,7 @@ def graphs_of_roles(
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
             if role == "reward":
-                alone = scoring_run(run)
-                graph = decide_forward(alone, find_model(alone.model)).structure.graph
+                graph = scoring_pass(run, role, decide_forward).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
@@ -156,21 +148,45 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
 
 
 def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
+    """Return the pass of the reward model, or of PPO's value model, over any completions."""
+    other = dict(models_of(run))[role]
+    model = _with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model
+    return _scoring_run(model, other, run.precision, run.gpu)
+
+
+def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> ResolvedRun:
     """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
+
+    It is decided once for all batches whose operations are the same.
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
     other, batch = dict(models_of(run))[role], run.batch
     rows = batch.micro * batch.accumulation
-    fields = fields_of_role(run.precision, other)
+    alone = scoring_run(run, role)
+    lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
+    scored = find_model(alone.model)
+    depends = scored.sliding_window is not None or scored.scan_chunk or scored.is_encoder_decoder
+    if lengths.micro == 1 or depends:
+        return decide_forward(alone.model_copy(update={"batch": lengths}), scored)
+    return _decided_once(alone, scored, decide_forward)._replace(batch=lengths)
+
+
+@lru_cache(maxsize=256)
+def _decided_once(alone: RunSpec, scored: ModelSpec, decide_forward: DecideForward) -> ResolvedRun:
+    return decide_forward(alone, scored)
+
+
+@lru_cache(maxsize=256)
+def _scoring_run(model: str | InlineModel, other: RoleModel, precision: Precision, gpu: str | None) -> RunSpec:
     return RunSpec(
-        model=_with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model,
+        model=model,
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),
-        precision=fields["precision"].model_copy(update={"grads": None, "master": None}),
-        batch={"micro": min(rows, other.micro or rows), "sequence": batch.tokens},
-        gpu=run.gpu,
+        precision=fields_of_role(precision, other)["precision"].model_copy(update={"grads": None, "master": None}),
+        batch={"micro": 2},
+        gpu=gpu,
     )
 
 

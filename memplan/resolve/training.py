@@ -51,10 +51,19 @@ from memplan.resolve.roles import step_precision
 from memplan.spec.base import Part
 from memplan.spec.run import Batch
 
-# For `parallelism.offload.activations`. A tensor is packed each time it is saved, weights included.
-_SAVED_TENSORS = SavedTensors(
-    weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
-)
+# For `parallelism.offload.activations`, by `saved_tensors` of the profile. torch packs a tensor each time it is saved,
+# weights included.
+_SAVED_TENSORS = {
+    "torch": SavedTensors(
+        weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
+    ),
+    "trl": SavedTensors(
+        weights=False,
+        source="trl 1.16.0 models/activation_offloading.py OffloadActivations",
+        stash=5,
+        stays="lm_head",
+    ),
+}
 _CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
 
@@ -183,10 +192,10 @@ def _choose_trainer(run: OpenTraining) -> None:
             run.reference,
             trains_copy=bool(facts.completions) or behaviour.trained_reference,
             copy_dtype=behaviour.reference_dtype,
-            shards_copy=run.is_sharded,
+            shards_copy=behaviour.fsdp2_reference if run.is_sharded else "",
             rows=facts.rows,
         )
-        if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
+        if run.step.shards_copy == "unit" and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
             run.notes.append(
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
@@ -224,8 +233,11 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
 
 def _fill_from_profile(run: OpenTraining) -> None:
     """Fill in the defaults of the profile."""
-    defaults = run.library.defaults
-    run.method, run.optimizer, run.kernels = fill_parts(run.method, run.optimizer, run.kernels, run.precision, defaults)
+    defaults, q = run.library.defaults, run.method.quantization
+    stacked = run.library.model.experts == "stacked" and q is not None and q.format in ("nf4", "fp4")
+    run.method, run.optimizer, run.kernels = fill_parts(
+        run.method, run.optimizer, run.kernels, run.precision, defaults, stacked and "E" in run.model.axes()
+    )
 
 
 def _refuse_settings(run: OpenTraining) -> None:
@@ -250,7 +262,7 @@ def _refuse_several_gpus(run: OpenTraining) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
     if p.offload.activations:
         refuse(refusals.activation_offload(run))
-    if run.copies > 1:
+    if run.copies > 1 or run.is_wrapped:
         refuse(refusals.several_gpus(run))
     if p.pp > 1:
         refuse(refusals.pipeline(run))
@@ -268,14 +280,14 @@ def _check_model(run: OpenTraining) -> None:
 
 
 def _refuse_adapted_parameters(run: OpenTraining) -> None:
-    if run.copies > 1 and run.parallelism.strategy == "fsdp":
+    if run.is_sharded and run.parallelism.strategy == "fsdp":
         refuse(adapted_parameters(run))
 
 
 def _complete_parts(run: OpenTraining) -> None:
     """Fill in the defaults of torch, peft and the optimizer."""
     run.precision = fill_precision(run.precision)
-    run.method = complete_method(run.method, run.model)
+    run.method = complete_method(run.method, run.model, run.library.defaults.method_quantization_experts)
     run.optimizer = fill_optimizer(run.optimizer)
 
 
@@ -283,6 +295,10 @@ def _choose_recipe(run: OpenTraining) -> None:
     """Choose the dtypes, the adapters, what is quantised and frozen, and the fused kernels that apply."""
     model, method, library = run.model, run.method, run.library
     recipe, notes = method_recipe(model, method, run.precision, run.code, run.checkpoint.as_stored)
+    is_lora, whole = recipe.kind == "lora" and not recipe.quantization, run.parallelism.strategy in ("none", "ddp")
+    if library.weights.trains_mxfp4 and model.card.get("stored") == "mxfp4" and is_lora and whole:
+        recipe = recipe._replace(quantization="mxfp4", experts=True, packed=True)
+        notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
     frozen = frozen_parts(model, method)
     run.kernels, idle = fused_kernels(
         model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
@@ -295,6 +311,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
+        magnitudes=library.model.magnitude_dtype,
         moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
     )
     run.notes += notes
@@ -341,7 +358,7 @@ def _build_graph(run: OpenTraining) -> None:
         trainable_layers=method.last_layers,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
-        saves=_SAVED_TENSORS if p.offload.activations else None,
+        saves=_SAVED_TENSORS[library.checkpointing.saved_tensors] if p.offload.activations else None,
         input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
         and run.model.only_sequence is None  # the model reads token ids
         and (trains_inputs or freezes_inputs),

@@ -119,6 +119,7 @@ class Part:
     defaults: ClassVar[dict[str, Any]] = {}  # every field, in order; `...` has no default
     _required: ClassVar[tuple[str, ...]]  # fields without a default
     _checks: ClassVar[_Checks]
+    _is_kept: ClassVar[bool] = True  # equal fields are the same part, so that it is checked, hashed and compared once
     _pydantic: ClassVar[tuple[TypeAdapter[Any], SchemaValidator]]
 
     def __init_subclass__(cls) -> None:
@@ -172,12 +173,23 @@ class Part:
         """Return a part for a part, a word or a mapping whose values need no conversion. Raises NotPlainError."""
         if isinstance(value, cls):
             return value
-        return cls._of_word(value) if type(value) is str else cls.__new__(cls)._fill(*cls._checked(value))
+        if type(value) is str:
+            return cls._of_word(value)
+        if cls._is_kept and type(value) is dict:
+            fields = cast(dict[str, Any], value)
+            if all(type(k) is str and type(v) in _SCALARS for k, v in fields.items()):
+                return cls._of_fields(**fields)
+        return cls.__new__(cls)._fill(*cls._checked(value))
 
     @classmethod
     @lru_cache(maxsize=1024)
     def _of_word(cls, word: str) -> Self:
         return cls.__new__(cls)._fill(*cls._checked(word))
+
+    @classmethod
+    @lru_cache(maxsize=1024, typed=True)
+    def _of_fields(cls, /, **fields: Any) -> Self:
+        return cls.__new__(cls)._fill(*cls._checked(fields))
 
     @classmethod
     def model_validate(cls, obj: Any, **more: Any) -> Self:

@@ -160,7 +160,7 @@ def _yaml_loader(yaml: Any, name: str) -> Any:
     loader: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
     loader.add_constructor("tag:yaml.org,2002:map", mapping)
     loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
     return loader
 
@@ -169,8 +169,9 @@ def _problem(error: Any) -> str:
     """Return the YAML error and its position as one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return str(error).partition(' in "<')[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {str(error.problem).removeprefix('but ')}"
+        return printable(str(error).partition(' in "<')[0], _MAX_SHOWN)
+    problem = printable(str(error.problem).removeprefix("but "), _MAX_SHOWN)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _refuse_bombs(events: Any, name: str) -> None:

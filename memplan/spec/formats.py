@@ -62,8 +62,8 @@ class Quantization(Part):
     kbit_preparation  whether peft's `prepare_model_for_kbit_training` casts to fp32; `trl` if TRL casts back to bf16,
                       `axolotl` or `axolotl-0.12` if that Axolotl does
     backend           kernel that runs the weights, for formats that have several
-    experts           whether experts that are stacked in one parameter are quantised too, as Axolotl's
-                      `quantize_moe_experts` does; bitsandbytes by itself leaves them as they are loaded
+    experts           whether experts that are stacked in one parameter are quantised too, as Unsloth and Axolotl's
+                      `quantize_moe_experts` do; bitsandbytes by itself leaves them as they are loaded
     """
 
     format: Annotated[Format, Before(_canonical_format)] = "nf4"
@@ -73,7 +73,7 @@ class Quantization(Part):
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"] | None = None
     backend: Backend | None = None
-    experts: Flag = False
+    experts: Flag | None = None
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

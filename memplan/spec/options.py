@@ -90,23 +90,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "batch_size": Option(
             "batch.micro",
             "Sequences per GPU and pass.",
-            aliases=("batch", "bs", "per_device_train_batch_size", "micro_batch_size"),
+            aliases=("batch", "bs", "bsz", "per_device_train_batch_size", "micro_batch_size"),
         ),
         "seq_len": Option(
             "batch.sequence",
             "Tokens per sequence.",
             aliases=(
-                "context",
-                "ctx",
-                "cutoff_len",
-                "max_length",
-                "max_seq_len",
-                "max_seq_length",
-                "model_max_length",
-                "num_ctx",
-                "seq",
-                "seq_length",
-                "sequence_len",
+                *("context", "ctx", "cutoff_len", "max_length", "max_seq_len", "max_seq_length"),
+                *("model_max_length", "num_ctx", "seq", "seq_length", "sequence_len", "sequence_length"),
             ),
             spelling=tokens,
         ),
@@ -120,7 +111,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "grad_accum": Option(
             "batch.accumulation",
             "Passes per optimizer step.",
-            aliases=("ga", "gradient_accumulation_steps"),
+            aliases=("ga", "grad_acc", "gradient_accumulation", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
         "frames": Option(
@@ -232,8 +223,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "argmax keeps the likeliest tokens instead of logits (preprocess_logits_for_metrics). Default logits.",
         ),
         "eval_generate": Option(
-            "also.evaluation.new_tokens",
-            "Tokens generated after each sequence of an evaluation (predict_with_generate).",
+            "also.evaluation.new_tokens", "Tokens generated after each evaluated sequence (predict_with_generate)."
         ),
         "save": Option("also.saving", "Also count saving a checkpoint. Default off.", parse=saving, type=bool),
         "merge": Option(
@@ -255,13 +245,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "What generates with --trainer grpo, rloo or distill: {choices}. colocate is vLLM with a share of --gpu "
             "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
         ),
-        "sleep": Option(
-            "serving.sleep", "With --rollout colocate: vLLM frees weights and cache while the step trains."
-        ),
+        "sleep": Option("serving.sleep", "--rollout colocate: vLLM frees weights and cache while the step trains."),
         "generations": Option(
             "batch.generations",
             "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
             aliases=("num_generations",),
+        ),
+        "score_batch_size": Option(
+            "batch.scored", "Completions scored at once before a step of grpo or rloo. Default --batch-size."
         ),
         "cache_implementation": Option(
             "generation.cache_implementation",
@@ -356,7 +347,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "quantize_experts": Option(
             "method.quantization.experts",
-            "Also quantise experts that are stacked in one parameter, as Axolotl's quantize_moe_experts does.",
+            "Also quantise experts that are stacked in one parameter, as Axolotl's quantize_moe_experts does. Default "
+            "the profile's: on in Unsloth's, off in others.",
             aliases=("quantize_moe_experts",),
         ),
         "kbit_preparation": Option(
@@ -515,7 +507,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "gpus": Option(
             "parallelism.world",
             "Total number of GPUs.",
-            aliases=("nproc_per_node", "num_gpus", "num_processes"),
+            aliases=("n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
         ),
         "zero": Option(
             "parallelism.strategy",
@@ -548,7 +540,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "DDP ranks look for weights without gradients. Default as the trainer does.",
             aliases=("ddp_find_unused_parameters",),
         ),
-        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
+        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel", "tensor_parallel_size")),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
         ),

@@ -15,7 +15,7 @@ from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
 # Fields of a batch that are left out unless they are set.
-_OPTIONAL = ("frames", "generations", "packing", "lengths", "batching")
+_OPTIONAL = ("frames", "generations", "scored", "packing", "lengths", "batching")
 
 # The newest supported version of each framework, used when a profile names no version.
 NEWEST = {
@@ -67,6 +67,8 @@ class Batch(Part):
     accumulation     passes per optimizer step
     new_tokens       tokens generated after each prompt; 0 for the default of 256, or the trainer's
     generations      completions of each prompt, of trainers that generate; 0 for the trainer's default
+    scored           completions of one pass without gradients that computes log-probabilities before the step, of
+                     trainers that generate; 0 for `micro`
     images           images per sequence
     frames           frames of a video in each sequence, instead of images
     image_size       pixels of an image or frame: the side of a square, or (height, width)
@@ -85,6 +87,7 @@ class Batch(Part):
     accumulation: Count = 1
     new_tokens: Natural = 0
     generations: Natural = 0
+    scored: Natural = 0
     images: Natural = 0
     frames: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
@@ -92,6 +95,7 @@ class Batch(Part):
     packing: PackingName | None = None
     lengths: str | None = None
     batching: Literal["random", "grouped", "packed", "padded"] | None = None
+    _is_kept = False  # `lengths` may name a file
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

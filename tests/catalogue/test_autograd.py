@@ -36,6 +36,7 @@ from tests.tiny_towers import TINY as TOWERS
 TINY = {**DECODERS, "step3p7": {key: value for key, value in TOWERS["step3p7"].items() if key != "model_type"}}
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 F = torch.nn.functional
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

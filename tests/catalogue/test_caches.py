@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -149,7 +148,7 @@ def test_laws(name: str, tokens: int, more: int, tp: int) -> None:
 TRACED = sorted({*sorted(TINY)[::4], "deepseek_v4", "gemma4_text", "glm_moe_dsa", "kimi_linear"})
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+@pytest.mark.torch
 @pytest.mark.parametrize("model_type", sampled(TRACED))
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_caches_are_met_to_the_byte(model_type: str) -> None:

@@ -20,6 +20,7 @@ from tests.encoders import SMALL
 from tests.tiny import TINY
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 
 def saves(objective: str, dtype: Any) -> int:

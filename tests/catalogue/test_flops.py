@@ -14,13 +14,6 @@ from memplan.core.ir import Op, Tensor
 from memplan.planning.step_time import Work, work
 from tests.tiny import TINY
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils import flop_counter  # noqa: E402
-
 pytestmark = pytest.mark.torch
 
 B, S, RANK = 2, 40, 4
@@ -30,6 +23,12 @@ def in_torch(
     config: dict[str, Any], attn: str, checkpointing: str, adapter: dict[str, Any] | None, amp: bool
 ) -> tuple[int, int]:
     """Return torch's count for forward, and in total."""
+    import peft
+    import torch
+    import transformers
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils import flop_counter
+
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation=attn
     )
@@ -103,6 +102,8 @@ def test_operations_equal_torchs_count(name: str) -> None:
 @pytest.mark.parametrize("backend", ["flash", "efficient"])
 def test_attention_flops_match_torchs_except_for_the_masked_half(backend: str) -> None:
     """torch counts the full product, causal or not."""
+    from torch.utils import flop_counter
+
     b, a, s, d = 2, 4, 96, 16
     shape = (b, a, s, d)
     op = next(op for op in attention("n", "q", "k", "v", "y", Wiring(backend, backend), False) if op.product)

@@ -21,7 +21,7 @@ from tests.catalogue.test_autograd import in_bytes, saved_bytes
 from tests.models.test_cards import read_card
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OWN: dict[str, Any] = {
     "hidden_act": "situ",

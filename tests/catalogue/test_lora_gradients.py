@@ -19,7 +19,6 @@ from tests.cases import each
 from tests.tiny import SMALLEST, TARGETS, TINY
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("peft")
 pytestmark = pytest.mark.torch
 
 COMMAND = get_command(app)

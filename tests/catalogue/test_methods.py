@@ -56,6 +56,7 @@ def peft_counts(model_type: str, kind: str, targets: Any, **more: Any) -> tuple[
         return peft.get_peft_model(model, lora).get_nb_trainable_parameters()
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("model_type", sorted(TARGETS))
@@ -68,6 +69,7 @@ def test_trainable_parameters_equal_pefts(model_type: str, kind: str) -> None:
         assert mine.total == total - trainable, targets
 
 
+@pytest.mark.torch
 def test_saved_modules_and_adapted_embeddings_train_as_in_peft() -> None:
     for more in ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}):
         trainable, _ = peft_counts("llama", "lora", ["q_proj"], **more)
@@ -378,6 +380,24 @@ def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
     casts = {op.reads: op.writes[0].shape for op in stack.loss if op.name == "lm_head.cast"}
     chunks = {**dict.fromkeys(range(7), "lc"), 7: "lc_last"}  # the last may be shorter
     assert casts == {(f"n{i}",): f"b {chunk} h" for i, chunk in chunks.items()}
+
+
+def test_unsloth_quantises_stacked_experts_and_adapts_them() -> None:
+    for model, said, expected in (
+        ("olmoe-1b-7b", None, True),
+        ("qwen2-7b", None, False),
+        ("olmoe-1b-7b", False, False),
+    ):
+        method = {"kind": "qlora", "quantization": {"experts": said}}
+        found: Any = decide(RunSpec(model=model, method=method, profile="unsloth-2026.10")).parts["method"]
+        assert (found.quantization.experts, found.targets) == (expected, "all-linear")
+    stack, _ = operations_of(
+        decide(RunSpec(model="gpt-oss-20b", method="lora", profile="unsloth-2026.10")).structure.graph
+    )
+    block = next(block for run in stack.runs for block in run.blocks)
+    stored = {w.name: w.stored for op in block.ops for w in op.weights if w.stored}  # half a byte, and a byte for 32
+    assert [*stored] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert {t.dtype for tensors in stored.values() for t in tensors} == {"uint8/2", "uint8/32"}
 
 
 def test_a_module_with_adapted_quantised_experts_begins_by_folding_each_once() -> None:

@@ -276,6 +276,7 @@ def test_names() -> None:
     assert not set(GOLDEN) & set(REFUSED)
 
 
+@pytest.mark.torch
 def test_every_name_of_transformers_is_answered_or_refused() -> None:
     training_args = pytest.importorskip("transformers.training_args")
     assert {member.value for member in training_args.OptimizerNames} == {*NAMES, *REFUSED}
@@ -590,6 +591,7 @@ def edges(dtype: str) -> list[Parameter]:
     return numbered([*(Parameter("", shape, dtype) for shape in EDGES), *embeddings, *example(dtype)])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*TORCH, "adamw_torch_fused"])
 def test_states_of_torch_and_transformers(name: str, dtype: str) -> None:
@@ -607,6 +609,7 @@ def test_states_of_torch_and_transformers(name: str, dtype: str) -> None:
     assert sorted(kept_by(optimizer, tensors)) == kept_in(optimizer_memory(name, parameters))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["sgd", "rmsprop"])
 def test_states_of_momentum(name: str) -> None:
     parameters = edges("bf16")
@@ -636,6 +639,7 @@ def paged_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional.GlobalPageManager, "_instance", None)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("paged_on_meta")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", BITSANDBYTES)
@@ -699,6 +703,7 @@ def peaks(parameters: list[Parameter], build: Callable[[Tensors], list[Any]]) ->
 ORDERS = {"falling": [0, 1, 2, 3, 4], "rising": [3, 2, 4, 0, 1], "mixed": [1, 0, 3, 1, 4, 2, 1]}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", TORCH)
@@ -721,6 +726,7 @@ def test_temporaries_of_torch_and_transformers(name: str, order: str, dtype: str
     assert states == (0 if name == "adagrad" else gpu(memory))  # adagrad creates its states before the first step
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_muon(order: str, dtype: str) -> None:

@@ -117,6 +117,7 @@ def peft_trains(model_type: str, **fields: Any) -> int:
     return peft.get_peft_model(model, wanted).get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", sorted(PEFT_METHODS))
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -145,6 +146,7 @@ def test_every_method_trains_as_many_parameters_as_in_peft(kind: str, model_type
             assert mine == peft_trains(model_type, **method), targets
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "settings"), [(kind, s) for kind, each in SETTINGS.items() for s in each], ids=str)
 def test_every_setting_counts_as_in_peft(kind: str, settings: dict[str, Any]) -> None:
@@ -153,6 +155,7 @@ def test_every_setting_counts_as_in_peft(kind: str, settings: dict[str, Any]) ->
         assert estimate(run(model_type, **method)).parameters.trainable == peft_trains(model_type, **method)
 
 
+@pytest.mark.torch
 def test_methods_are_pefts() -> None:
     peft = pytest.importorskip("peft")
     known = {t.value.lower() for t in peft.PeftType} - {"lora"}
@@ -163,6 +166,7 @@ def test_methods_are_pefts() -> None:
     assert {*LAYERS, *UPDATES, *FORMULAS} == {kind for kind, row in PEFT_METHODS.items() if row.on == "linear"}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", sorted(PEFT_METHODS))
 def test_defaults_are_pefts(kind: str) -> None:
     peft = pytest.importorskip("peft")
@@ -181,6 +185,7 @@ def test_defaults_are_pefts(kind: str) -> None:
             assert default_targets(kind, model_type) == tuple(names), model_type
 
 
+@pytest.mark.torch
 def test_the_inputs_that_ia3_scales_are_pefts() -> None:
     constants = pytest.importorskip("peft.utils.constants")
     for model_type, names in constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.items():
@@ -189,6 +194,7 @@ def test_the_inputs_that_ia3_scales_are_pefts() -> None:
     assert filled_options("ia3", {}, "llama") == {"feedforward_modules": "down_proj"}
 
 
+@pytest.mark.torch
 def test_dimensions_are_divided_as_in_peft() -> None:
     lokr = pytest.importorskip("peft.tuners.lokr.layer")
     oft = pytest.importorskip("peft.tuners.oft.layer").OFTLayer

@@ -39,6 +39,7 @@ def chosen(targets: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_chosen_modules_train_as_many_parameters_as_in_peft(model_type: str) -> None:
@@ -52,6 +53,7 @@ def test_chosen_modules_train_as_many_parameters_as_in_peft(model_type: str) -> 
         assert estimate(run(model_type, **method)).parameters.trainable == peft_trains(model_type, **method), settings_
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("model_type", "targets"),
@@ -79,6 +81,7 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", sorted(DENSE))
 def test_peft_adapts_only_attention_in_a_mixture_without_experts(

@@ -564,6 +564,7 @@ MISTAKES = {
     ),
     "qwen2-7b --gpus 12 --fsdp hybrid_shard": ("parallelism.shard_group", "12 GPUs do not divide into groups of 8"),
     "qwen2-7b --offload activations --profile trl-0.24": ("parallelism.offload (--offload)", "checkpointing offload"),
+    "qwen2-7b --offload activations --profile trl-1.15": ("kernels.checkpointing", "none with activations offloaded"),
     "qwen2-7b --offload activations --gpus 2 --zero 2": ("parallelism.strategy", "ddp, fsdp2"),
     "qwen2-7b --offload optimizer,parameters": ("parallelism.offload (--offload)", "'parameters' is not supported yet"),
     "qwen2-7b --offload optimizer --optimizer adamw_8bit": ("parallelism.offload (--offload)", "adamw_torch"),
@@ -584,6 +585,8 @@ MISTAKES = {
     "qwen2-7b qwen3-8b": ("unexpected", "qwen3-8b"),
     "a" * 5000: ("unknown name", "aaa"),
     "qwen2-7b --gpu": ("--gpu", "requires an argument"),
+    "qwen2-7b --fsdp": ("--fsdp", "requires an argument: full_shard, shard_grad_op"),
+    "qwen2-7b --strategy zero3": ("--strategy", "write --zero 3"),
     "qwen2-7b --output /nowhere/at/all.html": ("output", "No such file"),
     "qwen2-7b --format html --date yesterday": ("date", "write 2026-11-29 or today"),
     "qwen2-7b --date today": ("date", "only pages show it"),
@@ -1070,7 +1073,7 @@ def test_an_error_about_a_file_names_its_line(memplan_: Memplan, tmp_path: Path)
     file.write_text("base_model: no-such-model\nmicro_batch_size: 1\n")
     fails(memplan_(str(file)), 2, "model: unknown name", "(axolotl.yml:1 base_model)")
     file.write_text("base_model: someone/no-such-model\nmicro_batch_size: 1\n")
-    fails(memplan_(str(file)), 3, "model: no card", "(axolotl.yml:1 base_model)")
+    fails(memplan_(str(file)), 3, "model: no card", "memplan CARD --spec axolotl.yml (axolotl.yml:1 base_model)")
 
 
 # --- commands ---

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.engine.allocator import OutOfMemoryError, PythonAllocator
 from memplan.engine.events import FREED
+from memplan.engine.native import new_allocator
 from memplan.engine.record import AllocationTrace, record, record_inference
 from memplan.engine.step import ExecutionOptions
 from memplan.engine.walk import size
@@ -20,7 +21,7 @@ from memplan.program.graph import operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
 from memplan.program.training.passes import recorded_options
-from memplan.program.training.replay import pass_of, replay_steps, steps_of
+from memplan.program.training.replay import STREAMS, pass_of, replay_steps, steps_of
 from memplan.resolve.decide import decide
 from tests.estimate.test_laws import laws, runs
 from tests.sampling import examples, sampled
@@ -398,10 +399,16 @@ def test_a_run_stays_within_the_bound_that_saves_a_replay(run: dict[str, Any]) -
 def test_roomy_cards_do_not_limit_replays_and_cards_below_the_tensors_fail(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))
     w = training_peaks(decided)
-    free = replay_steps(w.program, w.axes, w.workspace).peak_reserved
-    assert replay_steps(w.program, w.axes, w.workspace, capacity=free).peak_reserved == free
+
+    def peak_on(capacity: int | None) -> int:
+        allocator = new_allocator(capacity=capacity, streams=STREAMS)
+        replay_steps(w.program, w.axes, w.workspace, allocator)
+        return allocator.peak_reserved
+
+    free = peak_on(None)
+    assert peak_on(free) == free
     with pytest.raises(OutOfMemoryError):
-        replay_steps(w.program, w.axes, w.workspace, capacity=max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
+        peak_on(max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
 
 
 @pytest.mark.parametrize("model_type", sampled(list(TINY), 4))

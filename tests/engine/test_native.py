@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.engine import native
 from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, PythonAllocator
-from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
+from memplan.engine.capacities import ReservedPeak, by_capacity
 from memplan.engine.events import FREED, RELEASED, Event, Events, EventSpan
 from memplan.engine.native import NativeAllocator
 from memplan.estimate.training import reserved
@@ -52,7 +54,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
 def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     peaks = allocator.peak_allocated, allocator.peak_reserved
     number_of_live = sum(block not in (None, native.NONE) for block in live)
-    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.was_full, number_of_live
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, allocator.refused, number_of_live
 
 
 def shifted(events: list[Event], streams: list[int], shift: int, times: int = 1) -> Events:
@@ -81,6 +83,25 @@ def test_every_event_has_the_same_result(
         assert counters(both[0], live[0]) == counters(both[1], live[1])
         if messages[0]:
             return
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_free_blocks_of_few_sizes_are_taken_in_the_same_order(seed: int) -> None:
+    random, alive, events = Random(seed), list[int](), list[Event]()
+    sizes = [MIB // 2 * halves for halves in random.sample(range(1, 40), 4)]
+    for number in range(4000):
+        if alive and random.random() < (0.6 if len(alive) > 400 else 0.4):
+            events.append((alive.pop(random.randrange(len(alive))), FREED))
+        else:
+            alive.append(number)
+            events.append((number, random.randrange(len(sizes))))
+    both = PythonAllocator(seed % 2 == 0), NativeAllocator(seed % 2 == 0)
+    live = [allocator.live_blocks(len(events)) for allocator in both]
+    for first in range(0, len(events), 50):
+        part = Events(events[first : first + 50], [0] * len(sizes), len(events))
+        for allocator, blocks in zip(both, live, strict=True):
+            allocator.replay(part, sizes, blocks)
+        assert counters(both[0], live[0]) == counters(both[1], live[1])
 
 
 @pytest.mark.parametrize("kind", [PythonAllocator, NativeAllocator])
@@ -131,14 +152,16 @@ def test_one_replay_serves_the_capacities_of_many_cards(
         try:
             allocator.replay(Events(events, streams, len(events)), sizes, live)
         except OutOfMemoryError:
-            return OUT_OF_MEMORY
-        return ReservedPeak(allocator.peak_reserved, allocator.was_full)
+            return ReservedPeak.of([allocator], survived=False)
+        return ReservedPeak.of([allocator], survived=True)
 
     replayed = by_capacity(peak_of)
     with_room = peak_of(0, None).bytes or 0
     for capacity in capacities:
         assert replayed.within(0, capacity) == (with_room if with_room <= capacity else None)
-        assert replayed(0, capacity) == peak_of(0, capacity).bytes
+        peak = replayed.peak(0, capacity)
+        for edge in (capacity, peak.least, *((int(peak.below) - 1, int(peak.below)) if peak.below < inf else ())):
+            assert replayed(0, edge) == peak_of(0, edge).bytes
 
 
 def test_beyond_64_bits_a_replay_runs_in_python() -> None:

@@ -13,8 +13,9 @@ import pytest
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.overhead import COMPILED, COVERAGE, EXTRA_LOSS_COPIES, PREDICTION_BAND
 from memplan.core.units import MIB
+from memplan.engine.native import new_allocator
 from memplan.estimate.training_peaks import training_peaks
-from memplan.program.training.replay import cached_logits, replay_steps
+from memplan.program.training.replay import STREAMS, cached_logits, replay_steps
 from memplan.resolve.decide import decide
 from tests.sampling import ALL
 
@@ -82,7 +83,9 @@ def test_a_fused_cross_entropy_holds_a_copy_of_logits_missing_from_replays() -> 
             decided = decide(run)
             walked = training_peaks(decided)
             copy = cached_logits(decided.structure, walked.axes)
-            replayed = replay_steps(walked.program, walked.axes, walked.workspace).peak_reserved
+            allocator = new_allocator(streams=STREAMS)
+            replay_steps(walked.program, walked.axes, walked.workspace, allocator)
+            replayed = allocator.peak_reserved
             if copy and replayed + copy < estimate(run).gpu.usable:
                 found.append((row["process"] - replayed - 520 * MIB) / copy)
     assert len(found) == 14

@@ -250,7 +250,7 @@ def test_lines_of_no_use_are_counted_by_the_reason(calibrate: Calibrating, home:
         line(3, process="much"),
         line(4, reserved=2**60),
         {**line(5), "run": {"model": {"config": TINY}}},
-        {**line(6), "run": {"model": {"config": {**TINY, "model_type": "flex_olmo"}}, "gpu": "rtx-3090"}},
+        {**line(6), "run": {"model": {"config": {**TINY, "model_type": "falcon_h1"}}, "gpu": "rtx-3090"}},
     ]
     ran = calibrate(written(home / "lines.jsonl", [line(i) for i in range(19)] + others))
     assert ran.code == 0

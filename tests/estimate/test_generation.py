@@ -299,6 +299,17 @@ def test_frameworks_that_score_prompts_have_all_logits() -> None:
     assert peak("verl-0.9", "backward") < all_tokens - logits / 2  # neither cast nor copied
 
 
+def test_completions_are_scored_as_many_at_once_as_the_framework_does() -> None:
+    def scored(rows: int, **batch: int) -> Estimate:
+        fields = {"micro": 4, "generations": 2, "accumulation": 8, "scored": rows, **batch}
+        return grpo(method="lora", profile="verl-0.9", rollout="server", batch=fields)
+
+    more = 16 * (256 + 128) * 2 * (128256 + 2048)  # logits and the final norm's output, in bf16
+    assert peak_of(scored(32), "rollout") - peak_of(scored(16), "rollout") == pytest.approx(more, rel=1e-3)
+    assert peak_of(scored(16), "rollout") < peak_of(scored(0, micro=16), "forward")  # which records
+    assert {p.phase for p in scored(4).phases} == {p.phase for p in scored(0).phases}
+
+
 def test_a_reward_model_keeps_its_cache_except_in_openrlhf() -> None:
     """24 layers of keys and values of two heads of 64, for 8 sequences of 1,536 tokens in bf16."""
 
@@ -356,6 +367,7 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"batch": {"micro": 1}}, "8 completions of a prompt do not divide the 1 that a step generates"),
         ({"batch": {"micro": 4, "generations": 1}}, "needs at least 2 completions of a prompt"),
         ({"trainer": "dpo", "batch": {"generations": 4}}, "only applies to trainers that generate: grpo, rloo"),
+        ({"trainer": "dpo", "batch": {"scored": 4}}, "batch.scored: only applies to trainers that score completions"),
         ({"trainer": "dpo", "batch": {"new_tokens": 4}}, "only task generate makes new tokens"),
         ({"reference": "adapters"}, "method full has no adapters to disable"),
         ({"reference": "precomputed"}, "grpo scores completions as it generates them; use none"),
@@ -364,14 +376,18 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
+        (
+            {"method": "lora", "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp2"}},
+            "parallelism.strategy: peft generates past FSDP2's root, .* fails; use fsdp, zero3 or vLLM",
+        ),
         ({"kernels": {"loss": "fused"}}, "not supported yet with trainer grpo and trl-1.15; supported: tiled_lm_head"),
         (
             {
                 "profile": "trl-1.13",
                 "kernels": {"loss": "fused"},
-                "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp"},
+                "parallelism": {"world": 4, "dp": 4, "strategy": "zero3"},
             },
-            "not supported yet with trainer grpo and loss fused; supported: ddp",
+            "not supported yet with full and loss fused; supported: ddp, zero1, zero2, fsdp, fsdp2",
         ),
     ],
 )

@@ -305,10 +305,8 @@ def test_reserved_of_a_long_pipeline_step_equals_its_extrapolation_from_shorter_
     monkeypatch.setattr(segments, "GPIPE_EVENTS", 70_000)
     monkeypatch.setattr(segments, "MICROBATCHES", 32)
     training.reserved.cache_clear()
-    training.shorten_replay.cache_clear()
     assert estimate(run).bytes.reserved == pytest.approx(every, rel=0.02)
     training.reserved.cache_clear()
-    training.shorten_replay.cache_clear()
 
 
 sizes_of_weights = st.lists(st.integers(1, 300), min_size=1, max_size=8)

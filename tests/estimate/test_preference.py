@@ -11,7 +11,7 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.core.errors import MemplanError
-from tests.cases import in_groups
+from tests.cases import each, in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_preference.jsonl")
@@ -96,6 +96,17 @@ def test_a_copy_is_sharded_as_trl_prepares_it(strategy: str, held: float, gather
     forward, reference = (max(p.peak for p in copy.phases if p.phase == phase) for phase in ("forward", "reference"))
     assert round((reference - forward) / WEIGHTS) == gathered
     assert not any(phase.phase == "reference" for phase in without.phases)
+
+
+@each(["llamafactory-0.9.5", "ms-swift-4.6"])
+def test_accelerate_shards_a_copy_block_by_block(profile: str) -> None:
+    copy = divided("fsdp2", reference="copy", profile=profile)
+    taken = sum(line.bytes for line in copy.ledger if line.what.startswith("reference."))
+    ends = 2 * (128256 * 2048 + 2048)  # the tied table and the last norm, which its pass leaves gathered
+    assert taken == pytest.approx(WEIGHTS / 4 + ends, rel=2e-3)
+    flat = divided("fsdp", reference="copy", profile=profile)
+    reference, of_flat = (max(p.peak for p in a.phases if p.phase == "reference") for a in (copy, flat))
+    assert reference < of_flat
 
 
 @pytest.mark.parametrize(
@@ -185,6 +196,10 @@ def test_a_reward_models_head_is_a_score() -> None:
         (
             {"trainer": "dpo", "reference": "adapters"},
             "method full has no adapters to disable; use copy or precomputed",
+        ),
+        (
+            {"trainer": "dpo", "profile": "trl-0.24", "parallelism": {"world": 2, "dp": 2, "strategy": "fsdp2"}},
+            "parallelism.strategy: this TRL wraps a reference copy in FSDP1 .* fails; use fsdp or zero3",
         ),
         ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
         ({"reference": "copy"}, "sft has no reference model"),

@@ -137,6 +137,15 @@ def test_images_and_environments_are_part_of_the_command(tmp_path: Path, text: s
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_all_gpus_are_said_not_to_be_known(tmp_path: Path) -> None:
+    devices = "deploy: {resources: {reservations: {devices: [{count: all}]}}}"
+    note = "several GPUs, and no number of processes: one is counted; add --gpus"
+    text = f"services:\n  a:\n    command: [accelerate, launch, {_SFT}]\n    {devices}"
+    assert read(tmp_path, text).notes == (f"NVIDIA_VISIBLE_DEVICES (compose.yaml:3): {note}",)
+    counted = f"services: {{a: {{{devices}, command: [accelerate, launch, --num_processes, 2, {_SFT}]}}}}"
+    assert read(tmp_path, counted).notes == ()
+
+
 REFUSED = {
     "services: {a: {image: nginx}}": "spec: compose.yaml has no container with a command, or with an image",
     "resources: {}\nrun: [1]": "compose.yaml does not train or serve",
@@ -148,6 +157,7 @@ REFUSED = {
     "services:\n  a: &a [*a]": "contains itself",
     "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",
     "services: !!python/object:os.system {}": "is not YAML",
+    f"services: !{'a' * 300} b": "constructor for the tag '!aaa",
     "services:\n  a: [": "is not YAML",
     "services:\n  a: {{ b }}": "it is a template: render it first",
 }
@@ -159,3 +169,4 @@ def test_a_manifest_that_is_not_read_is_one_line(tmp_path: Path, text: str, erro
         read(tmp_path, text)
     assert error in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400

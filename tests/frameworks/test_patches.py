@@ -142,6 +142,18 @@ def test_a_script_changes_only_its_command() -> None:
     assert new == expected.replace("accelerate", "export A=1\naccelerate")
 
 
+def test_torchtunes_command_takes_pairs() -> None:
+    text = "tune run lora_finetune_single_device --config llama3_1/8B_lora batch_size=4\n"
+    edits: dict[str, Any] = {
+        "batch_size": 2,
+        "tokenizer.max_seq_len": 5,
+        "model.lora_attn_modules": ["q_proj", "v_proj"],
+    }
+    new = edited_script(text, command_in(text, "run.sh"), edits)
+    added = " tokenizer.max_seq_len=5 model.lora_attn_modules='[q_proj,v_proj]'"
+    assert new == text.replace("batch_size=4", f"batch_size=2{added}")
+
+
 def test_llamafactorys_command_takes_pairs() -> None:
     text = "llamafactory-cli train run.yaml lora_rank=8 && echo done\n"
     new = edited_script(text, command_in(text, "run.sh"), {"lora_rank": 4, "cutoff_len": 5})

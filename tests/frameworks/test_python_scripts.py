@@ -92,6 +92,98 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, embeddings among the targets": (
+        UNSLOTH.replace('"v_proj"]', '"lm_head", "embed_tokens"], modules_to_save=["norm"]').replace(
+            "Meta-Llama-3.1-8B-bnb", "mistral-7b-instruct-v0.3-bnb"
+        ),
+        "train.py: Unsloth 2026.10, by train.py:10 SFTTrainer",
+        {
+            "model": "mistral-7b-v0.3",
+            "method.targets": ["q_proj"],
+            "method.modules_to_save": ["norm", "lm_head", "embed_tokens"],
+        },
+        (),
+    ),
+    "Unsloth, DPO": (
+        UNSLOTH.replace("SFT", "DPO").replace("=2, bf16", "=2, max_length=1024, beta=0.1, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 DPOTrainer",
+        {"trainer": "dpo", "method.kind": "qlora", "batch.sequence": 2 * 1024, "kernels.checkpointing": "offload"},
+        (),
+    ),
+    "Unsloth, GRPO": (  # 2 x 2 completions of a pass and step are no group of 3
+        UNSLOTH.replace("SFT", "GRPO")
+        .replace("dtype=None", "dtype=None, fast_inference=True, gpu_memory_utilization=0.6")
+        .replace(
+            "trainer = GRPOTrainer(model=model, max_seq_length=max_seq_length,", "trainer = GRPOTrainer(model=model,"
+        )
+        .replace("=2, bf16", "=2, num_generations=3, max_prompt_length=256, max_completion_length=128, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 GRPOTrainer",
+        {
+            "trainer": "grpo",
+            "reference": "none",
+            "rollout": "colocate",
+            "batch.sequence": 256,
+            "batch.new_tokens": 128,
+            "batch.generations": 3,
+            "batch.micro": 3,
+            "serving.memory_utilization": 0.6,
+            "serving.max_model_len": 2 * 1024,
+        },
+        ("use_vllm (train.py:6): vLLM is counted with weights of its own, which Unsloth shares with it",),
+    ),
+    "a reference that is loaded later": (
+        DPO.replace("model = Auto", "policy = Auto")
+        .replace("DPOTrainer(model, None", "DPOTrainer(policy, ref")
+        .replace("args =", "ref = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B')\nargs ="),
+        "train.py: TRL 1.16, by train.py:5 DPOTrainer",
+        {"model": "Qwen/Qwen2.5-7B-Instruct", "precision.weights": "bf16"},
+        (),
+    ),
+    "GKD": (
+        "student = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-0.5B', dtype='bfloat16')\n"
+        "teacher = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2-1.5B')\n"
+        "GKDTrainer(model=student, teacher_model=teacher, args=GKDConfig(max_length=512, lmbda=0.5))",
+        "train.py: TRL 1.16, by train.py:3 GKDTrainer",
+        {
+            "trainer": "gkd",
+            "model": "Qwen/Qwen2-0.5B",
+            "roles.teacher.model": "Qwen/Qwen2-1.5B",
+            "batch.sequence": 512,
+            "precision.weights": "bf16",
+        },
+        (),
+    ),
+    "distillation": (
+        "args = DistillationConfig(max_completion_length=512)\n"
+        "DistillationTrainer(model='Qwen/Qwen2-0.5B', teacher_model='Qwen/Qwen2-1.5B', args=args)",
+        "train.py: TRL 1.16, by train.py:2 DistillationTrainer",
+        {"trainer": "distill", "roles.teacher.model": "Qwen/Qwen2-1.5B", "batch.new_tokens": 512},
+        (),
+    ),
+    "GRPO with a reward model that is loaded": (
+        GRPO.replace("score =", "score = AutoModelForSequenceClassification.from_pretrained(").replace(
+            '-Instruct"\nGRPO', '-Instruct")\nGRPO'
+        ),
+        "train.py: TRL 1.16, by train.py:6 GRPOTrainer",
+        {"model": "Qwen/Qwen2.5-1.5B-Instruct", "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct"},
+        (),
+    ),
+    "a stored adapter": (
+        "base = Qwen2ForCausalLM.from_pretrained('Qwen/Qwen2-7B')\n"
+        "model = PeftModel.from_pretrained(base, 'mine', is_trainable=True)\nSFTTrainer(model)",
+        "train.py: TRL 1.16, by train.py:3 SFTTrainer",
+        {"model": "Qwen/Qwen2-7B", "method.kind": "lora", "method.rank": 8},
+        (
+            "PeftModel.from_pretrained (train.py:2): the adapter's own settings are not known: rank 8 on peft's "
+            "default modules is counted",
+        ),
+    ),
+    "two trainers": (
+        TRL + "DPOTrainer(model='a')",
+        "train.py: TRL 1.16, by train.py:7 SFTTrainer",
+        {"model": "Qwen/Qwen2-7B", "trainer": None},
+        ("DPOTrainer (train.py:8): a second trainer; SFTTrainer is counted",),
+    ),
     "TRL": (
         TRL,
         "train.py: TRL 1.16, by train.py:7 SFTTrainer",
@@ -174,6 +266,15 @@ def test_a_value_of_a_script_says_its_line_and_argument(tmp_path: Path) -> None:
     assert reasons["batch.accumulation"] == "default of Unsloth 2026.10"
 
 
+def test_a_script_is_read_as_a_version_of_its_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, DPO)
+    monkeypatch.chdir(tmp_path)
+    for file in (read_run("train.py", "trl-0.24"), read_command("python train.py", "trl-0.24")):
+        assert (file.title, file.fields["profile"]) == ("TRL 0.24", "trl-0.24")
+    with pytest.raises(SpecError, match=r"framework: train\.py:4 DPOTrainer is TRL's, not Axolotl's"):
+        read_run("train.py", "axolotl")
+
+
 def notebook(*cells: str) -> str:
     code = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
     return json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Title"]}, *code], "nbformat": 4})
@@ -188,12 +289,59 @@ def test_a_notebook_says_cells(tmp_path: Path) -> None:
     assert {o.field: o.why for o in file.origins}["method.rank"] == "a.ipynb:cell 3, line 10 r"
 
 
+def test_a_cell_that_is_not_python_is_left_out(tmp_path: Path) -> None:
+    file = read(tmp_path, notebook("!pip install \\\n  trl", "a b", TRL), "a.ipynb")
+    assert file.headline == "a.ipynb: TRL 1.16, by a.ipynb:cell 4, line 7 SFTTrainer"
+    assert file.notes == ("the cell (a.ipynb:cell 3, line 1): is not Python, so not read",)
+
+
 def test_a_command_runs_a_script_with_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read(tmp_path, TRAINER)
     monkeypatch.chdir(tmp_path)
     file = read_command("accelerate launch --num_processes 2 train.py --batch-size 3 --model Qwen/Qwen2-0.5B")
     found = values(file)
     assert (found["model"], found["batch.micro"], found["parallelism.world"]) == ("Qwen/Qwen2-0.5B", "3" and 3, 2)
+
+
+OWN_ARGUMENTS = """
+@dataclass
+class Own:
+    model_id: str = field(default="Qwen/Qwen2-7B", metadata={"help": "its name"})
+    lora_r: int = 32
+own, args = HfArgumentParser((Own, SFTConfig)).parse_args_into_dataclasses()
+model = AutoModelForCausalLM.from_pretrained(own.model_id)
+SFTTrainer(model=model, args=args, peft_config=LoraConfig(r=own.lora_r))
+"""
+SWITCHES = """
+parser.add_argument("--gc", action="store_true")
+parser.add_argument("--full-logits", action="store_false")
+args = TrainingArguments("out", gradient_checkpointing=args.gc, bf16=args.full_logits)
+Trainer(model=AutoModelForCausalLM.from_pretrained("Qwen/Qwen2-7B"), args=args)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        (OWN_ARGUMENTS, "", {"model": "Qwen/Qwen2-7B", "method.rank": 32, "batch.micro": 8}),
+        (
+            OWN_ARGUMENTS,
+            "--model_id Qwen/Qwen2-0.5B --lora_r 8 --per_device_train_batch_size 4 --max_length 4096",
+            {"model": "Qwen/Qwen2-0.5B", "method.rank": 8, "batch.micro": 4, "batch.sequence": 4096},
+        ),
+        (SWITCHES, "", {"kernels.checkpointing": "none", "precision.autocast": True}),
+        (SWITCHES, "--gc", {"kernels.checkpointing": "full"}),
+        (SWITCHES, "--per_device_train_batch_size 4", {"batch.micro": 8}),  # argparse does not know it
+    ],
+)
+def test_a_script_takes_flags_of_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, flags: str, expected: dict[str, Any]
+) -> None:
+    read(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    file = read_command(f"python train.py {flags}")
+    found = values(file)
+    assert ({field: found.get(field) for field in expected}, file.notes) == (expected, ())
 
 
 @pytest.mark.parametrize("ask", ["import os\nos.system('touch {}')\n", "__import__('pathlib').Path({!r}).touch()\n"])
@@ -207,17 +355,18 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, DPOTrainer, "),
     "another trainer": (
         "train.py",
-        "\nGKDTrainer(model='a')",
-        "train.py:2: GKDTrainer is not supported yet; ",
-    ),
-    "another trainer with Unsloth": (
-        "train.py",
-        UNSLOTH.replace("SFTTrainer(", "GRPOTrainer("),
-        "train.py:10: GRPOTrainer with Unsloth is not supported yet; supported: SFTTrainer",
+        "\nXPOTrainer(model='a')",
+        "train.py:2: XPOTrainer is not supported yet; ",
     ),
     "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
     "NUL": ("train.py", "x = '\0'", "train.py"),
     "deep": ("train.py", "(" * 5000, "train.py"),
+    "no cell of Python": ("a.ipynb", notebook("a b", "c d"), "a.ipynb:cell 2, line 1: is not Python"),
+    "a cell that is not Python": (
+        "a.ipynb",
+        notebook("x = 1", "trainer = SFTTrainer("),
+        "a.ipynb has no trainer that is read, and a.ipynb:cell 3, line 1 is not Python; SFTTrainer, ",
+    ),
     "no code": ("a.ipynb", notebook(), "a.ipynb has no code"),
     "no notebook": ("a.ipynb", "[1]", "a.ipynb is not a notebook: it is no JSON with cells"),
     "no JSON": ("a.ipynb", "{", "a.ipynb is not a notebook"),

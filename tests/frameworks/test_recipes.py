@@ -171,6 +171,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         + "enable_activation_offloading: true\n",
         {"model": "llama-3.2-1b", "method.kind": "dora", "kernels.checkpointing": "offload"},
     ),
+    "torchtune, by a model without a size": (
+        TORCHTUNE.replace("qlora_llama3_1_8b", "qlora_phi4_14b"),
+        {"model": "phi-4", "method.kind": "qlora"},
+    ),
     "litgpt on two devices": (
         LITGPT.replace("devices: 1", "devices: 2"),
         {
@@ -218,6 +222,12 @@ def test_commands_start_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = values(read_command(command))
     assert (found["batch.micro"], found["precision.weights"]) == (3, "fp32")
     assert (found["parallelism.strategy"], found["parallelism.world"]) == ("fsdp2", 2)
+    command = "tune run --nproc_per_node 4 lora_finetune_distributed --config {} batch_size=3"
+    found = values(read_command(command.format("llama3_1/8B_lora")))  # torchtune's own
+    assert (found["model"], found["method.rank"], found["method.alpha"]) == ("llama-3.1-8b", 8, 16)
+    assert (found["batch.micro"], found["batch.accumulation"], found["parallelism.world"]) == (3, 8, 4)
+    with pytest.raises(SpecError, match=r"no file 'llama3_1/8B_lore' .*; did you mean llama3_1/8B_lora\?"):
+        read_command(command.format("llama3_1/8B_lore"))
     command = "litgpt finetune_lora Qwen/Qwen2.5-0.5B --train.micro_batch_size 3 --precision bf16-true --lora_r 4"
     found = values(read_command(command))
     assert (found["batch.micro"], found["method.rank"]) == (3, 4)
@@ -294,6 +304,8 @@ def test_a_typed_model_replaces_that_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_of_a_section_is_named(tmp_path: Path) -> None:
+    assert read(tmp_path, TORCHTUNE + "tensor_parallel_dim: 1\n").notes == ()
+    assert len(read(tmp_path, TORCHTUNE + "tensor_parallel_dim: 2\n").notes) == 1
     file = read(tmp_path, LITGPT.replace("max_seq_length", "max_seq_lenght"))
     assert file.notes == (
         "train.max_seq_lenght (run.yaml:13): unknown key of LitGPT; did you mean train.max_seq_length?",

@@ -122,6 +122,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
 def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer: str, reference: str | None) -> None:
@@ -330,6 +331,7 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "finetuning_type: full\nuse_galore: true\ngalore_layerwise: true": {"optimizer.name": "galore_adamw_layerwise"},
     "val_size: 0.1\neval_strategy: steps\nper_device_eval_batch_size: 1": {"also.evaluation.micro": 1},
     "val_size: 0.1": {"also.evaluation.micro": None},
+    "cutoff_len: ${oc.env:LENGTH,64}": {"batch.sequence": 64},
 }
 
 
@@ -619,6 +621,7 @@ REFUSED: dict[str, str] = {
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
     "base_model: a\nadapter: qlora": "run.yaml:2: adapter: qlora needs load_in_4bit: true",
+    "base_model: a\nmicro_batch_size: 1\nactivation_offloading: true": "run.yaml:3: activation_offloading: Axolotl ",
     "base_model: a\nadapter: lora": "run.yaml:2: adapter: set lora_target_linear: true",
     "base_model: a\nadapter: lora\nlora_target_modules: {a: 1}": "run.yaml:3: lora_target_modules: must be a list",
     "base_model: a\nmicro_batch_size: 1\noptimizer: adamw_8bits": "run.yaml:3: optimizer: the optimizer 'adamw_8bits'",
@@ -636,6 +639,8 @@ REFUSED: dict[str, str] = {
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",
     "policy_model: {a: b}\ntokenizer: {c: d}\nmax_grad_norm: 1": "policy_model: torchtune's PPO files are not read yet",
+    "model: {a: b}\ntokenizer: {c: d}\ncheckpointer: {e: f}": "checkpointer: torchtune's evaluation and",
+    "base_model: a\nmicro_batch_size: 1\ndeepspeed: ~~/a.json": "deepspeed: there is no file '~~/a.json'",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }
@@ -660,6 +665,7 @@ NOT_COUNTED = {
         "qat.a (run.yaml:2): not counted, not supported yet",
         "tiled_mlp (run.yaml:10): not counted, not supported yet",
     ),
+    "base_model: a\nmicro_batch_size: 1\ntiled-mlp: true": ("tiled_mlp (run.yaml:3): not counted, not supported yet",),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),
@@ -673,6 +679,13 @@ NOT_COUNTED = {
 @pytest.mark.parametrize(("text", "notes"), NOT_COUNTED.items())
 def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[str, ...]) -> None:
     assert read(tmp_path, text).notes == notes
+
+
+def test_long_values_are_read_at_once(tmp_path: Path) -> None:
+    name, digits = "$-q4_" * 40_000, "0" * 200_000  # in quadratic time, minutes
+    assert read(tmp_path, "base_model: ~~~a\nmicro_batch_size: 1").fields["model"] == "~~~a"  # no user's home
+    text = f"base_model: '{name}'\nmicro_batch_size: 1\nseed: {digits} 1\nlearning_rate: 1.5e-1"
+    assert read(tmp_path, text).fields["model"] == name
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:

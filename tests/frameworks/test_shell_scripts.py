@@ -194,7 +194,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct --train.colocate_all "
-    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 2 "
+    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 3 "
     "--rollout.micro_batch_size 4": (
         "openrlhf",
         {
@@ -202,13 +202,20 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.reward.micro": 4,
+            "batch.scored": 4,
             "batch.generations": 1,
         },
     ),
     "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct "
-    "--algo.advantage.estimator gae --reward.remote_url http://a": (
+    "--algo.advantage.estimator gae --reward.remote_url http://a --data.max_len 64 --use_dynamic_batch "
+    "--train_max_tokens_per_gpu 128 --rollout_max_tokens_per_gpu 512": (
         "openrlhf",
-        {"roles.value.model": "Qwen/Qwen2.5-7B-Instruct", "roles.value.location": "server"},
+        {
+            "roles.value.model": "Qwen/Qwen2.5-7B-Instruct",
+            "roles.value.location": "server",
+            "batch.micro": 128 // 64,
+            "batch.scored": 512 // 64,
+        },
     ),
     "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
@@ -225,6 +232,8 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B actor_rollout_ref.rollout.n=8 "
     "actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 "
     "actor_rollout_ref.actor.use_kl_loss=True +actor_rollout_ref.actor.fsdp_config.optimizer_offload=True "
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16 data.train_batch_size=64 "
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=128 "
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1 trainer.n_gpus_per_node=4 trainer.nnodes=2 "
     "--config-name=ppo_trainer": (
         "verl",
@@ -234,6 +243,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rollout": "colocate",
             "batch.micro": 16,
             "batch.accumulation": 32 * 8 // (4 * 2) // 16,
+            "batch.scored": 64 * 8 // (4 * 2),  # of the reference: all completions of a GPU
             "precision.weights": "fp32",
             "parallelism.world": 8,
             "parallelism.strategy": "fsdp",
@@ -242,6 +252,14 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.trainer_offload": ["optimizer"],
             "profile": "verl-0.9",
         },
+    ),
+    "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.max_prompt_length=16 "
+    "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B "
+    "actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128 "
+    "actor_rollout_ref.actor.strategy=fsdp2 algorithm.use_kl_in_reward=True "
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256": (
+        "verl",
+        {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48), "reference": "none"},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
     "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (
@@ -305,14 +323,24 @@ def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> Non
     assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
 
 
+def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
+    script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
+    file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
+    assert file.fields["roles"]["reward"]["model"] == "Qwen/Qwen2-7B"
+    assert file.notes == ("reward.model_name_or_path (train.sh:1): only the first of 2 reward models is counted",)
+
+
 def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
     file = read(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 swift sft --model Qwen/Qwen2-7B --max_length 64")
     note = "several GPUs, and no number of processes: one is counted; add --gpus"
     assert file.notes == (f"CUDA_VISIBLE_DEVICES (train.sh:1): {note}",)
+    file = read(tmp_path, "docker run --gpus all -it image swift sft --model Qwen/Qwen2-7B --max_length 64")
+    assert file.notes == (f"NVIDIA_VISIBLE_DEVICES (train.sh:1): {note}",)
 
 
 QUOTED = {
     "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
+    "over many lines": "bash -c '\n" + 300 * "# a line\n" + "trl sft --config trl.yaml --max_length 32\n'",
     "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
     "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
     "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
@@ -372,8 +400,13 @@ def test_a_line_of_data_is_no_command(tmp_path: Path) -> None:
     """shlex takes time quadratic in the length of a word."""
     with pytest.raises(SpecError, match=r"train\.sh does not train or serve"):
         read(tmp_path, f"trl sft --config {20_000 * 'x'}")
+    long = 4 * (10_000 * "x" + "\n")
+    with pytest.raises(SpecError, match=r"train\.sh:1: more than 20,000 characters in quotes, which are not read"):
+        read(tmp_path, f"trl sft '{long}' --config trl.yaml")
     with pytest.raises(SpecError, match=r"train\.sh:1: a quote is not closed"):
-        read(tmp_path, f"trl sft '{4 * (10_000 * 'x' + chr(10))}' --config trl.yaml")
+        read(tmp_path, f"trl sft '{20 * long}")
+    text = f"A='{long}'\nB=\"it's {300 * (chr(92) + chr(34) + chr(10))}\"\ntrl sft --config trl.yaml --max_length 32"
+    assert read(tmp_path, text).fields["batch"]["sequence"] == 32
 
 
 WORDS = [

@@ -34,7 +34,7 @@ LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
 ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
 ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
 MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
-MLP |= {"shared_mlp"}
+MLP |= {"shared_mlp", "ffn_output"}
 MLP |= {"experts", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
 ATTENTION |= {"self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"}
 MLP |= {"altup_projections", "altup_unembed_projections"}
@@ -47,9 +47,14 @@ ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of stre
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
 VISION |= {"mm_projector", "connector"}
 AUDIO = {"audio_tower", "embed_audio"}
-EMBEDDING_PROJECTIONS = {"project_in", "project_out", "embeddings_project"}  # OPT-350m, ELECTRA
+EMBEDDING_PROJECTIONS = {
+    "project_in",
+    "project_out",
+    "embeddings_project",
+    "embedding_hidden_mapping_in",
+}  # OPT-350m, ELECTRA, ALBERT
 EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and class tokens
-LANGUAGE_HEADS = {"cls", "head", "lm_head", "vocab_transform"}
+LANGUAGE_HEADS = {"cls", "head", "lm_head", "predictions", "vocab_transform"}
 HEADS = {"pooler", "classifier"}
 # Shapes that a card's config may name by the keys of its remote code.
 SHAPES = (

@@ -129,6 +129,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         cases += [(EVALUATED[0], f"evaluated {strategy}") for strategy in STRATEGIES]
     if trainer == "grpo" and profile in _LIGER:  # Liger's loss, in the releases that have it
         cases += [(case, "liger") for case in _LIGER[profile]]
+        if profile != "trl-1.6":
+            cases += [(case, f"{strategy} liger") for case in DIVIDED[:1] for strategy in STRATEGIES[1:]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
@@ -140,7 +142,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         cases += [(case, "server") for case in SERVED]
         cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
     for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), how in cases:
-        strategy = how.removeprefix("evaluated ")
+        strategy = how.removeprefix("evaluated ").removesuffix(" liger")
         precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), how]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
@@ -171,7 +173,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,
-                    "kernels": {**kernels, **({"loss": "fused"} if strategy == "liger" else {})},
+                    "kernels": {**kernels, **({"loss": "fused"} if how.endswith("liger") else {})},
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": {"evaluation": {"micro": 2 * micro}} if how.startswith("evaluated") else {},
                     "profile": profile,

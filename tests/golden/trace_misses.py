@@ -233,6 +233,16 @@ CASES: dict[str, dict[str, Any]] = {
         "task": "forward",
         "batch": {"micro": 3, "sequence": 90},
     },
+    "a masked head's input, which the outputs hold": {
+        **small("distilbert", SMALL),
+        "task": "forward",
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 37},
+    },
+    "the gradient of interpolated positions, expanded": {
+        **small("qwen3_vl_moe", TINY),
+        "batch": {"micro": 2, "sequence": 64, "images": 1, "image_size": 224},
+    },
 }
 
 

@@ -97,6 +97,12 @@ UNDIVIDED = (
     *("plain", "amp", "amp-trainer", "autocast", "fp32", "tied", "tied-plain", "three", "three-trainer"),
     *("three-trainer-amp", "foreach", "lora", "lora-amp", "lora-attention", "lora-three-trainer"),
 )
+# FSDP in a launcher's single process; FSDP1 traces no tied weights of adapters there, and does not offload.
+ALONE = (
+    *("plain", "amp", "tied", "autocast", "fp32", "three", "three-trainer-amp", "lora", "lora-amp", "lora-plain"),
+    *("full", "lora-tied"),
+)
+OFFLOADED_ALONE = ("plain", "lora", "three-trainer", "tied-plain")
 FAMILIES = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt", "bloom", "cohere2"),
     *("mixtral", "qwen3_moe", "granitemoe", "olmoe", "gpt_oss", "jamba", "qwen3_next"),
@@ -210,6 +216,20 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch f
             fields = divided("fsdp2", world)
             parallelism = {**fields["parallelism"], **knob}
             yield f"unequal-{model}", {"model": model, **run, **fields, "parallelism": parallelism}
+    yield from alone()
+
+
+def alone() -> Iterator[tuple[str, dict[str, Any]]]:
+    small = {"model": {"config": LLAMA}, "batch": {"micro": 2, "sequence": 64}}
+    qlora = {"kind": "qlora", "rank": 8, "quantization": {"storage": "bf16"}}
+    for strategy in STRATEGIES[:2]:
+        for name in ALONE:
+            yield f"alone-{name}-{strategy}", {**small, **RUNS.get(name, {}), **divided(strategy, 1)}
+        yield f"alone-qlora-{strategy}", {**small, "method": qlora, **divided(strategy, 1)}
+        for model, run in REAL[:3]:
+            yield f"alone-{model}-{strategy}", {"model": model, **run, **divided(strategy, 1)}
+    for name in OFFLOADED_ALONE:
+        yield f"alone-offload-{name}-fsdp2", {**small, **RUNS[name], **offloaded("fsdp2", 1)}
 
 
 def divided(strategy: str, world: int) -> dict[str, Any]:

@@ -122,19 +122,36 @@ OF_UNSLOTH: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...
     ("qwen3", "dora", BF16, 2, 2048, {}),
     ("blocks", "qlora", BF16, 2, 4096, {"checkpointing": "none"}),
 )
+# Of TRL 1.15, without checkpointing and with `activation_offloading`.
+OFFLOADED: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 1, 512, {}),
+    ("llama", "lora", BF16, 2, 1024, {}),
+    ("blocks", "full", BF16, 2, 4096, {}),
+    ("blocks", "lora", BF16, 2, 4096, {}),
+    ("llama", "qlora", BF16, 2, 2048, {}),
+    ("tied", "full", FP32, 2, 1024, {}),
+    ("gemma2", "lora", BF16, 2, 2048, {}),
+    ("phi3", "lora", BF16, 2, 2048, {}),
+    ("phi3", "full", BF16, 2, 1024, {}),
+    ("qwen3", "full", BF16, 1, 2048, {}),
+    ("qwen2", "lora", BF16, 2, 2048, {"attention": "eager"}),
+    ("llama", "dora", BF16, 2, 1024, {}),
+)
 
 
 def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile, as transformers' Trainer runs them."""
     framework = profile.rpartition("-")[0]
-    for family, method, precision, micro, tokens, changes in (*CASES, *(OF_UNSLOTH if framework == "unsloth" else ())):
+    offloaded = [(*case, {**changes, "checkpointing": "offloaded"}) for *case, changes in OFFLOADED]
+    others = {"unsloth": OF_UNSLOTH, "trl": offloaded if profile == "trl-1.15" else ()}.get(framework, ())
+    for family, method, precision, micro, tokens, changes in (*CASES, *others):
         if (framework, method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
         if framework in ("axolotl", "ms-swift", "unsloth") and precision == FP32:
             continue  # with bf16 they load weights in bf16
         if framework == "unsloth" and (method == "full" or family == "phi3"):
             continue  # FastModel runs those, with transformers' code
-        kernels = dict(changes)
+        kernels, offloads = dict(changes), changes.get("checkpointing") == "offloaded"
         if (framework, family) == ("axolotl", "phi3") and method != "full":
             kernels["fused"] = []  # its kernels refuse fused projections
         if (framework, family) == ("llamafactory", "gemma2"):
@@ -151,7 +168,8 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
-                    "kernels": kernels,
+                    "kernels": {**kernels, **({"checkpointing": "none"} if offloads else {})},
+                    "parallelism": {"offload": {"activations": True}} if offloads else {},
                     "loop": {"trainer": True},
                     "profile": profile,
                 }
@@ -169,7 +187,9 @@ SCRIPTS = {
 
 
 def _suffix(changes: dict[str, Any]) -> str:
-    return {"none": " plain", "full": " checkpointed"}.get(changes.get("checkpointing", ""), "")
+    return {"none": " plain", "full": " checkpointed", "offloaded": " offloaded"}.get(
+        changes.get("checkpointing", ""), ""
+    )
 
 
 def main(runs: Callable[[str], Iterator[tuple[str, RunSpec]]] = runs) -> None:
@@ -215,6 +235,15 @@ def prepare(trainer: type[TrainerScript]) -> None:
     cuda: Any = torch.cuda
     cuda.device_count, cuda.set_device, cuda.get_device_name = (lambda: 1), (lambda device: None), (lambda *_: "A100")
     library("transformers.masking_utils").fast_all = lambda mask: True  # nothing is padded
+    storages: dict[int, Any] = {}  # weak references, without which another storage would get the same number
+    kept: Any = library("torch.multiprocessing.reductions").StorageWeakRef
+
+    def number(self: Any) -> int:
+        """Stand in for the address of a fake storage, by which TRL knows what it has offloaded."""
+        storages.setdefault(self._cdata, kept(self))
+        return self._cdata
+
+    torch.UntypedStorage.data_ptr = number
     arguments: Any = library("transformers.training_args")
     arguments.is_torch_bf16_gpu_available = arguments.is_torch_tf32_available = lambda: True
     script.build = trainer

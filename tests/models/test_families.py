@@ -49,8 +49,8 @@ OFTEN = {
     **dict.fromkeys(("gemma", "gemma2", "gpt_neox", "phi"), 4),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "stablelm"), 4),
     **dict.fromkeys(("gemma3_text", "qwen3_5_moe_text", "qwen3_5_text"), 4),
-    **dict.fromkeys(("bert", "dbrx", "mamba", "t5", "vit"), 4),
-    "falcon": 5,
+    **dict.fromkeys(("dbrx", "mamba", "t5", "vit"), 4),
+    **dict.fromkeys(("bert", "falcon", "roberta"), 5),
     "llama": 6,
     "mistral": 4,
 }

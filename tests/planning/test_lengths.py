@@ -55,6 +55,11 @@ def test_the_longest_sequence_is_cut_to_the_runs_maximum() -> None:
     assert Batch(lengths="p50=100").sequence == 100
 
 
+def test_a_file_of_lengths_is_read_again(named: Named) -> None:
+    for longest in (700, 900):
+        assert RunSpec.model_validate({**RUN, "batch": {"lengths": named([100, longest])}}).batch.sequence == longest
+
+
 def test_a_run_has_lengths_until_its_sequence_is_changed() -> None:
     run = RunSpec.model_validate({**RUN, "batch": {**BATCH, "lengths": "max=1500"}})
     assert RunSpec.model_validate(run.model_dump(mode="json")) == run

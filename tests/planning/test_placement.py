@@ -181,6 +181,7 @@ def test_a_placement_is_written_as_json() -> None:
         ([RUN], [{"gpu": "3090", "card": 2}], "tightest", "card: no such key; did you mean cards?"),
         ([RUN], [{"gpu": "3090", "cards": 0}], "tightest", "cards: must be at least 1, not 0"),
         ([RUN], ["309"], "tightest", "pool: unknown name '309'"),
+        ([RUN], [{"gpu": "3090", "mig": ["3g.40gb"]}], "tightest", "mig: rtx-3090 has no MIG profiles in the table"),
         ([RUN], [{"gpu": "a100", "mig": ["9g.9gb"]}], "tightest", "mig: unknown name '9g.9gb'"),
         ([RUN], [{"gpu": "a100", "mig": ["7g.80gb"] * 2}], "tightest", "mig: 7g.80gb and 7g.80gb need more memory"),
         (
@@ -249,6 +250,7 @@ def test_a_run_that_no_gpu_allows_is_an_error() -> None:
         ("qwen2-7b", None, "run: must be a mapping"),
         (RUN, "3090", "pool: must be a list"),
         (RUN, [3], "pool: unknown name '3'"),
+        (RUN, [], "pool: has no GPU; give one"),
     ]
     for run, gpus, line in wrong:
         with pytest.raises(MemplanError, match=line):

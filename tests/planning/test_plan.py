@@ -222,7 +222,7 @@ def test_headroom_that_no_card_can_leave_is_refused(headroom: int) -> None:
 
 @ALL
 def test_if_nothing_fits_the_nearest_is_named_with_the_missing_memory() -> None:
-    found = memplan.plan(RunSpec(model="qwen2-72b", method="full", gpu="t4"))
+    found = memplan.plan(RunSpec(model="qwen2-72b", method="full", gpu="p4"))
     assert found.proposals == ()
     assert found.best is None
     assert found.nearest is not None

@@ -10,7 +10,7 @@ from memplan.core.errors import ProbeError
 from memplan.probe.libraries import class_named, library, objective_of
 from memplan.spec.run import RunSpec
 
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
 
 
 def objective(**config: Any) -> str:
@@ -31,9 +31,17 @@ def objective(**config: Any) -> str:
             "BlenderbotForConditionalGeneration",
             "seq2seq_lm",
         ),
-        ({"model_type": "albert"}, "AlbertForMaskedLM", "masked_lm"),
-        ({"model_type": "albert", "architectures": ["AlbertForPreTraining"]}, "AlbertForMaskedLM", "masked_lm"),
-        ({"model_type": "albert", "architectures": ["AlbertModel"]}, "AlbertModel", "feature_extraction"),
+        ({"model_type": "squeezebert"}, "SqueezeBertForMaskedLM", "masked_lm"),
+        (
+            {"model_type": "squeezebert", "architectures": ["SqueezeBertForPreTraining"]},
+            "SqueezeBertForMaskedLM",
+            "masked_lm",
+        ),
+        (
+            {"model_type": "squeezebert", "architectures": ["SqueezeBertModel"]},
+            "SqueezeBertModel",
+            "feature_extraction",
+        ),
         ({"model_type": "llava_next", "vision_config": {"depth": 1}}, "LlavaNextForConditionalGeneration", "causal_lm"),
         ({"model_type": "minimax"}, "MiniMaxForCausalLM", "causal_lm"),
     ],
@@ -44,8 +52,10 @@ def test_a_trace_takes_the_class_that_the_config_names(config: dict[str, Any], n
 
 
 def test_a_class_whose_labels_a_probe_cannot_make_is_refused() -> None:
-    with pytest.raises(ProbeError, match="makes no labels for AlbertForQuestionAnswering; objectives it runs: causal"):
-        objective(model_type="albert", architectures=["AlbertForQuestionAnswering"])
+    with pytest.raises(
+        ProbeError, match="makes no labels for SqueezeBertForQuestionAnswering; objectives it runs: causal"
+    ):
+        objective(model_type="squeezebert", architectures=["SqueezeBertForQuestionAnswering"])
 
 
 def test_every_model_type_has_a_class_of_transformers_or_none() -> None:

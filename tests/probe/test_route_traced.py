@@ -21,8 +21,6 @@ from memplan.probe.run.trace import Tracer
 from tests.tiny import TINY
 
 pytestmark = pytest.mark.torch
-pytest.importorskip("torch")
-pytest.importorskip("bitsandbytes")
 
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 64}
 _PLAIN = {

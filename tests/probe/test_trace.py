@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,8 +26,6 @@ from tests.tiny import TINY
 from tests.tiny_vision import TINY as TINY_VISION
 
 pytestmark = pytest.mark.torch
-pytest.importorskip("torch")
-pytest.importorskip("bitsandbytes")
 
 
 def tiny(family: str, **parts: Any) -> RunSpec:
@@ -191,7 +190,8 @@ def test_fake_tensors_are_allocated_and_freed_like_real_ones(run: RunSpec, trace
 
 
 def scratch(op: str, *args: Any, capability: tuple[int, int] = (8, 0), **kwargs: Any) -> list[int]:
-    from memplan.probe.fake.kernels import ROWS, card_of
+    from memplan.catalogue.quantization.fused_4bit import card_of
+    from memplan.probe.fake.kernels import ROWS
 
     row = next(row for row in ROWS if row.op == op)
     return [bytes_ for _, bytes_ in row.bytes_of(args, kwargs, card_of(capability))]
@@ -219,6 +219,26 @@ def test_efficient_backward_has_a_workspace_by_the_tile_the_card_holds() -> None
     assert scratch(op, None, wide, wide, wide, capability=(8, 6))[1] == 16 * (2 * 2 * (64 * 64 * 4 + 16) + keys)
     single = meta(2, 8, 100, 64, dtype="float32")
     assert scratch(op, None, single, single, single)[1:3] == [4 * 2 * 100 * 8 * 64, 4 * 2 * 100 * 8]
+
+
+def test_few_rows_read_4_bit_matrices_packed_as_in_bitsandbytes() -> None:
+    import torch
+
+    from memplan.catalogue.quantization.fused_4bit import KernelCard, reads_packed
+    from memplan.probe.fake.kernels import heuristic
+
+    random, dtypes = Random(0), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    sizes = (64, 200, 576, 1024, 1536, 2048, 3072, 4096, 5120, 8192, 11008, 13824, 14336, 28672)
+    for capability in ((7, 0), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0), (12, 1)):
+        for processors in (40, 82, 108, 132, 170):
+            card = KernelCard(capability, processors if capability != (8, 9) else 128)
+            choose = heuristic(card)
+            assert choose is not None
+            for _ in range(300):
+                rows = random.choice((*range(1, 18), random.randint(18, 1536)))
+                n, k, dtype = random.choice(sizes), random.choice(sizes), random.choice([*dtypes])
+                case = rows, n, k, dtype, card
+                assert reads_packed(*case) == bool(choose(0, dtypes[dtype], rows, n, k)), case
 
 
 def test_embedding_backward_sorts_more_than_3072_indices() -> None:
@@ -330,6 +350,7 @@ REFUSED = [
     ({"optimizer": "galore_adamw"}, SpecError, "optimizer.name: a probe does not run galore_adamw; it runs "),
     ({"optimizer": "adamm"}, UnknownNameError, "did you mean ademamix or adamw_8bit"),
     ({"precision": "mixed"}, SpecError, "precision.master"),
+    ({"precision": "fp32", "kernels": {"attention": "flash_attention_2"}}, SpecError, "needs bf16 or fp16"),
     ({"optimizer": {"state_dtype": "bf16"}}, SpecError, "optimizer.state_dtype"),
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
     ({"parallelism": {"world": 2, "dp": 1}}, SpecError, "parallelism.world: a world of 2 GPUs is not dp 1 x tp 1"),

@@ -53,7 +53,7 @@ def test_the_mean_error_of_all_rounds_is_below_0_1_per_cent() -> None:
     assert sum(errors) / len(errors) < 1e-3
 
 
-@ALL
+@pytest.mark.torch
 def test_a_trace_is_of_transformers_own_generate(tracer: Tracer) -> None:
     case = CASES[0]
     traced = tracer.trace(RunSpec(**case["run"]), 1)

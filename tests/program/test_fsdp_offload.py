@@ -113,7 +113,7 @@ def test_fsdp2_accumulates_gradients_on_the_host_with_one_shard_in_transit() -> 
     [
         ({"strategy": "fsdp", "batch": {"accumulation": 2}}, "batch.accumulation: .*loop.trainer"),
         ({"strategy": "fsdp2", "loop": {"grad_scaler": True}}, "loop.grad_scaler: true is not supported yet"),
-        ({"strategy": "ddp"}, "parameters with several GPUs and fsdp, fsdp2, zero3"),
+        ({"strategy": "ddp"}, "parameters with fsdp, fsdp2, zero3"),
         (
             {"strategy": "fsdp2", "moved": False, "parallelism": {"offload": {"optimizer": True}}},
             "FSDP offloads parameters, gradients and states together; set parameters too",

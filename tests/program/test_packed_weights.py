@@ -265,3 +265,20 @@ def test_any_config_is_answered_or_one_line(how: str, said: dict[str, Any]) -> N
     except MemplanError as error:
         failed = str(error)
     assert "\n" not in failed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "profile"),
+    [  # of down_proj, 2048 x 8192: bitsandbytes 0.50 _gemm_4bit_use_custom_cuda, _rocm; 0.45 matmul_4bit
+        ("4090", 12, "transformers-5"),
+        ("a100-80gb", 7, "transformers-5"),
+        ("t4", 7, "transformers-5"),
+        ("mi300x", 4, "transformers-5"),
+        ("4090", 1, "transformers-4.51"),
+    ],
+)
+def test_the_card_decides_how_many_rows_read_a_4_bit_matrix_packed(gpu: str, rows: int, profile: str) -> None:
+    for tokens, is_copied in ((rows, False), (rows + 1, True)):
+        fields: dict[str, Any] = {"task": "forward", "gpu": gpu, "profile": profile, "batch": {"sequence": tokens}}
+        answer = estimate(RunSpec(model="llama-3.2-1b", method={"quantization": {}}, **fields))
+        assert ("dequantised" in {line.what for line in answer.ledger}) == is_copied, tokens

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,9 @@ import pytest
 
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
+from tests.cases import each
 
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("torch", "transformers", "peft")), reason="torch runs it"
-    ),
-]
+pytestmark = pytest.mark.torch
 
 CHILD = Path(__file__).parents[1] / "sharded_child.py"
 CONFIG = {
@@ -47,6 +41,7 @@ def case(strategy: str, world: int, lora: bool = False, checkpoint: bool = True,
 
 
 CASES = (
+    case("ddp", 2),
     case("fsdp2", 2),
     case("fsdp2", 3, checkpoint=False),
     case("fsdp2", 4, tied=True),
@@ -55,27 +50,26 @@ CASES = (
     case("fsdp", 3, checkpoint=False),
     case("fsdp", 4, tied=True),
     case("fsdp", 2, lora=True),
-    case("ddp", 2),
 )
 
 
-@cache
-def traced() -> list[dict[str, int]]:
+def traced() -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """Return the cases and torch's peaks, from one process."""
     lines = "".join(json.dumps(c) + "\n" for c in CASES)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(CHILD)], input=lines, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [*zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True)]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: json.dumps({**CASES[i], "config": None}))
-def test_a_ranks_estimate_equals_torchs_allocations(number: int) -> None:
+@each(traced, lambda pair: json.dumps({**pair[0], "config": None}))
+def test_a_ranks_estimate_equals_torchs_allocations(pair: tuple[dict[str, Any], dict[str, int]]) -> None:
     """Within a hundredth, or two for adapters under FSDP1, which are gathered with their block here.
 
     The rest is torch's: scalars, and the CPU's kernels.
     """
-    c, found = CASES[number], traced()[number]
+    c, found = pair
     run = RunSpec(
         model={"config": c["config"]},
         method={"kind": "lora", "rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}

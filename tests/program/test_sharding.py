@@ -77,11 +77,11 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) ->
 
 def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
     """Return the run on `ranks` GPUs, with the options that the strategy supports."""
-    if strategy in (*ZERO, MEGATRON) and world > 1:
+    if strategy in ZERO or (strategy == MEGATRON and world > 1):
         run = {**run, "method": "full" if strategy == MEGATRON else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
     run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
-    if run.get("method") == "qlora" and strategy in SHARDED and world > 1:
+    if run.get("method") == "qlora" and strategy in SHARDED:
         run["method"] = {"kind": "qlora", "quantization": {"storage": "bf16"}}
     return run
 
@@ -112,15 +112,15 @@ def kept(structure: Structure, strategy: str, world: int) -> list[TensorGroup]:
 
 
 @laws
-@given(runs(), st.sampled_from(sorted(STRATEGIES)))
-def test_one_gpu_is_the_plain_estimate_whatever_the_strategy(run: dict[str, Any], strategy: str) -> None:
+@given(runs(), st.sampled_from(["ddp", MEGATRON]))
+def test_replicas_of_one_gpu_are_the_plain_estimate(run: dict[str, Any], strategy: str) -> None:
     plain, one = answer(run, "none", 1), answer(run, strategy, 1)
     assert one.bytes == plain.bytes
     assert (one.ledger, one.phases, one.band) == (plain.ledger, plain.phases, plain.band)
 
 
 @laws
-@given(runs(), st.sampled_from(sorted(STRATEGIES)), st.integers(2, 9))
+@given(runs(), st.sampled_from(sorted(STRATEGIES)), st.integers(1, 9))
 def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: str, world: int) -> None:
     a = answer(run, strategy, world)
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
@@ -140,15 +140,6 @@ def told(run: dict[str, Any], strategy: str, world: int, **knobs: Any) -> Estima
     """Return the answer of a run on `ranks` GPUs with options of the strategy."""
     fields = divided(run, strategy, world)
     return estimate(RunSpec(**{**fields, "parallelism": {**fields["parallelism"], **knobs}}))
-
-
-@laws
-@given(runs(), st.sampled_from([(s, {k: v}) for s, knobs in KNOBS.items() for k, v in knobs.items()]))
-def test_one_gpu_gives_the_plain_estimate_with_any_strategy(
-    run: dict[str, Any], knob: tuple[str, dict[str, Any]]
-) -> None:
-    plain, one = answer(run, "none", 1), told(run, knob[0], 1, **knob[1])
-    assert (one.bytes, one.ledger, one.phases, one.band) == (plain.bytes, plain.ledger, plain.phases, plain.band)
 
 
 @laws

@@ -9,6 +9,7 @@ import pytest
 from memplan import RunSpec
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine import lowered, record, step
+from memplan.engine.events import packed
 from memplan.engine.moments import Moment, PassMoments
 from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
 from memplan.program import graph
@@ -127,7 +128,7 @@ def test_moments_walked_in_order_are_those_looked_up_one_by_one() -> None:
 
 
 def test_moments_in_columns_are_a_sequence() -> None:
-    each = [Moment("forward", f"op{i}", {i: 1}, (), 0, {}) for i in range(3)]
+    each = [Moment("forward", f"op{i}", {i: 1}, packed([0, ~0]), i, {}) for i in range(3)]
     moments = PassMoments(each)
     assert [*moments] == each
     assert (len(moments), moments[1], moments[-1], [*moments[1:]]) == (3, each[1], each[2], each[1:])

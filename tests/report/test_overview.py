@@ -110,6 +110,14 @@ def test_a_card_that_the_name_may_mean_is_proposed_first() -> None:
     assert found["rtx-4060"].text == "Tesla T4 (14.6 GiB usable), the smallest NVIDIA card that holds it"
 
 
+def test_a_change_that_only_a_file_can_say_is_not_proposed() -> None:
+    engine = {"memory_utilization": 0.9, "max_model_len": 1024}  # no option takes the length back
+    batch = {"micro": 6, "sequence": 256, "new_tokens": 768, "generations": 6}
+    run = {"trainer": "grpo", "reference": "none", "rollout": "colocate", "profile": "trl-1.15", "serving": engine}
+    found = ways(answer_of(model="llama-3.1-8b", method="qlora", gpu="t4", batch=batch, **run))
+    assert [way.text for way in found if "uses" in way.text] == []
+
+
 def test_other_stacks_take_what_their_own_profiles_take() -> None:
     line = " ".join(stacks(QLORA, Screen()).split())
     for profile in ("unsloth-2026.10", "trl-1.15", "axolotl-0.21", "llamafactory-0.9.5", "ms-swift-4.6"):

@@ -130,10 +130,17 @@ def test_experts_are_stored_as_the_layer_of_transformers_stores_them() -> None:
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**{key: value for key, value in EXPERTS.items() if key != "model_type"})
-    with torch.device("meta"):
-        layer = fp8.FP8Experts(config, block_size=(128, 128))
-    sizes = sorted(rounded(p.numel() * p.element_size()) for p in layer.parameters())
-    assert sorted(stacks(ask(FP8, ATTENTION, config=EXPERTS)).values()) == sizes
+    in_fp4 = RunSpec(
+        model={"config": {**EXPERTS, "expert_dtype": "fp4", "quantization_config": FP8}}, task="generate", gpu="h100"
+    )
+    for answer, fp4 in (
+        (ask(FP8, ATTENTION, config=EXPERTS), {}),
+        (estimate(in_fp4), {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}),
+    ):
+        with torch.device("meta"):
+            layer = fp8.FP8Experts(config, block_size=(128, 128), **fp4)
+        sizes = sorted(rounded(p.numel() * p.element_size()) for p in layer.parameters())
+        assert sorted(stacks(answer).values()) == sizes
 
 
 def test_backward_dequantises_a_gibibyte_of_experts_at_once() -> None:
@@ -196,7 +203,8 @@ def test_a_bundled_model_runs_as_it_is_published() -> None:
     assert other.run.method.quantization.format == "nf4"
     assert any("runs dequantised: its kernels need" in note for note in older.notes)
     assert any("another format only of a copy in 16 bits" in note for note in other.notes)
-    assert any("counted in fp8, twice as large" in note for note in asked("deepseek-v4-flash", "h200").notes)
+    v4 = RunSpec(model="deepseek-v4-flash", method={"kind": "lora", "targets": ["q_a_proj"]}, gpu="h200")
+    assert any("no gradients through its experts in fp4" in note for note in estimate(v4).notes)
     fields: dict[str, Any] = {"model": "devstral-small-2-24b", "method": {"kind": "lora"}, "gpu": "h200"}
     lora, zero3 = RunSpec(**fields), {"world": 2, "dp": 2, "strategy": "zero3"}
     sharded = estimate(RunSpec(**fields, parallelism=zero3))

@@ -28,7 +28,8 @@ LEFT_OUT = re.compile(
     r"|_pydatetime|plistlib|wave|modulefinder|cmd|fileinput|compileall|runpy|asyncio/(tools|__main__))\.pyc"
     r"|encodings/(?!__init__|aliases|ascii|latin_1|utf_|cp437|idna|punycode|unicode_escape|raw_unicode).*"
     r"|asyncio/(proactor|windows)_\w+\.pyc|concurrent/futures/process\.pyc|logging/(handlers|config)\.pyc|pyodide/console\.pyc"
-    r"|pydantic/(mypy|color|experimental/pipeline)\.pyc|typer/(testing|cli|_click/_winconsole)\.pyc"
+    r"|pydantic/(mypy|color|networks|dataclasses|root_model|validate_call_decorator|experimental/pipeline)\.pyc"
+    r"|typer/(testing|cli|rich_utils|_click/(_winconsole|_termui_impl))\.pyc|annotated_types/test_cases\.pyc"
 )
 
 

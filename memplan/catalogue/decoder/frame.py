@@ -169,11 +169,12 @@ def decoder_block(
 
     def ended(name: str, x: str, end: str) -> tuple[str, Ops, Ops]:
         """Return what is added, the operations that make it, and those after it is added."""
+        made: Ops = ()
         if end:
-            return f"{x}.normed", (*norm(end, x, f"{x}.normed", "b s h", "h"), ops.release_names(x)), ()
+            made, x = (*norm(end, x, f"{x}.normed", "b s h", "h"), ops.release_names(x)), f"{x}.normed"
         if branch:
-            return f"{x}.branch", branch(name, x, f"{x}.branch"), (ops.release_names(x),)
-        return x, (), ()
+            return f"{x}.branch", (*made, *branch(name, x, f"{x}.branch")), (ops.release_names(x),)
+        return x, made, ()
 
     ao, attention_end, released = ended("attention_branch", "ao", after_attention)
     mo, mlp_end, _ = ended("mlp_branch", "mo", after_mlp)

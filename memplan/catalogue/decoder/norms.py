@@ -39,6 +39,25 @@ def rms_norm_in_fp32(name: str, x: str, y: str, shape: str, axis: str) -> tuple[
     )
 
 
+def rms_norm_without_weight(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """RMSNorm in fp32 without a weight, as in Llama 4 and nanochat."""
+    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
+    return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"))
+
+
+def rms_norm_of_cast_weight(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """Helium's RMSNorm: OLMo 2's, with the weight cast to fp32 first. The cast is kept, as in Cohere's LayerNorm."""
+    *normalise, product, cast, release = rms_norm_in_fp32(name, x, y, shape, axis)
+    w32, weight = f"{y}.w32", product.weights[0]
+    return (
+        *normalise,
+        product,
+        Op(f"{name}.float_weight", (), (Tensor(w32, axis, "fp32"),), (weight._replace(trains=False),), cast=True),
+        cast._replace(reads=(*cast.reads, w32), keeps=(Keep(w32, cast.reads[0]),)),
+        release,
+    )
+
+
 def gemma_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
     """Gemma's RMSNorm, scaled by one plus the weight in fp32.
 

@@ -69,14 +69,22 @@ def partial_rope(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
     return (*partly_rotated(m, name, q, k), ops.release_names(q, k))
 
 
+def rope_of_pairs(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
+    """Rotate each head, as in Helium. Every layer repeats cos and sin for each pair, and keeps the copies."""
+    return _of_pairs(name, rope(m, name, q, k))
+
+
 def partial_rope_of_pairs(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
-    """Rotate part of each head, as in GLM-4. Every layer repeats cos and sin for each pair, and keeps the copies."""
+    """Rotate part of each head, as in GLM-4, with cos and sin as in `rope_of_pairs`."""
+    return (*_of_pairs(name, partly_rotated(m, name, q, k)), ops.release_names(q, k))
+
+
+def _of_pairs(name: str, rotated: tuple[Op, ...]) -> tuple[Op, ...]:
     return (
         ops.copy(f"{name}.pairs_of_cos", "cos", "cos.pairs", "s rot"),
         ops.copy(f"{name}.pairs_of_sin", "sin", "sin.pairs", "s rot"),
-        *renamed(partly_rotated(m, name, q, k), {"cos": "cos.pairs", "sin": "sin.pairs"}),
+        *renamed(rotated, {"cos": "cos.pairs", "sin": "sin.pairs"}),
         ops.release_names("cos.pairs", "sin.pairs"),
-        ops.release_names(q, k),
     )
 
 

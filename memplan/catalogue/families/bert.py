@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa, data2vec and ELECTRA: a norm after each residual, dropout, and the heads."""
+"""BERT, RoBERTa, XLM-RoBERTa, data2vec, ERNIE and ELECTRA: a norm after each residual, dropout, and the heads."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def inputs(m: ModelSpec, padded: bool) -> Op:
     return Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), *labels), holds="step")
 
 
-def embeddings(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op, ...]:
-    """Embeddings and masks.
+def embeddings(m: ModelSpec, wiring: Wiring, body: str, roberta: bool, normed: bool = True) -> tuple[Op, ...]:
+    """Embeddings, `normed` if a norm ends them, and masks.
 
     BERT's positions and token types are buffers that all sequences share; RoBERTa makes them for the batch.
     """
@@ -135,6 +135,13 @@ def embeddings(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[
         ),
         ops.release_names("not_padding", "incremental"),
     )
+    tasks = str(m.config_int("task_type_vocab_size", 3)) if m.get("use_task_id", False) else ""
+    task_ids = Op("task_type_ids", (), (Tensor("task_type_ids", "b s", "int64"),), gradient="none")
+    by_task = (
+        task_ids,
+        table(f"{name}.task_type_embeddings", "task_type_ids", "tasks", tasks, "b s"),
+        ops.add("add_tasks", "placed", "tasks", "summed", "b s h")._replace(view=True),
+    )
     return (
         inputs(m, wiring.padded),
         *(counted if roberta else (Op("position_ids", (), (Tensor("position_ids", "", "int64"),), buffers),)),
@@ -142,12 +149,17 @@ def embeddings(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[
         ops.embedding(f"{name}.word_embeddings", "ids", "tokens", "v", "h"),
         *typed,
         table(f"{name}.position_embeddings", "position_ids", "places", str(longest), rows),
-        ops.add("add_positions", "typed", "places", "summed", "b s h"),
+        ops.add("add_positions", "typed", "places", "placed" if tasks else "summed", "b s h"),
         ops.release_names("typed"),
-        ops.layer_norm(f"{name}.LayerNorm", "summed", "normed", "b s h", "h"),
-        ops.release_names("summed"),
+        *(by_task if tasks else ()),
+        *(
+            (ops.layer_norm(f"{name}.LayerNorm", "summed", "normed", "b s h", "h"), ops.release_names("summed"))
+            if normed
+            else (ops.view(f"{name}.LayerNorm", "summed", "normed", "b s h"),)
+        ),
         *dropped(f"{name}.dropout", "normed", "embeds", "b s h", drop),
         ops.release_names("tokens", *(("types",) if types else ()), "places", "position_ids", "token_type_ids"),
+        ops.release_names(*(("tasks", "task_type_ids") if tasks else ())),
         *masks(wiring, "embeds"),
     )
 
@@ -320,6 +332,7 @@ BUILDERS = {
     "camembert": partial(bert, name="roberta", roberta=True),
     "data2vec-text": partial(bert, name="data2vec_text", roberta=True),
     "electra": electra,
+    "ernie": partial(bert, name="ernie"),
     "roberta": partial(bert, name="roberta", roberta=True),
     "xlm-roberta": partial(bert, name="roberta", roberta=True),
 }

@@ -93,4 +93,5 @@ BUILDERS = {
     "glm4_moe_lite": DEEPSEEK_V3,
     "glm_moe_dsa": glm_moe_dsa,
     "mistral4": Decoder(attention=_scaled_attention, experts=_grouped_softmax_mixture),
+    "youtu": DEEPSEEK_V3,
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from memplan.catalogue.decoder.decoder import Decoder, branch_dropout, decoder
 from memplan.catalogue.decoder.frame import BOTH, FULL
 from memplan.catalogue.decoder.mlp import fused_mlp
-from memplan.catalogue.decoder.norms import layer_norm_in_fp32
+from memplan.catalogue.decoder.norms import layer_norm_in_fp32, rms_norm_of_cast_weight
 from memplan.catalogue.decoder.rotation import (
     attend_heads_first,
     fused_heads,
     partial_rope_of_pairs,
     rope_and_norm,
     rope_and_scale,
+    rope_of_pairs,
 )
 from memplan.catalogue.decoder.rotation_fp32 import norm_and_rope_of_casts, rope_in_fp32, rope_of_casts
 from memplan.catalogue.decoder.scaling import scaled_branches, scaled_embeddings, scaled_logits
@@ -43,6 +44,12 @@ def ernie4_5(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring._replace(drops=False), ERNIE)
 
 
+def hyperclovax(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build HyperCLOVA X: Granite, whose branches may end with a norm before they are scaled."""
+    ends = ("post_norm1", "post_norm2") if m.get("use_post_norm", True) else ("", "")
+    return decoder(m, wiring, GRANITE._replace(norms=("input_layernorm", ends[0], "post_attention_layernorm", ends[1])))
+
+
 BUILDERS = {
     "cohere": _COHERE,
     "cohere2": _COHERE._replace(rotate=rope_of_casts, masks=BOTH),
@@ -53,7 +60,9 @@ BUILDERS = {
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
     ),
     "granite": GRANITE,
+    "helium": LLAMA._replace(out_bias=False, norm=rms_norm_of_cast_weight, rotate=rope_of_pairs),
     "hunyuan_v1_dense": LLAMA._replace(rotate=rope_and_norm),
+    "hyperclovax": hyperclovax,
     "internlm3": LLAMA,
     "llama": LLAMA,
     "mimo": Decoder(bias=True, mlp_bias="mlp_bias"),

@@ -73,6 +73,7 @@ def _head(m: ModelSpec, wiring: Wiring, embeddings: str) -> tuple[tuple[Op, ...]
                 *activation(m, "activation", "wide", "act", "b s h"),
                 ops.layer_norm("vocab_layer_norm", "act", "n", "b s h", "h"),
                 vocabulary_projection("vocab_projector", "n", tied, "vocab_projector.bias"),
+                ops.release_names("x"),  # the model's own output refers to it
             ), language_model_loss()
         case "token_classification":
             return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from memplan.catalogue.attention.attention import KEYS, QUERIES, attention
 from memplan.catalogue.decoder.attention import rope
 from memplan.catalogue.decoder.decoder import Decoder, decoder
@@ -9,6 +11,7 @@ from memplan.catalogue.decoder.frame import BOTH, Norm
 from memplan.catalogue.decoder.norms import gemma_norm
 from memplan.catalogue.decoder.scaling import scaled_embedding
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Op, Stack
 from memplan.models.model import ModelSpec
@@ -54,12 +57,11 @@ def capped_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
 def capped_attention(
     name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
 ) -> tuple[Op, ...]:
-    """Eager attention that soft-caps the scaled scores before adding the mask. The tanh is kept."""
+    """Eager attention that soft-caps the scaled scores before it adds the mask, if there is one. The tanh is kept."""
     kernel = attention(name, q, k, v, y, wiring, grouped, sliding, mask)
-    i, add = next((i, op) for i, op in enumerate(kernel) if op.name == f"{name}.add_mask")
-    scores, *others = add.reads
-    capped = ops.softcap(f"{name}.softcap", scores, "capped", "b a s s")
-    return (*kernel[:i], *capped, add._replace(reads=("capped", *others)), *kernel[i + 1 :])
+    i = next(i for i, op in enumerate(kernel) if "scaled" in op.reads)
+    capped = ops.softcap(f"{name}.softcap", "scaled", "capped", "b a s s")
+    return (*kernel[:i], *capped, *renamed(kernel[i:], {"scaled": "capped"}))
 
 
 _GEMMA = Decoder(bias="attention_bias", out_bias="attention_bias", norm=gemma_norm, embedded=(scaled_embedding(),))
@@ -79,7 +81,7 @@ def gemma(m: ModelSpec, wiring: Wiring) -> Stack:
     return scaled_apart(wiring, decoder(m, wiring, _GEMMA))
 
 
-def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
+def gemma2(m: ModelSpec, wiring: Wiring, *, row: Decoder = _GEMMA_2) -> Stack:
     """Build Gemma 2, with soft-capped scores and logits.
 
     Of the kernels only flash attention 2 caps inside. Otherwise attention is eager, except in versions of transformers
@@ -88,7 +90,7 @@ def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
     inside = wiring.backend == "flash_2" or (wiring.uncapped and wiring.backend != "eager")
     wiring = wiring if inside else wiring._replace(backend="eager", masked="eager")
     capped = not inside and m.get("attn_logit_softcapping", 0.0) > 0
-    row = _capped(m, _GEMMA_2._replace(attend=capped_attention if capped else attention))
+    row = _capped(m, row._replace(attend=capped_attention if capped else attention))
     return scaled_apart(wiring, decoder(m, wiring, row))
 
 
@@ -101,4 +103,6 @@ def _capped(m: ModelSpec, row: Decoder) -> Decoder:
     return row._replace(logits=capped_logits) if m.get("final_logit_softcapping", 0.0) > 0 else row
 
 
-BUILDERS = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3}
+_VAULT = _GEMMA_2._replace(norms=("input_layernorm", "", "pre_feedforward_layernorm", ""))
+
+BUILDERS = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "vaultgemma": partial(gemma2, row=_VAULT)}

@@ -11,6 +11,7 @@ from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, mask
 from memplan.catalogue.decoder.attention import project_heads
 from memplan.catalogue.decoder.frame import after, before, decoder_block, masks, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.norms import rms_norm_without_weight
 from memplan.catalogue.experts import routers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import rotary_angles
@@ -67,12 +68,6 @@ def rotate_complex(
     )
 
 
-def _norm_heads(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """RMSNorm without a weight."""
-    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, "d")
-    return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"))
-
-
 def _chunk_mask(wiring: Wiring) -> tuple[Op, ...]:
     """The mask of layers that attend in chunks: one per sequence, because each may begin at another position."""
     if not wiring.has_mask(True) or wiring.backend == "eager":
@@ -115,8 +110,8 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
     if layer.rotary:
         query_key_ops += rotate_complex(f"{name}.rope", ("q1", q, QUERIES), ("k1", k, KEYS))
     if normed:
-        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "q2", "q", QUERIES), ops.release_names("q2"))
-        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "k2", "k", KEYS), ops.release_names("k2"))
+        query_key_ops += (*rms_norm_without_weight(f"{name}.qk_norm", "q2", "q", QUERIES, "d"), ops.release_names("q2"))
+        query_key_ops += (*rms_norm_without_weight(f"{name}.qk_norm", "k2", "k", KEYS, "d"), ops.release_names("k2"))
     if not layer.rotary:
         tempered = m.get("attn_temperature_tuning", True)
         query_key_ops += (

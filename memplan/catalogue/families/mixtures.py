@@ -64,7 +64,7 @@ def _mixtral(m: ModelSpec) -> tuple[Op, ...]:
     return (*noise, *mixture(X, routed, experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))))
 
 
-def _softmax(m: ModelSpec) -> tuple[Op, ...]:
+def softmax_mixture(m: ModelSpec) -> tuple[Op, ...]:
     """The mixture of Qwen3 and OLMoE."""
     normalise = m.get("norm_topk_prob", False)
     if before_5(m):
@@ -106,7 +106,7 @@ def olmoe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build OLMoE, which normalises q and k across all heads."""
     if m.get("clip_qkv", 0.0) > 0:
         raise UnsupportedModelError("clip_qkv: is not supported yet for olmoe", "clip_qkv")
-    return decoder(m, wiring, LLAMA._replace(qk_norm="all", experts=_softmax))
+    return decoder(m, wiring, LLAMA._replace(qk_norm="all", experts=softmax_mixture))
 
 
 def _minimax_m2(m: ModelSpec) -> tuple[Op, ...]:
@@ -249,11 +249,12 @@ BUILDERS = {
     "granitemoe": GRANITE._replace(experts=_granite),
     "granitemoeshared": GRANITE._replace(experts=_granite),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
+    "mellum": QWEN_3._replace(mlp_bias=False, experts=softmax_mixture, local_table=True),
     "minimax_m2": Decoder(qk_norm="all", rotate=partial_rope, attend=attend_heads_first, experts=_minimax_m2),
     "mixtral": Decoder(experts=_mixtral),
     "olmoe": olmoe,
     "phimoe": _LLAMA._replace(norm=layer_norm, experts=_phimoe, head_bias="lm_head_bias"),
     "qwen2_moe": qwen2_moe,
-    "qwen3_moe": QWEN_3._replace(mlp_bias=False, experts=_softmax),
+    "qwen3_moe": QWEN_3._replace(mlp_bias=False, experts=softmax_mixture),
     "solar_open": Decoder(bias="attention_bias", experts=sigmoid_mixture),
 }

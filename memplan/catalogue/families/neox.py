@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from memplan.catalogue.attention.attention import KEYS, QUERIES, keys_and_values
-from memplan.catalogue.decoder.attention import llama_attention
+from memplan.catalogue.decoder.attention import llama_attention, rope
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
-from memplan.catalogue.decoder.norms import layer_norm
+from memplan.catalogue.decoder.norms import layer_norm, rms_norm_without_weight
 from memplan.catalogue.decoder.rotation import NEOX, heads_first, partly_rotated
+from memplan.catalogue.families.gemma import capped_logits, norm_heads
 from memplan.catalogue.families.gpt import mlp, with_causal_buffers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor
 from memplan.models.layers import Layer
@@ -134,11 +136,11 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring, _without_gate(m, row))
 
 
-def _without_gate(m: ModelSpec, row: Decoder) -> Decoder:
+def _without_gate(m: ModelSpec, row: Decoder, layers: tuple[str, str] = ("up_proj", "down_proj")) -> Decoder:
     """Return the row with Nemotron's MLP: an up-projection, the config's activation, a down-projection."""
 
     def feed(x: str, y: str, bias: bool) -> tuple[Op, ...]:
-        return mlp(m, x, y, False, ("up_proj", "down_proj"), bias=bias)
+        return mlp(m, x, y, False, layers, bias=bias)
 
     return row._replace(mlp=feed)
 
@@ -159,6 +161,23 @@ def apertus(m: ModelSpec, wiring: Wiring) -> Stack:
         qk_norm="each", norms=("attention_layernorm", "", "feedforward_layernorm", ""), mlp_bias=False
     )
     return decoder(m, wiring, _without_gate(m, row))
+
+
+def _rope_and_norm(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
+    rotated = renamed(rope(m, name, q, k), {"q": "q.rotated", "k": "k.rotated"})
+    return (*rotated, *norm_heads(name, "q.rotated", "k.rotated", "q", "k", rms_norm_without_weight))
+
+
+def nanochat(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build nanochat: norms without weights, also of the embeddings and of rotated heads, and soft-capped logits."""
+    row = _ARCEE._replace(rotate=_rope_and_norm, norm=rms_norm_without_weight, mlp_bias=False)
+    stack = decoder(m, wiring, _without_gate(m, row, ("fc1", "fc2")))
+    looked_up = renamed(stack.before, {"embeds": "looked_up"})
+    last = after(m, wiring, norm=rms_norm_without_weight, held="looked_up")
+    return stack._replace(
+        before=(*looked_up, *rms_norm_without_weight("model.norm", "looked_up", "embeds", "b s h", "h")),
+        after=capped_logits(last) if m.get("final_logit_softcapping", 0.0) > 0 else last,
+    )
 
 
 def _layer_norm_plus_one(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
@@ -202,6 +221,7 @@ BUILDERS = {
     "arcee": arcee,
     "gpt_neox": gpt_neox,
     "jais2": jais2,
+    "nanochat": nanochat,
     "nemotron": nemotron,
     "phi": phi,
     "starcoder2": starcoder2,

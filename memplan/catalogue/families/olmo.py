@@ -9,7 +9,9 @@ from memplan.catalogue.decoder.frame import BOTH, FULL
 from memplan.catalogue.decoder.norms import layer_norm_without_weight, rms_norm_in_fp32
 from memplan.catalogue.decoder.rotation_fp32 import rope_in_table_dtype
 from memplan.catalogue.families.gemma import norm_heads
+from memplan.catalogue.families.mixtures import X, softmax_mixture
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor
 from memplan.models.layers import Layer
@@ -99,6 +101,11 @@ def exaone_attention(m: ModelSpec, wiring: Wiring, layer: Layer, x: str = "x") -
     return llama_attention(m, wiring, x, "ao", sliding=layer.sliding, rotate=rotate)
 
 
+def _flex_experts(m: ModelSpec) -> tuple[Op, ...]:
+    """OLMoE's mixture of the residual stream."""
+    return renamed(softmax_mixture(m), {X: "x1"})
+
+
 # Branches read the residual stream without a norm.
 _EXAONE_4 = Decoder(
     attention=exaone_attention,
@@ -109,6 +116,7 @@ _OLMO_2 = _EXAONE_4._replace(attention=_normed_attention, norm=rms_norm_in_fp32,
 
 BUILDERS = {
     "exaone4": _EXAONE_4,
+    "flex_olmo": _OLMO_2._replace(experts=_flex_experts),
     "olmo": Decoder(attention=_clipped_attention, norm=layer_norm_without_weight, table_dtype="fp32"),
     "olmo2": _OLMO_2,
     "olmo3": _OLMO_2._replace(masks=BOTH),

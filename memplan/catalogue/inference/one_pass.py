@@ -36,7 +36,7 @@ class Pass(NamedTuple):
     casts_logits          the model itself casts all its logits to fp32
     reads_capacity        attention has a mask, and reads a static cache's full capacity even in the prompt's pass
     longer                the sequence is longer than the window of a sliding layer
-    few_rows              most rows of a product with 4-bit weights that does not dequantise the matrix
+    few_rows              most rows of a product with 4-bit weights that may read the packed matrix
     beams                 beam search: sequences of a prompt are ranked and reordered
     samples               tokens are sampled
     has_encoder           the decoder of an encoder-decoder: the mask covers the encoder's tokens, not its own

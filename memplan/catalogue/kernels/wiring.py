@@ -166,6 +166,10 @@ class TrainerFacts(NamedTuple):
     older        it is as all trainers were in TRL 0.24
     likelihood   its loss adds the likelihood of the chosen half
     rescores     it always computes the log-probabilities of completions once more before the step
+    backbone     the loss with which its step calls the model's backbone, past the forward that accelerate wraps in
+                 autocast, or `every` loss; empty if it calls the model. Source: trl 1.16.0 models/utils.py
+                 _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl 1.13.0
+                 trainer/grpo_trainer.py compute_liger_loss
     own_loop     it does not run transformers' loop. Its own checkpoints nothing, prepares no quantised model, casts no
                  adapters, clips nothing, leaves use_cache on, divides logits in place, and holds the outputs of a
                  micro-batch and the logits of all completions until the next ones exist. A value model trains in the
@@ -181,6 +185,7 @@ class TrainerFacts(NamedTuple):
     older: bool = False
     likelihood: bool = False
     rescores: bool = False
+    backbone: str = ""
     own_loop: bool = False
 
     @property
@@ -197,12 +202,12 @@ TRAINERS = {
     "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
     "simpo": TrainerFacts(rows=2, older=True),
     "reward": TrainerFacts(rows=2),
-    "grpo": TrainerFacts("none", ("reward",), completions=8),  # beta is 0; RLOO's is 0.05
+    "grpo": TrainerFacts("none", ("reward",), completions=8, backbone="fused"),  # beta is 0; RLOO's is 0.05
     "rloo": TrainerFacts("own", ("reward",), completions=2, rescores=True),
     # trl 1.12.0 experimental/ppo/ppo_config.py, 0.24.0 trainer/utils.py OnPolicyConfig: response_length
     "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, own_loop=True),
     "gkd": TrainerFacts(models=("teacher",)),
-    "distill": TrainerFacts(models=("teacher",), completions=1),
+    "distill": TrainerFacts(models=("teacher",), completions=1, backbone="every"),
 }
 PAIRED = tuple(name for name, facts in TRAINERS.items() if facts.older)
 GENERATING = tuple(name for name, facts in TRAINERS.items() if facts.completions)
@@ -220,7 +225,8 @@ class Trainer(NamedTuple):
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
-    shards_copy   FSDP shards a copy, which nothing wraps in autocast
+    shards_copy   how FSDP2 shards a copy, which nothing wraps in autocast: as one `unit` or in `blocks`; under
+                  FSDP1 either, and empty if no rank does
     logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
                   or stay as they are (`model`)
     casts_back    FSDP2 then casts them to the dtype that it computes in
@@ -248,7 +254,7 @@ class Trainer(NamedTuple):
     reference: str
     trains_copy: bool = True
     copy_dtype: str = "weights"
-    shards_copy: bool = False
+    shards_copy: str = ""
     logits_dtype: LogitsDtype = "autocast"
     casts_back: bool = False
     likelihood: bool = False

@@ -13,7 +13,7 @@ from memplan.catalogue.quantization.quantization import dequantise
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 
-def adapt_embedding(op: Op, dtype: str, is_dora: bool) -> Iterator[Op]:
+def adapt_embedding(op: Op, dtype: str, is_dora: bool, magnitudes: str = "") -> Iterator[Op]:
     """peft's LoRA around an embedding: rows of A are looked up as the embedding's are, then multiplied by B.
 
     A is stored transposed, so its gradient is computed for the lookup and then copied into A's layout.
@@ -28,7 +28,7 @@ def adapt_embedding(op: Op, dtype: str, is_dora: bool) -> Iterator[Op]:
     b = Weight(f"{n}.lora_embedding_B", " ".join((*width, "r")), "adapter", dtype, rows=len(width))
     yield op._replace(name=f"{n}.base_layer", writes=(y._replace(name=f"{p}.base"),))
     if is_dora:
-        yield from _embedding_scale(op, (a, b), " ".join(width), dtype)
+        yield from _embedding_scale(op, (a, b), " ".join(width), magnitudes or dtype)
     yield Op(
         f"{n}.lora_embedding_A",
         (ids,),
@@ -75,14 +75,15 @@ _DORA = "peft 0.21 tuners/lora/dora.py"
 _TRANSPOSED = f"{_DORA} with utils/other.py transpose, which wraps the weight in a parameter, unless a cast copied it"
 
 
-def dora(op: Op, x: str, result: str, dtype: str, again: bool, autocast: str) -> Iterator[Op]:
+def dora(op: Op, x: str, result: str, dtype: str, again: bool, autocast: str, magnitudes: str = "") -> Iterator[Op]:
     """DoRA: the row norms of `W + scaling * B A`, as constants, scale the product and the base result.
 
     The product B A is computed by running the adapter on an identity matrix as wide as the input. With `again`, the
     base weight multiplies a second time, since the base result must see the adapter's input, with its dropout.
 
-    dtype     dtype of the adapter
-    autocast  the compute dtype under autocast, or empty
+    dtype       dtype of the adapter
+    autocast    the compute dtype under autocast, or empty
+    magnitudes  dtype of the magnitudes, or empty if it is the adapter's
 
     Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
     """
@@ -111,7 +112,7 @@ def dora(op: Op, x: str, result: str, dtype: str, again: bool, autocast: str) ->
         yield Op(f"{n}.weight", (), (Tensor(f"{p}.w", full, like),), (w._replace(trains=False),), cast=True)
     yield ops.scale(f"{n}.scaled_product", f"{p}.product", f"{p}.scaled_product", full)
     yield Op(f"{n}.adapted_weight", (f"{p}.w", f"{p}.scaled_product"), (Tensor(f"{p}.adapted", full),))
-    yield from magnitude(op.name, p, out, dtype, like)
+    yield from magnitude(op.name, p, out, magnitudes or dtype, like)
     yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
     yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
     base = result

@@ -16,6 +16,7 @@ from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
 from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers, with_dequantised_stacks
 from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
+from memplan.catalogue.quantization.fused_4bit import Copies
 from memplan.catalogue.quantization.inference_formats import (
     InferenceFormat,
     product,
@@ -55,6 +56,7 @@ class Recipe(NamedTuple):
     skip           modules that are not quantised
     wide           modules whose weights are loaded in fp32 though the others are not
     experts        whether stacked experts are quantised too, by bitsandbytes' parametrization
+    fp4_experts    an fp8 checkpoint has its stacked experts in fp4
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
     fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
@@ -66,7 +68,7 @@ class Recipe(NamedTuple):
     frozen         parts of the model that neither train nor are adapted, see `PARTS`
     keeps          torch keeps GPTQ's dequantised matrix for backward, see `quantised_linear`
     packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
-    copies         a product dequantises packed weights first, as it does for more than a few rows and in training
+    copies         when a product dequantises packed weights first: `always` in training
     running        how matrices run whose format nothing can train over
     rank           rank of the adapters of methods other than LoRA
     options        other settings of those methods, by peft's names
@@ -74,6 +76,7 @@ class Recipe(NamedTuple):
     selection      modules chosen by their paths; None if their names say which
     bias           biases that train: `none`, `all`, or `lora_only` for those of adapted layers
     tokens         number of trained rows of the embeddings
+    magnitudes     dtype of DoRA's magnitudes, or "" if it is the adapters'
     """
 
     kind: str
@@ -90,6 +93,7 @@ class Recipe(NamedTuple):
     skip: tuple[str, ...] = ("lm_head",)
     wide: tuple[str, ...] = ()
     experts: bool = False
+    fp4_experts: bool = False
     preparation: str = ""
     fused: str = ""
     fp32_ends: bool = False
@@ -99,7 +103,7 @@ class Recipe(NamedTuple):
     frozen: tuple[str, ...] = ()
     keeps: bool = False
     packed: bool = False
-    copies: bool = True
+    copies: Copies = "always"
     running: InferenceFormat | None = None
     rank: int = 0
     options: tuple[tuple[str, Value], ...] = ()
@@ -107,6 +111,7 @@ class Recipe(NamedTuple):
     selection: Selection | None = None
     bias: str = "none"
     tokens: int = 0
+    magnitudes: str = ""
 
     @property
     def virtual_tokens(self) -> int:
@@ -117,6 +122,10 @@ class Recipe(NamedTuple):
     def prefix(self) -> int:
         """Number of virtual tokens of which only keys and values exist, in every layer."""
         return self.virtual_tokens if trains_prefix(self.kind) else 0
+
+    def by_rows(self) -> Recipe:
+        """Return the recipe of a pass without gradients, in which few rows may read packed matrices."""
+        return self._replace(copies="by rows") if self.copies else self
 
     @property
     def is_dora(self) -> bool:
@@ -186,7 +195,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
         yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
     if recipe.is_dora:
         again, autocast = recipe.dropout or recipe.again, recipe.compute if recipe.autocast else ""
-        yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast)
+        yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast, recipe.magnitudes)
     else:
         if casts and recipe.sharded_dtype:
             yield ops.cast(f"{n}.lora_A.cast", adapted, f"{p}.as_gathered", f"{lead} {into}", recipe.adapter_dtype)
@@ -293,6 +302,7 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
         recipe.autocast,
         recipe.dropout,
         recipe.moved,
+        recipe.copies,
     )
 
 
@@ -370,7 +380,11 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         if w is None:
             is_embedding = recipe.kind in LORA and any(v.rows and v.group == "embedding" for v in op.weights)
             adapts = is_embedding and _is_target(op, recipe)
-            return _of_rank(tuple(adapt_embedding(op, recipe.adapter_dtype, recipe.is_dora)), op) if adapts else (op,)
+            return (
+                _of_rank(tuple(adapt_embedding(op, recipe.adapter_dtype, recipe.is_dora, recipe.magnitudes)), op)
+                if adapts
+                else (op,)
+            )
         if takes(op) and recipe.library == "litgpt":
             return tuple(
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
@@ -531,9 +545,12 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
     if running is not None:
         wide = "fp32" if wide_bias(w, running) else recipe.weights
         return w._replace(dtype=w.dtype or wide, trains=False)
-    takes = can_quantise(w, skipped) or (w.stacked and (recipe.experts or recipe.quantization == "fp8"))
+    takes = (recipe.quantization != "mxfp4" and can_quantise(w, skipped)) or (
+        w.stacked and (recipe.experts or recipe.quantization == "fp8")
+    )
     if recipe.quantization and takes and w.name not in head:
-        storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size, recipe.compute)
+        form = "fp8-fp4" if recipe.fp4_experts and w.stacked else recipe.quantization
+        storage = stored(w, form, recipe.double_quant, recipe.block_size, recipe.compute)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=storage)
     prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only

@@ -13,6 +13,7 @@ from typing import Any
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, renamed, rewrite
+from memplan.catalogue.quantization.fused_4bit import Copies
 from memplan.catalogue.quantization.quantization import family_of, quantised_linear
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.core.records import NamedTuple
@@ -31,6 +32,7 @@ class Wrapped(NamedTuple):
     autocast  whether the run uses autocast
     dropout   whether the adapter has dropout
     moved     whether the Trainer has moved all buffers to the GPU
+    copies    when 4-bit matrices are dequantised first
     """
 
     op: Op
@@ -43,6 +45,7 @@ class Wrapped(NamedTuple):
     autocast: bool
     dropout: bool
     moved: bool
+    copies: Copies
 
     @property
     def name(self) -> str:
@@ -103,7 +106,7 @@ class Wrapped(NamedTuple):
         """Return the frozen layer, reading `x` and writing `y`."""
         (op,) = renamed((self.op,), {self.x: x})
         if self.base_weight.stored:
-            return quantised_linear(op, f"{self.name}.base_layer", y, self.compute)
+            return quantised_linear(op, f"{self.name}.base_layer", y, self.compute, copies=self.copies)
         return (op._replace(name=f"{self.name}.base_layer", writes=(op.writes[0]._replace(name=y),)),)
 
     def product(self, name: str, x: str, matrix: str | Weight, y: str, shape: str, source: str = "") -> Op:

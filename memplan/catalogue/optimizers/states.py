@@ -9,6 +9,7 @@ Left out: torch's `step` count of every parameter when it is in host memory, a f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 from math import prod
 
@@ -133,9 +134,7 @@ def optimizer_memory(
 
     Raises the errors of `row_of`.
     """
-    row = _with_options(row_of(name), foreach, momentum, bool(master))
-    if in_backward and not row.frees_gradients:
-        row = stepped_in_backward(row)
+    row = _row_of_run(name, foreach, momentum, bool(master), in_backward)
     masters: list[State] = []
     states: list[State] = []
     turns: list[tuple[int, Turn]] = []
@@ -194,6 +193,15 @@ def _offloaded(memory: OptimizerMemory, parameters: Sequence[Parameter], master:
         backward=0,
         source=f"{memory.source}; moved to the host as torchao 0.18 optim/cpu_offload.py does",
     )
+
+
+@lru_cache(maxsize=64)  # a step in backward asks for each weight
+def _row_of_run(
+    name: str, foreach: bool | None, momentum: float | None, mixed: bool, in_backward: bool
+) -> OptimizerRow:
+    """The row adjusted for the options of the run."""
+    row = _with_options(row_of(name), foreach, momentum, mixed)
+    return stepped_in_backward(row) if in_backward and not row.frees_gradients else row
 
 
 def _with_options(row: OptimizerRow, foreach: bool | None, momentum: float | None, mixed: bool) -> OptimizerRow:

@@ -111,10 +111,11 @@ class ZeroSettings(NamedTuple):
     flattens         at stages 1 and 2 weights are concatenated on the GPU, briefly a second copy; else on the host
     optimizer        device of offloaded optimizer states: `cpu`, `nvme`, or empty for the GPU
     parameters       device of offloaded parameters, likewise
+    in_place         a single rank has all weights on its GPU, so a gathered weight is a view of its part
     pins             whether host memory is pinned: the optimizer's, the parameters'
     swaps            NVMe buffers: number of the optimizer's, of the parameters', their size, numbers kept on the host
 
-    Source: DeepSpeed 0.19.8 runtime/zero/config.py.
+    Source: DeepSpeed 0.19.8 runtime/zero/config.py, partition_parameters.py _no_gather_coalesced.
     """
 
     reduce_bucket: int = 500_000_000
@@ -130,8 +131,13 @@ class ZeroSettings(NamedTuple):
     flattens: bool = True
     optimizer: str = ""
     parameters: str = ""
+    in_place: bool = False
     pins: tuple[bool, bool] = (True, True)
     swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
+
+    def copies_whole(self, numbers: int) -> bool:
+        """Return whether a weight of `numbers` elements is always whole, in addition to the rank's part of it."""
+        return numbers <= self.persistent and not self.in_place
 
 
 # GPU bytes of the norm of gradients that FSDP keeps in host memory, which ranks all-reduce on the GPU: one number in

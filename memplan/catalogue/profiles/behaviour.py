@@ -27,6 +27,7 @@ class RunDefaults(NamedTuple):
     method_adapter_dtype: Literal["fp32", "bf16", "weights"]
     method_quantization_skip: tuple[str, ...]
     method_quantization_kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"]
+    method_quantization_experts: bool
 
 
 class ModelBehaviour(NamedTuple):
@@ -39,6 +40,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
+    magnitude_dtype            dtype of DoRA's magnitudes, if they have another than the adapters
     fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
     fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
@@ -49,6 +51,7 @@ class ModelBehaviour(NamedTuple):
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
+    magnitude_dtype: Literal["", "fp32"]
     fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
     fp32_ends: bool
 
@@ -114,7 +117,8 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
     keeps_last       offloaded checkpoints leave the last block's input on the GPU
-    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet
+    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), trl (OffloadActivations),
+                     or not counted yet
     """
 
     no_checkpoints: bool
@@ -122,7 +126,7 @@ class CheckpointingBehaviour(NamedTuple):
     adapted_inputs: bool
     passes_keywords: bool
     keeps_last: bool
-    saved_tensors: Literal["", "torch"]
+    saved_tensors: Literal["", "torch", "trl"]
 
 
 class ShardingBehaviour(NamedTuple):
@@ -185,8 +189,9 @@ class WeightsBehaviour(NamedTuple):
     awq_int4_kernel   AWQ's kernel, likewise
     keeps_matrix      a product with a GPTQ matrix keeps the dequantised matrix for backward
     trains_fp8        adapters train over fp8 weights without dequantising them
+    trains_mxfp4      LoRA trains over gpt-oss's experts in MXFP4, which are dequantised while their module runs
     runs_formats      formats that nothing trains over were read (`memplan.catalogue.quantization.inference_formats`)
-    few_rows          most rows of a 4-bit product that does not dequantise the matrix
+    few_rows          most rows of a 4-bit product that may read the packed matrix (`fused_4bit`)
     """
 
     preallocates: Literal["", "half", "all"]
@@ -196,6 +201,7 @@ class WeightsBehaviour(NamedTuple):
     awq_int4_kernel: Literal["", "gemm"]
     keeps_matrix: bool
     trains_fp8: bool
+    trains_mxfp4: bool
     runs_formats: bool
     few_rows: int
 
@@ -217,6 +223,7 @@ class TrainerBehaviour(NamedTuple):
     logits_dtype       when the model's logits are cast to fp32
     prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
+    fsdp2_reference    the units in which FSDP2 shards a copy: one `unit`, or `blocks`; or it `fails`
     reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
@@ -230,6 +237,7 @@ class TrainerBehaviour(NamedTuple):
     logits_dtype: LogitsDtype
     prompt_logits: bool
     trained_reference: bool
+    fsdp2_reference: Literal["unit", "blocks", "fails"]
     reference_dtype: Literal["weights", "compute"]
     older_trainers: bool
     completion_tokens: int

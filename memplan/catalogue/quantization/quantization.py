@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.quantization.fused_4bit import Copies, copied
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.core.records import NamedTuple
 
@@ -84,12 +85,17 @@ WHOLE = -1  # the block size if there is one scale per column
 FP8_BLOCK = 128
 
 
+# Formats of stacked experts alone: names of their halves of bytes, and of an exponent for 32 weights of a row.
+# Source: transformers 5.24 integrations/finegrained_fp8.py FP8Experts, integrations/mxfp4.py Mxfp4GptOssExperts.
+_FP4_OF_STACKS = {"fp8-fp4": ("fp8", "weight_scale_inv"), "mxfp4": ("weight_packed", "weight_scale")}
+
+
 def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute: str = "bf16") -> tuple[Tensor, ...]:
     """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
     GPTQ has int32 words, a half-precision scale and a zero point per group of inputs (or one group, `WHOLE`), and every
-    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128. HQQ has scales
-    and zero points in the `compute` dtype.
+    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128, and `fp8-fp4`
+    half a byte and an exponent for 32 weights of a row. HQQ has scales and zero points in the `compute` dtype.
     """
     tokens = w.shape.split(" ")
     out, into = tokens[: w.rows], tokens[w.rows :]
@@ -103,6 +109,9 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
             Tensor("qzeros", grouped, f"int32/{per * group}"),
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
+    if format in _FP4_OF_STACKS:
+        packed, exponents = _FP4_OF_STACKS[format]
+        return (Tensor(packed, w.shape, "uint8/2"), Tensor(exponents, w.shape, "uint8/32"))
     if format == "fp8":
         each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
@@ -146,7 +155,7 @@ def storage_of(w: Weight) -> str:
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
     """Return the fp32 scales of a doubly quantised matrix, computed whenever it is dequantised."""
-    nested = w.stored[1].dtype.startswith("uint8/")
+    nested = w.stored[1].name == "absmax" and w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
     return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
 
@@ -157,14 +166,14 @@ def dequantise(w: Weight, name: str, y: str, shape: str) -> Op:
 
 
 def quantised_linear(
-    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: bool = True
+    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: Copies = "always"
 ) -> Iterator[Op]:
     """Return the linear layer with which the matrix's library replaces `op`, writing `y`.
 
     compute  dtype in which 4-bit layers compute
     older    before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step
     keeps    torch keeps GPTQ's dequantised matrix for backward, as with gptqmodel but not auto-gptq
-    copies   no kernel that reads packed 4-bit weights is used
+    copies   when a 4-bit matrix is dequantised first
     """
     w = next(w for w in op.weights if w.matrix)
     if op.skipped:  # its bias keeps the loaded dtype
@@ -364,14 +373,14 @@ def _source(w: Weight) -> str:
     return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: bool = True) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: Copies) -> Iterator[Op]:
     """Return a 4-bit linear layer. It keeps nothing of the input and dequantises the matrix in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias permanently.
     Forward dequantises directly to the compute dtype, backward to the matrix's original dtype and then casts. Before
-    0.43 forward did as backward does, and the backward node referenced the input (`older`). Without `copies` a kernel
-    reads the packed weights. Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py
-    MatMul4Bit; 0.41.3 and 0.42.
+    0.43 forward did as backward does, and the backward node referenced the input (`older`). Few rows may read the
+    packed weights (`copies`). Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward,
+    autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
     lead, _, into = ops.axes_of(op)
@@ -379,16 +388,16 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     scales = absmax(w)
     dequantised = tuple(t.tensor for t in back)
-    forward_scratch = (
-        dequantised if len(dequantised) > 1 else (*scales, *dequantised)
-    )  # the cast finds the scales freed
+    scratch = (*scales, *scales, full)
+    if older:
+        scratch = dequantised if len(dequantised) > 1 else (*scales, *dequantised)  # the cast finds the scales freed
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"{lead} {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=() if not copies else (*scales, *scales, full) if not older else forward_scratch,
+        scratch=copied(scratch, w, lead, compute) if copies == "by rows" else scratch if copies else (),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),

@@ -135,11 +135,15 @@ def _words(text: str, position: int, program: str) -> Iterator[tuple[int, int]]:
 
 
 def new_flag(command: Launched, name: str) -> str:
-    """Return a flag as the program takes it: with dashes for Axolotl; over LLaMA-Factory's files, `key=`."""
+    """Return a flag as the program takes it: with dashes for Axolotl; `key=` of verl, torchtune and LLaMA-Factory."""
     if command.program.startswith("axolotl"):
         return f"--{name.replace('_', '-')} "
-    takes_pairs = command.program.startswith("verl.") or (command.program == "llamafactory-cli" and command.config)
-    return f"{name}=" if takes_pairs else f"--{name} "
+    return f"{name}=" if _takes_pairs(command) else f"--{name} "
+
+
+def _takes_pairs(command: Launched) -> bool:
+    is_hydra = command.program.startswith("verl.") or "_finetune_" in command.program  # of tune run
+    return is_hydra or (command.program == "llamafactory-cli" and bool(command.config))
 
 
 def values_of(command: Launched, name: str, value: Value) -> str:
@@ -150,6 +154,8 @@ def values_of(command: Launched, name: str, value: Value) -> str:
             raise SpecError(f"axolotl's command line cannot set {name} to {json.dumps(value)}")
         if value is True:
             return ""
+    if items is not None and _takes_pairs(command):
+        return shlex.quote(f"[{','.join(map(str, items))}]")
     if items is not None:
         return " ".join(shlex.quote(str(item)) for item in items)
     return shlex.quote(value if isinstance(value, str) else json.dumps(value))

@@ -273,7 +273,9 @@ def _checkpointing(config: Config) -> None:
         return
     trainer.checkpointing(config)
     is_on = config.value("kernels.checkpointing") != "none"
-    if offloads not in (None, False, "false") and is_on:
+    if offloads not in (None, False, "false"):
+        if not is_on:
+            raise config.error("activation_offloading", "Axolotl needs gradient_checkpointing with it")
         config.set("kernels.checkpointing", "offload", "activation_offloading")
         config.found.pop("kernels.reentrant", None)
     if config.get("selective_checkpointing") and is_on:

@@ -9,14 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from memplan.core.errors import SpecError, printable
-from memplan.core.files import exists, is_file, is_folder, open_file
+from memplan.core.errors import SpecError, misspelt, printable
+from memplan.core.files import exists, expanded, is_file, is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.spec.file import read_spec_with_lines, spec_with_lines
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of torch.save's archive
 _MAX_SHOWN = 60
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?\s{0,9}([\w.]+)\s{0,9}(?:,\s{0,9}([^${},]*))?\}")
+_REFERENCE = re.compile(r"\$\{(?:oc\.(?:select|env):)?\s{0,9}([\w.]+)\s{0,9}(?:,\s{0,9}([^${},]*))?\}")
 _MOST_REFERENCES = 8  # from one key to the next
 
 
@@ -53,7 +53,7 @@ def read_document(name: str, text: str | None = None) -> Document:
 
     text  what to read instead of the file's text, as if the file had it
     """
-    path = None if name == "-" else Path(name).expanduser()
+    path = None if name == "-" else expanded(name)
     shown = "standard input" if path is None else printable(path.name, _MAX_SHOWN)
     if path is not None and text is None:
         _refuse_pickle(path, shown)
@@ -63,7 +63,8 @@ def read_document(name: str, text: str | None = None) -> Document:
 
 def with_references(document: Document, defaults: Mapping[str, Any]) -> Document:
     """Return the document with the values of keys in place of OmegaConf's references to them, `${a.b}`, or their
-    default, `${oc.select:a.b,1}`. A reference to a key without a value, or within a text, stays."""
+    default, `${oc.select:a.b,1}`, also of variables, `${oc.env:NAME,1}`. A reference without either, or within a text,
+    stays."""
     said = dict(paths(document.values))
     if not any(isinstance(value, str) and "${" in value for value in said.values()):
         return document
@@ -100,19 +101,24 @@ def named_document(name: str, within: Document, key: str) -> Document:
     folder = within.path.parent if within.path is not None else Path()
     around = folder.absolute().parents if "/" in name else ()
     for place in (folder, Path(), *around):
-        path = place / Path(name).expanduser()
+        path = place / expanded(name)
         if is_there(path) and not is_folder(path):
             return read_document(str(path))
     for end, values in _published().items():
         if f"/{name}".endswith(f"/{end}"):
             kept = {key: value for key, value in values.items() if key != "title"}
             return Document(f"{values['title']}'s {Path(end).name}", None, kept, {})
-    raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here")
+    near = misspelt(name, _published())
+    hint = f"; did you mean {near}?" if near else ""
+    raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here{hint}")
 
 
 @cache
 def _published() -> Mapping[str, Any]:
-    return json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))["configs"]
+    """Return the configs that frameworks publish, by the end of their path: torchtune's recipes by their name."""
+    configs = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))["configs"]
+    recipes = Path(__file__).with_name("defaults") / "torchtune-recipes.json"
+    return {**configs, **json.loads(recipes.read_text("utf-8"))}
 
 
 def is_there(path: Path) -> bool:

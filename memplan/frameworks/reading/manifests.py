@@ -174,6 +174,8 @@ def _environment(container: Mapping[str, Any], folder: Path | None) -> dict[str,
         else:
             name, equals, value = str(item).partition("=")
             out |= {name: value} if equals else {}
+    if any(inner.get("count") == "all" for path, inner in _mappings(container, ()) if "devices" in path):
+        out.setdefault("NVIDIA_VISIBLE_DEVICES", "all")
     ids = out.get("NVIDIA_VISIBLE_DEVICES", "").split(",")
     gpus = next((count for count in _gpus(container) if count > 0), len(ids) * all(map(str.isdecimal, ids)))
     return {**visible(gpus), **out}

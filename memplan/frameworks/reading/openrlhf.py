@@ -70,15 +70,12 @@ def _generation(config: Config) -> None:
         config.set("reference", "none", why="the reference has GPUs of its own: train.colocate_all is not set")
     rewards = _reward_models(config)
     if together and rewards and not config.flag("reward.offload"):
-        if len(rewards) > 1 or config.whole("ds.zero_stage") == 3:  # divided among the GPUs
-            config.leave(
-                "reward.model_name_or_path", "reward models on the same GPU are counted alone and undivided only"
-            )
-        else:
-            trainer.role(config, "reward", rewards[0], "reward.model_name_or_path")
-            if config.value("roles.reward.model") is not None:
-                key = "rollout.micro_batch_size"
-                config.set("roles.reward.micro", config.whole(key), key)
+        trainer.role(config, "reward", rewards[0], "reward.model_name_or_path")
+        if config.value("roles.reward.model") is not None:
+            key = "rollout.micro_batch_size"
+            config.set("roles.reward.micro", config.whole(key), key)
+        if len(rewards) > 1:
+            config.leave("reward.model_name_or_path", f"only the first of {len(rewards)} reward models is counted")
     if not config.whole("vllm.num_engines"):
         return
     shares = together and not config.flag("train.async_enable")
@@ -165,9 +162,14 @@ def _parallelism(config: Config) -> None:
         if (config.whole(key) or 1) > 1:
             config.leave(key, "each GPU is counted with whole sequences and weights")
     each = max((config.whole("train.batch_size") or 1) // (config.value("parallelism.world") or 1), 1)
+    scores, scored = "rollout.micro_batch_size", config.whole("rollout.micro_batch_size") or 1
     if config.flag("train.dynamic_batch_enable"):
         key, length = "train.max_tokens_per_gpu", config.whole("data.max_len") or 1
         config.set("batch.micro", trainer.largest_micro_batch(config, (config.whole(key) or 0) // length, each), key)
+        scores = "rollout.max_tokens_per_gpu"
+        scored = (config.whole(scores) or config.whole(key) or 0) // length
+    if config.value("trainer") in ("grpo", "rloo") and scored > (config.value("batch.micro") or 1):
+        config.set("batch.scored", scored, scores)  # of passes for log-probabilities before a step
     config.set("batch.accumulation", max(each // max(config.value("batch.micro") or 1, 1), 1), "train.batch_size")
 
 

@@ -43,6 +43,8 @@ class PythonCall(NamedTuple):
     line       its line
     arguments  its arguments by name; `0` and so on for those without a name
     lines      line of each argument
+    variables  the variable that an argument is, by its name
+    targets    the variables that are set to what it returns
     """
 
     name: str
@@ -50,15 +52,24 @@ class PythonCall(NamedTuple):
     line: int
     arguments: Mapping[str, Any]
     lines: Mapping[str, int]
+    variables: Mapping[str, str] = {}
+    targets: tuple[str, ...] = ()
 
 
 class CallsOfScript(NamedTuple):
-    """A script's calls in the order of their lines, and where a line is, as `cell 2, line 3` of a notebook."""
+    """A script's calls in the order of their lines.
+
+    places     where a line is, as `cell 2, line 3` of a notebook
+    arguments  arguments that the script itself defines: of its command line, or fields of its classes
+    skipped    where cells of a notebook are that are not Python
+    """
 
     name: str
     path: Path
     calls: tuple[PythonCall, ...]
     places: Mapping[int, str]
+    arguments: frozenset[str] = frozenset()
+    skipped: tuple[str, ...] = ()
 
 
 def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScript:
@@ -68,10 +79,10 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
     """
     shown = printable(Path(name).name, 60)
     is_notebook = name.lower().endswith(".ipynb")
-    text, places = _notebook(read_text(name, _MOST_BYTES), shown) if is_notebook else (read_text(name), {})
+    skipped: list[str] = []
+    text, places = _notebook(read_text(name, _MOST_BYTES), shown, skipped) if is_notebook else (read_text(name), {})
     try:
-        with warnings.catch_warnings(action="ignore"):  # Python prints its own about 0for and "\d"
-            tree = ast.parse(text)
+        tree = _parsed(text)
         names = _Names(tree, flags or {})
         calls = sorted(_calls(tree, names), key=lambda call: call.line)
     except SyntaxError as error:
@@ -79,11 +90,18 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
         raise SpecError(f"{shown}:{places.get(line, line)}: is not Python ({error.msg})") from None
     except (ValueError, RecursionError, MemoryError):
         raise SpecError(f"{shown} is nested too deeply, or has characters that Python does not") from None
-    return CallsOfScript(shown, Path(name), tuple(calls), places)
+    return CallsOfScript(shown, Path(name), tuple(calls), places, frozenset(names.attributes), tuple(skipped))
 
 
-def _notebook(text: str, shown: str) -> tuple[str, dict[int, str]]:
-    """Return the code of a notebook, without its magics, and the cell and line of each line."""
+def _parsed(text: str) -> ast.Module:
+    """Return the syntax tree of a script. Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    with warnings.catch_warnings(action="ignore"):  # Python prints its own about 0for and "\d"
+        return ast.parse(text)
+
+
+def _notebook(text: str, shown: str, skipped: list[str]) -> tuple[str, dict[int, str]]:
+    """Return the code of a notebook, without its magics, and the cell and line of each line. Where cells are not Python
+    is added to `skipped`; if none is, the first one raises SpecError."""
     try:
         cells: object = json.loads(text).get("cells")
     except (ValueError, AttributeError, RecursionError):
@@ -97,13 +115,31 @@ def _notebook(text: str, shown: str) -> tuple[str, dict[int, str]]:
         code = "".join(map(str, cast("list[Any]", source))) if isinstance(source, list) else str(source)
         if code.lstrip().startswith("%%"):
             continue
-        for line_number, line in enumerate(code.splitlines(), 1):
-            is_magic = line.lstrip().startswith(_MAGICS)
-            lines.append(f"{line[: len(line) - len(line.lstrip())]}pass" if is_magic else line)
-            places[len(lines)] = f"cell {number}, line {line_number}"
+        plain = _without_magics(code)
+        try:
+            _parsed("\n".join(plain))
+        except SyntaxError as error:
+            skipped.append(f"cell {number}, line {error.lineno or 1}")
+            continue
+        except (ValueError, RecursionError, MemoryError):  # the whole is refused for it
+            pass
+        places |= {len(lines) + line: f"cell {number}, line {line}" for line in range(1, len(plain) + 1)}
+        lines += plain
     if not lines:
-        raise SpecError(f"{shown} has no code")
+        raise SpecError(f"{shown}:{skipped[0]}: is not Python" if skipped else f"{shown} has no code")
     return "\n".join(lines), places
+
+
+def _without_magics(code: str) -> list[str]:
+    """Return the lines of a cell with `pass` for its magics, which a backslash continues."""
+    lines: list[str] = []
+    continues = False
+    for line in code.splitlines():
+        is_magic = continues or line.lstrip().startswith(_MAGICS)
+        indent = line[: len(line) - len(line.lstrip())]
+        lines.append("" if continues else f"{indent}pass" if is_magic else line)
+        continues = is_magic and line.rstrip().endswith("\\")
+    return lines
 
 
 class _Names:
@@ -149,8 +185,11 @@ class _Names:
         names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         long = next((name for name in names if name.startswith("--")), names[0] if names else "")
-        if long and "default" in given:
-            self.attributes[long.lstrip("-").replace("-", "_")] = given["default"]
+        action = getattr(given.get("action"), "value", "")
+        default = ast.Constant(action == "store_false") if action in ("store_true", "store_false") else None
+        if long:
+            name = long.lstrip("-").replace("-", "_")
+            self.attributes[name] = given.get("default", default or ast.Name(""))  # unknown
 
     def value(self, node: ast.expr | None, line: int) -> Any:  # noqa: PLR0911 (a return for each kind of expression)
         """Return the value of an expression at a line; UNKNOWN if it cannot be told."""
@@ -223,6 +262,8 @@ class _Names:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name in _HAS_BF16:
             return True
+        if name == "field":  # of a dataclass
+            return self.value(next((each.value for each in node.keywords if each.arg == "default"), None), line)
         if name in ("get", "getenv") and len(node.args) == 2:  # os.environ.get("LEN", 2048)
             return self.value(node.args[1], line)
         if name in ("int", "float", "str", "bool", "list", "tuple") and len(node.args) == 1:
@@ -244,7 +285,11 @@ def arithmetic(text: str, numbers: Mapping[str, int]) -> int | None:
 
 
 def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
+    targets: dict[int, tuple[str, ...]] = {}  # by the identity of what is assigned
     for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            found = (inner for target in node.targets for inner in ast.walk(target))
+            targets[id(node.value)] = tuple(inner.id for inner in found if isinstance(inner, ast.Name))
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             inner = getattr(node.func, "value", None)
@@ -259,4 +304,8 @@ def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
                     more = cast("dict[str, Any]", value)
                 arguments |= more
                 lines |= dict.fromkeys(more, keyword.value.lineno)
-            yield PythonCall(name, getattr(inner, "id", getattr(inner, "attr", "")), node.lineno, arguments, lines)
+            given = {str(index): arg for index, arg in enumerate(node.args)}
+            given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            variables = {key: value.id for key, value in given.items() if isinstance(value, ast.Name)}
+            of = getattr(inner, "id", getattr(inner, "attr", ""))
+            yield PythonCall(name, of, node.lineno, arguments, lines, variables, targets.get(id(node), ()))

@@ -6,6 +6,7 @@ Source: transformers 5.24 modeling_utils.py from_pretrained, utils/quantization_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,13 +18,19 @@ from memplan.frameworks.reading.document import Document
 from memplan.frameworks.reading.python_calls import UNKNOWN, CallsOfScript, PythonCall
 from memplan.frameworks.reading.run_format import RunFormat, format_named
 
-_OF_TRL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "RLOO")
+_OF_TRL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO", "RLOO", "GKD", "Distillation")
 _TRAINERS = {f"{name}Trainer": f"{name}Config" for name in _OF_TRL} | {
     "Trainer": "TrainingArguments",
     "Seq2SeqTrainer": "Seq2SeqTrainingArguments",
 }
 _CONFIGS = (*_TRAINERS.values(), "UnslothTrainingArguments")
-_OTHERS = ("PPO", "Online", "GKD", "XPO", "Nash", "Distillation", "PRM", "BCO")
+_OTHERS = ("PPO", "Online", "XPO", "Nash", "PRM", "BCO")
+# Arguments of trainers that are other models -> keys of TRL's command line; a reference is as large as the policy.
+_ROLES = {
+    "teacher_model": "teacher_model_name_or_path",
+    "reward_funcs": "reward_model_name_or_path",
+    "ref_model": "",
+}
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
 # Arguments of a call -> keys of TRL's command line.
 _LOADED = {
@@ -98,6 +105,12 @@ _UNSLOTH_TRAINED = {
     "eval_strategy": "eval_strategy",
     "neftune_noise_alpha": "neftune_noise_alpha",
 }
+# What the trainers that compare or generate read: keys of TRL's, of which its loader sets two.
+_UNSLOTH_LOADED_RL = {"fast_inference": "use_vllm", "gpu_memory_utilization": "vllm_gpu_memory_utilization"}
+_UNSLOTH_RL = (
+    *("num_generations", "max_completion_length", "max_prompt_length", "steps_per_generation", "num_iterations"),
+    *("generation_batch_size", "beta", "loss_type", "cpo_alpha", "precompute_ref_log_probs"),
+)
 _UNSLOTH_DEFAULTS = {
     "training.batch_size": 4,
     "training.gradient_accumulation_steps": 2,
@@ -105,11 +118,12 @@ _UNSLOTH_DEFAULTS = {
     "lora.lora_alpha": 16,
     "lora.lora_dropout": 0.0,
 }
+_UNSLOTH_RL_DEFAULTS = {"num_generations": 8, "max_completion_length": 256, "vllm_gpu_memory_utilization": 0.5}
 
 
 class ScriptRun(NamedTuple):
-    """A script as a framework's file: the keys that its calls set, their defaults, what cannot be told, and the
-    trainer as a command of TRL's."""
+    """A script as a framework's file: the keys that its calls set, their defaults, what cannot be told, the trainer as
+    a command of TRL's, and whether the trainer's arguments are flags of its command line."""
 
     document: Document
     form: RunFormat
@@ -117,6 +131,7 @@ class ScriptRun(NamedTuple):
     defaults: Mapping[str, Any]
     unread: tuple[Unread, ...]
     command: str = ""
+    parses_flags: bool = False
 
 
 class _Keys:
@@ -169,20 +184,23 @@ def trainer_of(script: CallsOfScript) -> PythonCall | None:
 def run_of_script(script: CallsOfScript) -> ScriptRun:
     """Return the run that a script's first trainer starts. Raises SpecError if there is none."""
     training = trainer_of(script)
+    unread = [Unread(f"{script.name}:{place}", "the cell", "is not Python, so not read") for place in script.skipped]
     other = next((c for c in script.calls if c.name.endswith("Trainer") and c.name.startswith(_OTHERS)), None)
     if other is not None and (training is None or other.line < training.line):
         place = script.places.get(other.line, other.line)
         raise SpecError(f"{script.name}:{place}: {other.name} is not supported yet; supported: {', '.join(_TRAINERS)}")
     if training is None:
-        raise SpecError(f"{script.name} has no trainer that is read; {', '.join(_TRAINERS)} and Unsloth's are")
+        skipped = f", and {unread[0].where} is not Python" if unread else ""
+        raise SpecError(f"{script.name} has no trainer that is read{skipped}; {', '.join(_TRAINERS)} and Unsloth's are")
     loads = [call for call in script.calls if call.name == "from_pretrained" and call.of in _UNSLOTH]
     place = script.places.get(training.line, training.line)
     told = (f"{script.name}:{place} {training.name}",)
     keys = _Keys(script)
-    if loads and training.name not in ("SFTTrainer", "UnslothTrainer", "Trainer", "Seq2SeqTrainer"):
-        raise SpecError(
-            f"{script.name}:{place}: {training.name} with Unsloth is not supported yet; supported: SFTTrainer"
-        )
+    keys.unread += unread
+    for call in script.calls:
+        if call.name in _TRAINERS and call.line > training.line and call.name != training.name:
+            at = f"{script.name}:{script.places.get(call.line, call.line)}"
+            keys.unread.append(Unread(at, call.name, f"a second trainer; {training.name} is counted"))
     if loads:
         return _of_unsloth(keys, _last(loads, training), training, told)
     return _of_transformers(keys, training, told)
@@ -204,27 +222,43 @@ def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple
     adapted = _named(script, training, "get_peft_model")
     keys.take(adapted, _UNSLOTH_ADAPTED)
     keys.take(_named(script, training, *_CONFIGS), _UNSLOTH_TRAINED)
-    keys.take(training, {"max_seq_length": "training.max_seq_length", "packing": "training.packing"})
+    lengths = dict.fromkeys(("max_seq_length", "max_length"), "training.max_seq_length")
+    keys.take(training, {**lengths, "packing": "training.packing"})
     is_full = keys.values.get("training", {}).get("training_type") is True or adapted is None
     by, name = (load, "from_pretrained") if is_full or adapted is None else (adapted, "get_peft_model")
     keys.put("training.training_type", "full" if is_full else "lora", script.places.get(by.line, by.line), name)
     keys.values.setdefault("lora", {})
-    form = format_named("unsloth")._replace(matter=_MATTER, silent=tuple(_UNSLOTH_TRAINED.values()))
-    return ScriptRun(keys.document(), form, told, _UNSLOTH_DEFAULTS, tuple(keys.unread))
+    defaults, command = _UNSLOTH_DEFAULTS, ""
+    if training.name.removesuffix("Trainer") in _OF_TRL[1:]:
+        keys.take(load, _UNSLOTH_LOADED_RL)
+        for call in (_named(script, training, *_CONFIGS), training):
+            keys.take(call, {name: name for name in _UNSLOTH_RL})
+        keys.values |= {"use_peft": not is_full}
+        keys.values.pop("fast_inference", None)
+        defaults, command = {**defaults, **_UNSLOTH_RL_DEFAULTS}, told[0]
+    silent = (*_UNSLOTH_TRAINED.values(), *_UNSLOTH_RL, "use_peft")
+    form = format_named("unsloth")._replace(matter=_MATTER, silent=silent)
+    return ScriptRun(keys.document(), form, told, defaults, tuple(keys.unread), command)
 
 
 _MATTER = {
     **dict.fromkeys(("load_in_8bit", "load_in_fp8"), "the weights' format"),
     **dict.fromkeys(("fast_inference", "unsloth_tiled_mlp", "neftune_noise_alpha"), "not counted"),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), "what trains"),
+    "target_parameters": "what trains",
     "eval_strategy": "evaluation",
 }
 
 
 def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -> ScriptRun:
     script = keys.script
-    models = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.of]
-    load = _last(models, training) if models else None
+    loads = [call for call in script.calls if call.name == "from_pretrained"]
+    stored = [call for call in loads if call.of.startswith("Peft") and call.line < training.line]  # adapters
+    models = [call for call in loads if re.search("Model|For[A-Z]", call.of) and not call.of.startswith("Peft")]
+    variable = training.variables.get("model", training.variables.get("0"))
+    others = {training.variables[role] for role in _ROLES if role in training.variables}
+    own = [call for call in models if variable in call.targets or not others.intersection(call.targets)]
+    own = [call for call in own if variable in call.targets] or own
+    load = _last(own, training) if own else None
     keys.take(load, _LOADED)
     keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
     _take_stored(keys, training)
@@ -236,22 +270,31 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     adapters = _named(script, training, "LoraConfig")
     keys.take(adapters, _ADAPTERS)
     keys.take(training, _TRAINED)
+    parses = _named(script, training, "HfArgumentParser", "TrlParser") is not None
     named = "model" if "model" in training.arguments else "0"
     if isinstance(training.arguments.get(named), str):
         keys.put("model_name_or_path", training.arguments[named], training.lines[named], "model")
     if adapters is not None:
         keys.put("use_peft", True, script.places.get(adapters.line, adapters.line), "LoraConfig")
+    elif stored:
+        adapter = _last(stored, training)
+        place = script.places.get(adapter.line, adapter.line)
+        keys.put("use_peft", True, place, f"{adapter.of}.{adapter.name}")
+        note = "the adapter's own settings are not known: rank 8 on peft's default modules is counted"
+        keys.unread.append(Unread(f"{script.name}:{place}", f"{adapter.of}.{adapter.name}", note))
     defaults = dict(_DEFAULTS)
     if load is None:
         del defaults["dtype"]
     if training.name.removesuffix("Trainer") in _OF_TRL:
-        rewards = training.arguments.get("reward_funcs")
-        if isinstance(rewards, str):
-            keys.put("reward_model_name_or_path", rewards, training.lines["reward_funcs"], "reward_funcs")
-        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0])
+        for role, key in _ROLES.items():
+            loaded = [call for call in models if training.variables.get(role) in call.targets]
+            name = loaded[-1].arguments.get("0") if loaded else training.arguments.get(role)
+            if key and isinstance(name, str):
+                keys.put(key, name, script.places.get(training.lines[role], training.lines[role]), role)
+        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread), told[0], parses)
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None
-    return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))
+    return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread), parses_flags=parses)
 
 
 def _take_stored(keys: _Keys, training: PythonCall) -> None:

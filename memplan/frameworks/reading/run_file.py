@@ -36,16 +36,24 @@ if TYPE_CHECKING:
 
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
+_WITH_SCRIPTS = ("trl", "transformers", "unsloth")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"model_class": "LLaMA-Factory v1's", "policy_model": "torchtune's PPO"}
+_LATER = {
+    "model_class": "LLaMA-Factory v1's",
+    "policy_model": "torchtune's PPO",
+    "checkpointer": "torchtune's evaluation and generation",
+}
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
 _ADAPTER_FIELDS = tuple(
     f"method.{name}" for name in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 )
+
+
+_SEEN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # variables that say which GPUs a program sees
 
 
 class RunSource(NamedTuple):
@@ -152,7 +160,7 @@ def read_run(
     with suppress(OSError, ValueError):  # reading says why
         name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
     if name.lower().endswith(SCRIPTS):
-        return _read_python(name, {}, others, typed)
+        return _read_python(name, framework, {}, others, typed)
     if is_modelfile(name):
         from memplan.frameworks.reading import modelfile
 
@@ -212,16 +220,26 @@ def _read_toml(name: str) -> Document:
 
 
 def _read_python(
-    name: str, flags: Mapping[str, Any], companions: dict[str, Document], typed: Mapping[str, Any] | None
+    name: str,
+    framework: str | None,
+    flags: Mapping[str, Typed],
+    companions: dict[str, Document],
+    typed: Mapping[str, Any] | None,
 ) -> RunFile:
-    """Return the run that a Python script or a notebook starts, with flags of its command line."""
+    """Return the run that a Python script or a notebook starts, with flags of its command line.
+
+    Raises SpecError if its trainer is not the framework's.
+    """
     from memplan.frameworks.reading.python_calls import read_script
     from memplan.frameworks.reading.python_script import run_of_script
 
-    run = run_of_script(read_script(name, flags))
-    file = read_as(
-        run.document, run.form, None, run.told, companions, typed, command=run.command, own_defaults=run.defaults
-    )
+    script = read_script(name, {key: flag.value for key, flag in flags.items()})
+    run = run_of_script(script)
+    others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
+    form, version = (run.form, None) if framework is None else _named(framework)
+    if form.name != run.form.name:
+        raise SpecError(f"framework: {run.told[0]} is {run.form.title}'s, not {form.title}'s; leave --framework out")
+    file = read_as(run.document, run.form, version, run.told, companions, typed, others, run.command, run.defaults)
     return file._replace(unread=(*file.unread, *run.unread))
 
 
@@ -283,8 +301,9 @@ def _read_launched(
     left_out = [
         Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
-    seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
-    sees_more = (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys()
+    seen = next((name for name in _SEEN if command.variables.get(name)), "")
+    several = "," in command.variables.get(seen, "") or command.variables.get(seen) == "all"
+    sees_more = (form is None or form.trains) and several and not {"num_processes", "config_file"} & launcher.keys()
     place = f"{name}:{command.line}" if command.line else name
     processes = launcher.get("num_processes")
     if isinstance(processes, str):
@@ -301,12 +320,12 @@ def _read_launched(
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path)
-    if script and form is None and framework is None and not config and "model_name_or_path" not in command.flags:
-        file = _read_python(script, resolved, companions, typed)
+    over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
+    has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
+    if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
+        file = _read_python(script, framework, over, companions, typed)
         return file._replace(unread=(*file.unread, *left_out))
-    over: dict[str, Typed] = {}
     if config:
-        over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
         document = named_document(config, document, "config")
     version: str | None = None
     told: tuple[str, ...] = ()
@@ -320,7 +339,7 @@ def _read_launched(
             raise SpecError(f"spec: {document.name} names no framework; name it with --framework", "spec")
         form, told = found
     shown = _trainer_in(script) or command.shown
-    file = read_as(document, form, version, told, companions, typed, over, shown)
+    file = read_as(document, form, version, told, companions, typed, over if config else {}, shown)
     origins = {origin.field: origin for origin in file.origins}
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if variable in command.variables and form.trains:
@@ -329,7 +348,7 @@ def _read_launched(
     world = origins.get("parallelism.world")
     if sees_more and (world is None or world.value == 1):
         note = "several GPUs, and no number of processes: one is counted; add --gpus"
-        left_out.append(Unread(place, "CUDA_VISIBLE_DEVICES", note))
+        left_out.append(Unread(place, seen, note))
     found = tuple(origins.values())
     return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
 
@@ -548,10 +567,14 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
     is_deep = any("." in name for pair in form.aliases.items() for name in pair)
     values, lines = dict(paths(document.values) if is_deep else document.values), dict(document.lines)
     old_names: dict[str, str] = {}
+    plain_names: dict[str, str] = {}
     for key in [key for key in values if "-" in key or key.startswith("no_")]:  # flags of a command, written in a file
         plain = key.replace("-", "_")
         is_off = plain not in known and plain.startswith("no_") and plain[3:] in known
-        values[plain[3:] if is_off else plain] = not values.pop(key) if is_off else values.pop(key)
+        plain_names[key] = plain[3:] if is_off else plain
+        values[plain_names[key]] = not values.pop(key) if is_off else values.pop(key)
+    under = {path: line for path, line in document.lines.items() if path[0] in plain_names}
+    lines |= {(plain_names[path[0]], *path[1:]): line for path, line in under.items()}
     for old, new in form.aliases.items():
         if values.get(old) is not None and values.get(new) is None:
             values[new] = values.pop(old)

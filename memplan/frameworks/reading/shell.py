@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
-from memplan.core.files import is_file
+from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.spec.file import read_text
@@ -40,6 +40,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]((?:[^{}]|\{[^{
 _ARITHMETIC = re.compile(r"\$(?:\(\((.{1,200}?)\)\)(?!\))|\(expr +([^()]{1,200})\))")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*?)\)\s*(?:#[^\n]*)?", re.DOTALL)
+_ARRAYS_END = re.compile(r"^[^#]*\)\s*(?:#.*)?$")
 _OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
 _REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
@@ -50,7 +51,10 @@ _MOST_GPUS = 1024  # of a machine
 _MOST_DIGITS = 10
 _CONTINUED = "\\\n"
 _LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
-_LONGEST_QUOTE = 200  # lines
+_LONGEST_ARRAY = 200  # lines
+_LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
+_QUOTES = re.compile(r"\\.|['\"]|#.*")  # and what they may not be in, as shlex has it
+_QUOTES_END = re.compile(r"\\.|\"")
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
@@ -142,7 +146,7 @@ def launched(
     skipped, script = "", None
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
-        found = _launched(words, environment, at, programs, folder)
+        found = _LONG if words == [_LONG] else _launched(words, environment, at, programs, folder)
         if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):
@@ -194,7 +198,7 @@ def variables_of(name: str, folder: Path | None) -> dict[str, str]:
 
 def _near_text(name: str, folder: Path | None) -> str:
     """Return the text of a file in the folder, or the working directory; empty if it is not read."""
-    for path in (place / Path(name).expanduser() for place in (folder or Path(), Path())):
+    for path in (place / expanded(name) for place in (folder or Path(), Path())):
         with suppress(SpecError, OSError):
             if is_there(path) and is_file(path):
                 return read_text(str(path))
@@ -207,6 +211,9 @@ def _commands(
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
     variables, spent = dict(variables), 0
     for line, joined in _joined_lines(text):
+        if joined == _LONG:
+            yield line, [_LONG], dict(variables)
+            continue
         array = _ARRAY.fullmatch(joined)
         try:
             text = array[3] if array is not None else joined
@@ -246,7 +253,7 @@ def _commands(
 def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield each line with the lines that continue it, its quotes or its array, and its number. A here-document is left
     out, or a variable's value if `read` gets it."""
-    start, joined, end, name, here = 1, "", "", "", ""
+    start, joined, end, name, here, quote = 1, "", "", "", "", ""
     for number, line in enumerate((line if len(line) < _LONGEST_LINE else "" for line in text.splitlines()), 1):
         if end:
             is_end = line.strip() == end
@@ -256,29 +263,38 @@ def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
             end, name, here = ("", "", "") if is_end else (end, name, here)
             continue
         start = start if joined else number
+        quote = _open_quote(line, quote)
         if line.rstrip().endswith("\\"):
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
-        if number - start < _LONGEST_QUOTE and len(joined) < _LONGEST_LINE and _is_open(joined, line):
+        is_long = len(joined) >= _LONGEST_LINE
+        is_array = not is_long and number - start < _LONGEST_ARRAY and _OPEN_ARRAY.match(joined)
+        if quote or (is_array and not _ARRAYS_END.search(line)):
             joined += "\n"
             continue
         ending, reading = _HERE.search(joined), _READ.match(joined)
         end, name = ending[1] if ending is not None else "", reading[1] if reading is not None else ""
-        yield start, joined
+        yield start, _LONG if is_long and "\n" in joined else joined
         joined = ""
-    yield start, joined
+    yield start, quote or joined  # a quote that is never closed, which shlex reads in quadratic time
 
 
-def _is_open(text: str, last: str) -> bool:
-    """Whether a quote in the text is not closed, or an array whose last line is given."""
-    if _OPEN_ARRAY.match(text) and not re.search(r"^[^#]*\)\s*(?:#.*)?$", last):
-        return True
-    try:
-        shlex.split(text, comments=True)
-    except ValueError:
-        return True
-    return False
+def _open_quote(line: str, quote: str) -> str:
+    """Return the quote that is open after a line, of which `quote` was open before it; empty if none is."""
+    at = 0
+    while at < len(line):
+        if quote == "'":
+            at = line.find(quote, at) + 1 or len(line) + 1
+            quote = quote if at > len(line) else ""
+            continue
+        match = (_QUOTES_END if quote else _QUOTES).search(line, at)
+        if match is None:
+            break
+        at = match.end()
+        if match[0] in ("'", '"'):
+            quote = "" if quote else match[0]
+    return quote
 
 
 def _simple(words: list[str]) -> Iterator[list[str]]:
@@ -358,6 +374,7 @@ def _of_container(words: list[str], variables: Mapping[str, str]) -> dict[str, s
         said = (own or value).strip("\"'")
         if flag.startswith("--gpus"):
             out |= visible(said.count(",") + 1 if said.startswith("device=") else _number(said))
+            out |= {"NVIDIA_VISIBLE_DEVICES": said} if said == "all" else {}
         match = _ASSIGNMENT.fullmatch(said)
         out |= {match[1]: match[2]} if name in ("e", "env") and match is not None else {}
     return {**variables, **out}

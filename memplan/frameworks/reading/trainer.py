@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.core.errors import MemplanError, SpecError, nearest
+from memplan.core.files import expanded
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
 from memplan.frameworks.reading.document import Document, is_there, paths
@@ -449,10 +449,11 @@ def _by_folder(name: str) -> tuple[str, str]:
     path = name.replace("\\", "/").rstrip("/")
     cached = [folder.rpartition("--")[2] for folder in path.split("/") if folder.startswith("models--")]
     last = (cached or [path.rpartition("/")[2]])[0].replace("___", ".")  # ModelScope's folders have no dots
-    last = _GGUF_FILE.sub(r"\1-\2-GGUF", last)
+    file = _GGUF_FILE.fullmatch(last) if last.lower().endswith(".gguf") else None
+    last = f"{file[1]}-{file[2]}-GGUF" if file is not None else last
     is_path = path.startswith(("/", ".", "~", "$")) or path[1:2] == ":" or path.count("/") > 1 or path.endswith(".gguf")
     is_address = "://" in path or path.startswith(("hf.co/", "huggingface.co/"))
-    if is_path and not is_address and not is_there(Path(name).expanduser()):
+    if is_path and not is_address and not is_there(expanded(name)):
         with suppress(MemplanError):
             if other_format(last) or is_bundled(last):
                 return last, "assumed: by the name of a path that is not here"
@@ -486,11 +487,14 @@ def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
 
 
 def card_of(family: str, version: str, size: str) -> str | None:
-    """Return the card of a model that is named by parts: llama, 3.1, 8b; None if there is none."""
+    """Return the card of a model that is named by parts: llama, 3.1, 8b; None if there is none. A size that the family
+    has alone is not part of a name: phi-4."""
     names = card_names()
     plain = [f"{family}{dash}{version}-{size}".replace("--", "-") for dash in ("-", "")]
+    alone = f"{family}-{version}"
     found = [name for name in plain if name in names]
-    return next(iter([*found, *(name for name in names for start in plain if name.startswith(f"{start}-"))]), None)
+    found += [name for name in names for start in plain if name.startswith(f"{start}-")]
+    return next(iter([*found, *[alone for name in names if name == alone]]), None)
 
 
 def assume_length(config: Config, key: str) -> None:

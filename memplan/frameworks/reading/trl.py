@@ -14,9 +14,10 @@ from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, version_number
 from memplan.models.peft_methods import default_targets
 
+_REWARD, _TEACHER = "reward_model_name_or_path", "teacher_model_name_or_path"
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
 _OTHER_TRAINERS = {
-    "distillation": ("teacher_model_name_or_path",),
+    "distillation": (_TEACHER,),
     "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm"),
     "PPO": ("reward_model_path",),
     "KTO": ("desirable_weight", "undesirable_weight"),
@@ -32,13 +33,12 @@ _OTHER_TRAINERS = {
 _READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"} | {
     "reward modelling": "reward"
 }
-_REWARD = "reward_model_name_or_path"
 _SFT_LOSSES = ("nll", "chunked_nll")
 
 
 _GENERATING = ("grpo", "rloo", "distillation")
-_COMPARING = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
-_LATER = ("ppo", "onlinedpo", "gkd", "xpo", "prm", "bco")
+_COMPARING = ("dpo", "kto", "orpo", "cpo", "simpo", "reward", "gkd")
+_LATER = ("ppo", "onlinedpo", "xpo", "prm", "bco")
 _HINT = "--trainer names another"
 
 
@@ -52,7 +52,8 @@ def _command(config: Config) -> str:
     return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "sft")), "")
 
 
-def _trainer(config: Config) -> None:
+def trainer_of(config: Config) -> None:
+    """The trainer that a command or script names, or that the file's keys tell."""
     typed = config.options.get("trainer")
     named = typed or _command(config)
     is_by_name = typed is None and config.command.endswith(".py")
@@ -64,6 +65,9 @@ def _trainer(config: Config) -> None:
         return
     if typed is not None or named in _COMPARING:
         trainer.preference(config, named, why=why)
+        teacher = config.text(_TEACHER) if named == "gkd" else None
+        if teacher is not None:
+            trainer.role(config, "teacher", teacher, _TEACHER)
         return
     for title, keys in _OTHER_TRAINERS.items() if not named else ():
         for key in keys:
@@ -87,7 +91,7 @@ def _trainer(config: Config) -> None:
 def _generation(config: Config, name: str, *keys: str, why: str) -> None:
     mode = "server" if version_number(config.title.rpartition(" ")[2]) < (1,) else "colocate"
     trainer.generation(config, name, *keys, adapts=config.flag("use_peft"), mode=mode, why=why)
-    role, key = ("teacher", "teacher_model_name_or_path") if name == "distill" else ("reward", _REWARD)
+    role, key = ("teacher", _TEACHER) if name == "distill" else ("reward", _REWARD)
     model = config.text(key)
     if model is not None:
         trainer.role(config, role, model, key)
@@ -224,7 +228,7 @@ def _launch(config: Config) -> None:
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "trl": (_trainer, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),
+    "trl": (trainer_of, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),
     "transformers": (
         *(_full, _unpacked, _kernels, trainer.optimizer, trainer.loop, trainer.parallelism, _trainer_precision),
         *(_evaluation,),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from difflib import SequenceMatcher
 
-from memplan.core.errors import nearest
+from memplan.core.errors import misspelt
 from memplan.frameworks.reading.config import Config, Unread, defaults_of
 from memplan.frameworks.reading.run_format import RunFormat
 
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
-_ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
+_DEGREES = "its GPUs"  # over which something is divided, unless it is 1
 
 
 def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
@@ -19,17 +18,18 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
     sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
-        value = config.document.values.get(top)  # None for a key with a dot of its own
         matter = form.matter.get(path) or form.matter.get(top)
         if matter is not None:
-            if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):
+            # a key with a dot of its own is not in the section
+            values = (config.document.values.get(top), config.said(path))
+            off = ("false", "0", "1") if matter == _DEGREES else ("false", "0")
+            if not any(str(value).lower() in off for value in values):
                 yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
         elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
             if top.startswith(_SILENT):
                 continue
-            near = nearest(name, known, 1)
-            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
-            hint = f"; did you mean {near[0]}?" if is_near else ""
+            near = misspelt(name, known)
+            hint = f"; did you mean {near}?" if near else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
 
 

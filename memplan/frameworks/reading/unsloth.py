@@ -1,16 +1,17 @@
 """Rules of `unsloth train` and Unsloth Studio's files.
 
-Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/trainer.py; models/loader.py.
+Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/trainer.py; models/loader.py, rl.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading import trainer, trl
 from memplan.frameworks.reading.config import Config, Rule, shown
-from memplan.models.cards import card_names
+from memplan.models.cards import card_names, other_format
 
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # among targets, models/llama.py moves them to modules_to_save
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CHECKPOINTING = {"unsloth": "offload", "true": "full", "none": "none", "false": "none"}
 
@@ -30,8 +31,9 @@ def original(config: Config) -> None:
     if trainer.model_of(config) is not None:
         return
     card = name.partition("/")[2].lower().removeprefix("meta-")
+    other = other_format(name)
     for ending in ("", *_ENDINGS):
-        card = card.removesuffix(ending)
+        card = other[0] if other is not None else card.removesuffix(ending)
         if card in card_names():
             origin = config.found["model"]
             config.found["model"] = origin._replace(value=card, why=f"a copy of the original: {origin.why}")
@@ -47,6 +49,14 @@ def _method(config: Config) -> None:
     trainer.adapter(config, kind == "lora", is_dora, "training.training_type", "lora.use_dora")
     if kind == "lora":
         names = config.names("lora.target_modules") or list(TARGETS)
+        moved = [name for name in names if name in _EMBEDDINGS]
+        saved = list(dict.fromkeys([*(config.names("modules_to_save") or []), *moved]))
+        if saved:
+            why = f"{config.title} trains them as full matrices" if moved else ""
+            config.set(
+                "method.modules_to_save", saved, "modules_to_save", *["lora.target_modules"] * bool(moved), why=why
+            )
+        names = [name for name in names if name not in moved]
         config.set("method.targets", "all-linear" if names == ["all-linear"] else names, "lora.target_modules")
         if config.flag("lora.use_rslora"):
             config.set("method.options", {"use_rslora": True}, "lora.use_rslora")
@@ -57,6 +67,21 @@ def _method(config: Config) -> None:
         parts = {"vision": "lora.finetune_vision_layers", "language": "lora.finetune_language_layers"}
         frozen = [part for part, key in parts.items() if not config.flag(key)]
         config.set("method.frozen", frozen, *parts.values())
+
+
+def _trainer(config: Config) -> None:
+    """A trainer of TRL, which only a script names."""
+    if not config.command:
+        return
+    beta_is_zero = str(config.get("loss_type") or "dapo").lower() in ("dapo", "dr_grpo")
+    config.defaults = {**config.defaults, "beta": 0.0 if beta_is_zero else 0.001}
+    trl.trainer_of(config)
+    group = config.value("batch.generations")
+    if group and (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1) % group:
+        config.set("batch.micro", group, "num_generations", why=f"{config.title} makes a step of other sizes this one")
+    if config.value("rollout") is not None:
+        config.set("serving.max_model_len", config.whole("training.max_seq_length"), "training.max_seq_length")
+        config.leave("use_vllm", "vLLM is counted with weights of its own, which Unsloth shares with it")
 
 
 def _settings(config: Config) -> None:
@@ -75,5 +100,5 @@ def _settings(config: Config) -> None:
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "unsloth": (original, _method, _settings),
+    "unsloth": (original, _method, _trainer, _settings),
 }

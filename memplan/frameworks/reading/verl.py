@@ -1,6 +1,7 @@
 """verl's rules: its YAML, and the overrides that Hydra takes as `key=value`.
 
-The actor's FSDP shards are fp32 and computed in bf16; between its updates, vLLM or SGLang generates on the same GPUs.
+The actor's FSDP shards are fp32 and computed in bf16; between its updates, vLLM or SGLang generates on the same GPUs. A
+reference is a model of its own on the host, gathered block by block, or the actor without its adapters.
 
 Source: verl 0.9.1 trainer/config, workers/engine/fsdp/transformer_impl.py, workers/engine_workers.py,
 workers/rollout/vllm_rollout, trainer/sft_trainer.py.
@@ -42,18 +43,16 @@ def _program(config: Config) -> None:
     if estimator not in _ESTIMATORS:
         raise config.refuse(key, ", ".join(_ESTIMATORS))
     config.set("trainer", _ESTIMATORS[estimator], key)
-    if config.flag(f"{_ACTOR}.use_kl_loss") or config.flag("algorithm.use_kl_in_reward"):
-        why = "FSDP keeps the reference on the host" if config.get(f"{_ACTOR}.strategy") == "fsdp" else ""
-        used = [key for key in (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if config.flag(key)]
-        has_adapters = (config.whole(f"{_MODEL}.lora_rank") or 0) > 0
-        on_host = why or config.flag("actor_rollout_ref.ref.fsdp_config.offload_policy")
-        config.set("reference", "adapters" if has_adapters else "none" if on_host else "copy", *used, why=why)
-    else:
-        config.set("reference", "none", f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
+    used = [key for key in (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if config.flag(key)]
+    has_adapters = (config.whole(f"{_MODEL}.lora_rank") or 0) > 0
+    has_copy = bool(used) and not has_adapters
+    why = f"{config.title} keeps the reference on the host" if has_copy else ""
+    keys = used or (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
+    config.set("reference", "adapters" if used and has_adapters else "none", *keys, why=why)
     config.set("loop.clip_grad_norm", config.number(f"{_ACTOR}.grad_clip") or None, f"{_ACTOR}.grad_clip")
     _engine(config, f"{_ACTOR}.fsdp_config", f"{_ACTOR}.strategy", f"{_ACTOR}.optim")
     _model(config, _MODEL)
-    _micro_batch(config)
+    _micro_batch(config, has_copy)
     _rollout(config)
     if estimator == "gae":
         _critic(config)
@@ -66,7 +65,7 @@ def _program(config: Config) -> None:
             config.leave(f"{name}.enable", "the reward model is not counted")
 
 
-def _micro_batch(config: Config) -> None:
+def _micro_batch(config: Config, has_copy: bool) -> None:
     """As many sequences as `ppo_max_token_len_per_gpu` holds of the longest; a step has a mini-batch of prompts."""
     key, mini = f"{_ACTOR}.ppo_micro_batch_size_per_gpu", f"{_ACTOR}.ppo_mini_batch_size"
     micro, length = config.whole(key), sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
@@ -82,6 +81,26 @@ def _micro_batch(config: Config) -> None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
     config.set("batch.micro", micro, key)
     config.set("batch.accumulation", -(-each // max(micro, 1)), mini)
+    _scored(config, length, has_copy)
+
+
+def _scored(config: Config, length: int, has_copy: bool) -> None:
+    """Log-probabilities before a step have micro-batches of their own, which are as large as the actor's unless set."""
+    world, name = config.value("parallelism.world") or 1, "log_prob_micro_batch_size"
+    rows = (config.whole("data.train_batch_size") or 1) * (config.value("batch.generations") or 1)
+    for part in (_ROLLOUT, *(("actor_rollout_ref.ref",) if has_copy else ())):
+        dynamic, key = f"{part}.log_prob_use_dynamic_bsz", f"{part}.{name}_per_gpu"
+        if config.flag(f"{_ACTOR}.use_dynamic_bsz" if config.said(dynamic) is None else dynamic):
+            key = f"{part}.log_prob_max_token_len_per_gpu"
+            scored = (config.whole(key) or 0) // max(length, 1)
+        elif config.said(key) is None and config.said(f"{part}.{name}") is not None:  # verl until 0.5, among all GPUs
+            key = f"{part}.{name}"
+            scored = (config.whole(key) or 0) // world
+        else:
+            scored = config.whole(key) or 0
+        scored = min(scored, -(-rows // world))
+        if scored > max(config.value("batch.micro") or 1, config.value("batch.scored") or 0):
+            config.set("batch.scored", scored, key)
 
 
 _CRITIC_TOKENS = 32768  # trainer/config/critic/critic.yaml ppo_max_token_len_per_gpu

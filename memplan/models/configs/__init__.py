@@ -17,20 +17,20 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
         "apertus arcee baichuan bloom chatglm cohere cohere2 cwm ernie4_5 exaone exaone4 falcon gemma gemma2 "
-        "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 "
-        "internlm3 jais2 llama mimo "
-        "minicpm ministral ministral3 mistral mpt nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
-        "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2",
+        "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium hunyuan_v1_dense "
+        "hyperclovax internlm2 internlm3 iquestcoder jais2 llama mimo "
+        "minicpm ministral ministral3 mistral mpt nanochat nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
+        "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma",
     ),
     "mla": (
         "mixture of experts, multi-head latent attention",
         "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
-        "kimi_linear minicpm3 mistral4",
+        "kimi_linear minicpm3 mistral4 sarvam_mla youtu",
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek dots1 ernie4_5_moe exaone_moe glm4_moe granitemoe granitemoeshared hunyuan_v1_moe minimax_m2 "
-        "mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open",
+        "dbrx deepseek dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe "
+        "mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open",
     ),
     "vision": (
         "vision-language",
@@ -49,8 +49,9 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",
-        "bart bert camembert data2vec-text deberta-v2 distilbert electra m2m_100 marian mbart modernbert mpnet mt5 "
-        "pegasus roberta xlm-roberta t5 umt5 whisper vit",
+        "albert bart bert camembert data2vec-text deberta-v2 distilbert electra ernie eurobert gte "
+        "jina_embeddings_v3 m2m_100 marian mbart megatron-bert modernbert mpnet mt5 nomic_bert pegasus "
+        "roberta roberta-prelayernorm t5 t5gemma umt5 vit whisper xlm-roberta xlm-roberta-xl",
     ),
 }
 MODULES: dict[str, str] = {

@@ -317,9 +317,20 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
+    "helium": _DENSE._replace(
+        defaults={"num_key_value_heads": 20, "head_dim": 128, "intermediate_size": 7040},
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "hunyuan_v1_dense": _NO_MLP_BIAS._replace(
         checkpoint=CheckpointFacts(gguf="hunyuan-dense", gguf_keys={}),
         parallel=ParallelFacts(TensorParallelPlan(), context=True),
+    ),
+    "hyperclovax": _DENSE._replace(
+        defaults={**_LLAMA, "use_post_norm": True},
+        objectives=("causal_lm",),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
     "internlm2": Family(
         {"bias": True, "intermediate_size": 11008},
@@ -335,6 +346,9 @@ FAMILIES: dict[str, Family] = {
         keys=ConfigKeys(renamed={"qkv_bias": "attention_bias", "bias": "mlp_bias"}),
         checkpoint=CheckpointFacts(gguf="llama"),
         objectives=("causal_lm",),
+    ),
+    "iquestcoder": _LLAMA_ROW._replace(
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 27648}, built_as="llama"
     ),
     "jais2": _DENSE._replace(
         defaults={"intermediate_size": 26624, "hidden_act": "relu2", "attention_bias": True, "mlp_bias": True},
@@ -385,6 +399,15 @@ FAMILIES: dict[str, Family] = {
             }
         ),
         checkpoint=CheckpointFacts(gguf="mpt"),
+    ),
+    "nanochat": _DENSE._replace(
+        defaults={"intermediate_size": 8192, "hidden_act": "relu2", "final_logit_softcapping": 15.0},
+        keys=ConfigKeys({"head_dim": ()}),
+        objectives=("causal_lm",),
+        gated=False,
+        stack="neox",
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
     "nemotron": _GPT_LIKE._replace(
         defaults={"partial_rotary_factor": 0.5, "intermediate_size": 24576, "hidden_act": "relu2"},
@@ -531,5 +554,13 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(gguf="starcoder2", gguf_keys={}, gguf_switches={"use_bias": "attn_q.bias"}),
         parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "c_fc"), ("o_proj", "c_proj")), context=True),
         serving=ServingFacts(llama_cpp_window=False),
+    ),
+    "vaultgemma": _GEMMA._replace(
+        defaults={**_GEMMA.defaults, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        layers=all_but_every(2, fixed=True),
+        objectives=("causal_lm",),
+        checkpoint=CheckpointFacts(),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
 }

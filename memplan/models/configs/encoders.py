@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.configs.layer_lists import SLIDING, kinds
+from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import ONE_KERNEL, WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     AttentionFacts,
@@ -17,6 +18,7 @@ from memplan.models.family_facts import (
     TrainingFacts,
 )
 from memplan.models.layers import MOST_LAYERS, Layer, as_json
+from memplan.models.objectives import ENCODER
 
 _NO_GROUPS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
 _BERT: dict[str, Any] = {
@@ -29,7 +31,6 @@ _BERT: dict[str, Any] = {
     "type_vocab_size": 2,
     "classifier_dropout": None,
 }
-_HEADS = ("masked_lm", "sequence_classification", "token_classification", "feature_extraction")
 
 
 def _classes(m: ModelFacts) -> Mapping[str, int]:
@@ -39,6 +40,16 @@ def _classes(m: ModelFacts) -> Mapping[str, int]:
 def _electra(m: ModelFacts) -> Mapping[str, int]:
     width = m.config_int("embedding_size")
     return {**_classes(m), "p": width, "p32": -(-width // 32) * 32}
+
+
+def _albert(m: ModelFacts) -> Mapping[str, int]:
+    """Return ELECTRA's axes. The layers of a group share their weights, and are not counted as layers."""
+    groups, key = m.config_int("num_hidden_groups", 1, most=MOST_LAYERS), "num_hidden_groups"
+    if m.num_hidden_layers % groups:
+        raise UnsupportedModelError(f"{key}: {groups} groups do not divide {m.num_hidden_layers} layers", key)
+    if m.config_int("inner_group_num", 1) != 1:
+        raise UnsupportedModelError("inner_group_num: only 1 is supported yet for albert", "inner_group_num")
+    return {**_electra(m), "L1": 1}
 
 
 def _deberta(m: ModelFacts) -> Mapping[str, int]:
@@ -83,7 +94,7 @@ _ENCODER = Family(
     _BERT,
     ConfigKeys(_NO_GROUPS),
     axes=_classes,
-    objectives=_HEADS,
+    objectives=ENCODER,
     gated=False,
     lengths=LengthFacts(learned=True),
     stack="bert",
@@ -92,6 +103,8 @@ _ENCODER = Family(
 _ROBERTA = _ENCODER._replace(
     defaults={**_BERT, "pad_token_id": 1}, lengths=LengthFacts(learned=True, longest=_usable_positions)
 )
+_PRE_NORM = _ROBERTA._replace(stack="pre_norm_bert")
+_ROTARY = _ENCODER._replace(lengths=LengthFacts(), stack="rotary_bert")
 
 _VIT: dict[str, Any] = {
     "intermediate_size": 3072,
@@ -240,6 +253,19 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
     }
 
 
+def _t5gemma(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of a decoder's runs, which are the encoder's. Both halves must have the same sizes."""
+    encoder = m.part("encoder")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "sliding_window", *heads):
+        if encoder.get(key, m.config.get(key)) != m.config.get(key):
+            message = f"{as_json(encoder[key])} is not supported yet with {as_json(m.config.get(key))} in the decoder"
+            raise UnsupportedModelError(f"encoder.{key}: {message}", "encoder")
+    if m.probability("dropout_rate") > 0:
+        raise UnsupportedModelError("dropout_rate: only 0 is supported yet for t5gemma", "dropout_rate")
+    return {run.times.replace("L", "D"): run.number for run in m.runs}
+
+
 def _umt5(m: ModelFacts) -> Mapping[str, int]:
     """Return T5's axes: every layer is one that makes a bias."""
     axes = _t5(m)
@@ -298,6 +324,21 @@ _BART = Family(
 
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
+    "albert": _ENCODER._replace(
+        defaults={
+            **_BERT,
+            "embedding_size": 128,
+            "intermediate_size": 16384,
+            "hidden_act": "gelu_new",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "classifier_dropout_prob": 0.1,
+        },
+        axes=_albert,
+        stack="albert",
+        training=TrainingFacts(no_checkpoints=True),
+        parallel=ParallelFacts(),
+    ),
     "bart": _BART,
     "bert": _ENCODER,
     "camembert": _ROBERTA,
@@ -352,6 +393,23 @@ FAMILIES: dict[str, Family] = {
     "electra": _ENCODER._replace(
         defaults={**_BERT, "embedding_size": 128, "hidden_size": 256, "intermediate_size": 1024}, axes=_electra
     ),
+    "ernie": _ENCODER._replace(
+        defaults={**_BERT, "task_type_vocab_size": 3, "use_task_id": False}, parallel=ParallelFacts()
+    ),
+    "eurobert": _ROTARY._replace(
+        defaults={"intermediate_size": 3072, "max_position_embeddings": 8192},
+        keys=ConfigKeys(),
+        gated=True,
+        stack="eurobert",
+        parallel=ParallelFacts(),
+    ),
+    "gte": _ROTARY._replace(
+        defaults={**_BERT, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8192, "type_vocab_size": 1},
+        gated=True,
+    ),
+    "jina_embeddings_v3": _ROTARY._replace(
+        defaults={**_BERT, "intermediate_size": 4096, "max_position_embeddings": 8194, "type_vocab_size": 1}
+    ),
     "modernbert": _ENCODER._replace(
         defaults={
             "tie_word_embeddings": True,
@@ -376,6 +434,22 @@ FAMILIES: dict[str, Family] = {
     "pegasus": _BART,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "megatron-bert": _ENCODER._replace(
+        defaults={**_BERT, "intermediate_size": 4096},
+        stack="pre_norm_bert",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        parallel=ParallelFacts(),
+    ),
+    "roberta-prelayernorm": _PRE_NORM._replace(parallel=ParallelFacts()),
+    "xlm-roberta-xl": _PRE_NORM._replace(
+        defaults={
+            **_BERT,
+            "intermediate_size": 10240,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "pad_token_id": 1,
+        }
+    ),
     "mpnet": _ROBERTA._replace(
         defaults={**_BERT, "vocab_size": 30527, "pad_token_id": 1, "type_vocab_size": 0},
         axes=_mpnet,
@@ -384,7 +458,42 @@ FAMILIES: dict[str, Family] = {
         training=TrainingFacts(no_checkpoints=True),
     ),
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
+    "nomic_bert": _ROTARY._replace(
+        defaults={
+            **_BERT,
+            "hidden_act": "silu",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "max_position_embeddings": 2048,
+        },
+        keys=ConfigKeys({"num_key_value_heads": ()}),
+        gated=True,
+    ),
     "t5": _T5_ROW,
+    "t5gemma": Family(
+        {
+            "tie_word_embeddings": True,
+            "vocab_size": 256000,
+            "hidden_size": 2304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 9216,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        keys=ConfigKeys({"hidden_act": ("hidden_activation",)}, decoder="decoder"),
+        layers=all_but_every(2, fixed=True),
+        axes=_t5gemma,
+        objectives=("seq2seq_lm",),
+        lengths=LengthFacts(target=_any_target),
+        stack="t5gemma",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        generation=GenerationFacts(is_modelled=False),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "umt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}, axes=_umt5),
     "whisper": Family(
         _WHISPER,

@@ -518,4 +518,26 @@ FAMILIES = {
         training=TrainingFacts(),
         checkpoint=CheckpointFacts(experts="split"),
     ),
+    "sarvam_mla": _DEEPSEEK_V3._replace(
+        defaults={
+            **_V3,
+            "intermediate_size": 16384,
+            "q_lora_rank": None,
+            "n_routed_experts": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        keys=ConfigKeys(_NAMES, renamed={"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}),
+        built_as="deepseek_v3",
+    ),
+    "youtu": _DEEPSEEK_V3._replace(
+        defaults={**_DEEPSEEK, "tie_word_embeddings": True, "intermediate_size": 6144, "rope_interleave": True},
+        layers=None,
+        axes=latent_axes,
+        training=TrainingFacts(),
+        checkpoint=CheckpointFacts(),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
 }

@@ -67,7 +67,7 @@ def model_type_of(config: Mapping[str, Any]) -> str:
     return model_type
 
 
-_MIN_SIMILARITY = 0.6  # of two names, as difflib.SequenceMatcher.ratio()
+_MIN_SIMILARITY = 0.75  # of two names, as difflib.SequenceMatcher.ratio()
 
 
 def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, ...]:

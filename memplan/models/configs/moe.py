@@ -183,6 +183,12 @@ def _exaone_layers(m: ModelFacts) -> tuple[Layer, ...]:
     return tuple(a._replace(ffn=b.ffn) for a, b in zip(_exaone_windows(m), dense_or_sparse(m), strict=True))
 
 
+def _mellum_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers with windows and dense layers only where `layer_types` and `mlp_layer_types` say so."""
+    windows = kinds(m, "layer_types", SLIDING, [False] * m.num_hidden_layers)
+    return tuple(a._replace(sliding=s) for a, s in zip(dense_or_sparse(m), windows, strict=True))
+
+
 def _granite_shared(m: ModelFacts) -> Mapping[str, int]:
     return {**_LOCAL_EXPERTS(m), "fs": m.config_int("shared_intermediate_size", least=0)}
 
@@ -223,6 +229,28 @@ _GRANITE = Family(
     checkpoint=CheckpointFacts(gguf="granitemoe", gguf_keys={"expert_count": "num_local_experts", **_GGUF_CHOSEN}),
     parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
     serving=ServingFacts(adapts_tables=True),
+)
+
+_GLM_MOE = _MOE._replace(
+    defaults={
+        "num_key_value_heads": 8,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "partial_rotary_factor": 0.5,
+    },
+    layers=after_first,
+    axes=_glm,
+    training=TrainingFacts(fuses_experts=True),
+    checkpoint=CheckpointFacts(
+        experts="split",
+        gguf="glm4moe",
+        gguf_keys=GGUF_SHARED_EXPERTS,
+        gguf_switches={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
+    ),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -308,27 +336,15 @@ FAMILIES: dict[str, Family] = {
         training=TrainingFacts(fuses_experts=True),
         serving=ServingFacts(adapts_tables=True),
     ),
-    "glm4_moe": _MOE._replace(
-        defaults={
-            "num_key_value_heads": 8,
-            "intermediate_size": 10944,
-            "moe_intermediate_size": 1408,
-            "n_routed_experts": 128,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "partial_rotary_factor": 0.5,
-        },
-        layers=after_first,
-        axes=_glm,
-        training=TrainingFacts(fuses_experts=True),
-        checkpoint=CheckpointFacts(
-            experts="split",
-            gguf="glm4moe",
-            gguf_keys=GGUF_SHARED_EXPERTS,
-            gguf_switches={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
-        ),
+    "flex_olmo": _MOE._replace(
+        defaults={"intermediate_size": 11008, "num_experts": 7, "num_experts_per_tok": 5},
+        keys=ConfigKeys({"head_dim": ()}, renamed={"num_local_experts": "num_experts"}),
+        axes=expert_axes(width="intermediate_size"),
+        stack="olmo",
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
+    "glm4_moe": _GLM_MOE,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE._replace(
         defaults={**_GRANITE.defaults, "shared_intermediate_size": 0},
@@ -341,6 +357,25 @@ FAMILIES: dict[str, Family] = {
         defaults={"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
         axes=_hunyuan,
         parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
+    ),
+    "mellum": _MOE._replace(
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 7168,
+            "moe_intermediate_size": 896,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "sliding_window": 1024,
+            "first_k_dense_replace": 0,
+        },
+        keys=ConfigKeys(renamed={"num_local_experts": "num_experts"}),
+        layers=_mellum_layers,
+        axes=expert_axes(),
+        training=TrainingFacts(fuses_experts=True),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
     "minimax_m2": _MOE._replace(
         defaults={
@@ -419,6 +454,26 @@ FAMILIES: dict[str, Family] = {
             plans.MIXTURE, experts=True, context=True, gpt={**plans.GPT_EXPERTS, "qk_layernorm": True}
         ),
         serving=ServingFacts(adapts_tables=True),
+    ),
+    "sarvam_moe": _GLM_MOE._replace(
+        defaults={
+            **_GLM_MOE.defaults,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "intermediate_size": 8192,
+            "moe_intermediate_size": 1024,
+            "num_experts_per_tok": 6,
+            "partial_rotary_factor": 1.0,
+            "use_qk_norm": True,
+        },
+        keys=ConfigKeys(
+            renamed={
+                "num_experts": "n_routed_experts",
+                "num_shared_experts": "n_shared_experts",
+                "use_qkv_bias": "attention_bias",
+            }
+        ),
+        built_as="glm4_moe",
     ),
     "solar_open": _MOE._replace(
         defaults={

@@ -16,9 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memplan.catalogue.quantization.fused_4bit import KernelCard
 from memplan.probe.fake import attention, experts, streams
 from memplan.probe.fake import transformers_4 as older
-from memplan.probe.fake.kernels import KernelCard
 from memplan.probe.fake.parts import hide_shape_propagation
 from memplan.probe.libraries import library
 

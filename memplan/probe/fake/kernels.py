@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from memplan.catalogue.quantization.fused_4bit import KernelCard
 from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library
 
@@ -33,25 +34,6 @@ class KernelScratch(NamedTuple):
     op: str
     bytes_of: Callable[[Any, Any, KernelCard], Iterator[tuple[str, int]]]
     source: str
-
-
-class KernelCard(NamedTuple):
-    """The properties of a card that kernels depend on: compute capability and number of multiprocessors."""
-
-    capability: tuple[int, int]
-    processors: int
-
-
-# Multiprocessors of a common card of each compute capability: NVIDIA's architecture whitepapers (T4, A100, RTX 3090,
-# RTX 4090, H100 SXM, B200, RTX 5090). Only bitsandbytes' choice of a 4-bit kernel depends on it.
-_PROCESSORS = {(7, 5): 40, (8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
-
-
-def card_of(capability: tuple[int, int] | None) -> KernelCard:
-    """Return the card for a compute capability; an A100 if None."""
-    capability = capability or (8, 0)
-    nearest = max((known for known in _PROCESSORS if known <= capability), default=(7, 5))
-    return KernelCard(capability, _PROCESSORS[nearest])
 
 
 def scratch_of(card: KernelCard) -> dict[Any, Scratch]:
@@ -278,7 +260,8 @@ def _gemm_4bit(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, 
     """The dequantised matrix and its scales, unless bitsandbytes chooses its fused kernel."""
     activations, shape, block = args[0], args[2], args[4]
     rows, columns = shape
-    if _takes_fused_kernel(activations.numel() // columns, rows, columns, activations.dtype, card):
+    many = activations.numel() // columns
+    if columns % block == 0 and _takes_fused_kernel(many, rows, columns, activations.dtype, card):
         return
     if kwargs.get("absmax_8bit") is not None or (len(args) > 7 and args[7] is not None):
         yield "4-bit scales in fp32", 4 * -(-rows * columns // block)
@@ -299,12 +282,12 @@ def _int8_product(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[st
 @cache
 def _takes_fused_kernel(m: int, n: int, k: int, dtype: torch.dtype, card: KernelCard) -> bool:
     """Return the choice of bitsandbytes' own heuristic, read from the installed file, for the traced card."""
-    choose = _heuristic(card)
+    choose = heuristic(card)
     return choose is not None and bool(choose(0, dtype, m, n, k))
 
 
 @cache
-def _heuristic(card: KernelCard) -> Callable[..., bool] | None:
+def heuristic(card: KernelCard) -> Callable[..., bool] | None:
     """Return bitsandbytes' heuristic, extracted with its tables because its file imports a CUDA library.
 
     None in versions without it.

@@ -16,8 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.catalogue.quantization.fused_4bit import KernelCard
 from memplan.core.records import NamedTuple
-from memplan.probe.fake.kernels import KernelCard, Scratch, data_free_kernels, scratch_of
+from memplan.probe.fake.kernels import Scratch, data_free_kernels, scratch_of
 from memplan.probe.libraries import library
 
 _C: Any = library("torch._C")

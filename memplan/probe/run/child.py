@@ -94,9 +94,9 @@ def _answer(
 
     from memplan.catalogue.hardware.gpus import find_gpu
     from memplan.catalogue.kernels.wiring import GENERATING
+    from memplan.catalogue.quantization.fused_4bit import card_of
     from memplan.probe.fake import fake_tensor_patches as patches
     from memplan.probe.fake import recording
-    from memplan.probe.fake.kernels import card_of
     from memplan.probe.fake.modules import mark_loss_start, module_names
     from memplan.probe.fake.tracker import Tracker, new_operation_cache
     from memplan.probe.libraries import library, versions

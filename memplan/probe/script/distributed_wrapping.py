@@ -22,19 +22,13 @@ from memplan.probe.fake import fake_process_group as group
 from memplan.probe.libraries import library
 from memplan.probe.script import expert_parallel, tensor_parallel
 from memplan.probe.script.model import DTYPES, base_of, lower_of
+from memplan.resolve.parallelism import divides_weights, is_wrapped
 from memplan.spec.run import RunSpec
-
-_SHARDED = ("fsdp", "fsdp2")
-
-
-def is_wrapped(run: RunSpec) -> bool:
-    """Return whether ranks share weights or gradients; context-parallel ones without a strategy do not."""
-    return run.parallelism.strategy != "none" and run.parallelism.dp * run.parallelism.cp > 1
 
 
 def load_device(run: RunSpec, device: torch.device) -> torch.device:
     """Return where the model is built: on the host if FSDP shards it, unless it is quantised, which needs the GPU."""
-    divides = run.parallelism.strategy in _SHARDED and is_wrapped(run)
+    divides = divides_weights(run.parallelism)
     return torch.device("cpu") if divides and run.method.quantization is None else device
 
 
@@ -42,7 +36,7 @@ def load_device(run: RunSpec, device: torch.device) -> torch.device:
 def ranks(run: RunSpec) -> Generator[None]:
     """Make this process, inside the context, the first of the run's ranks."""
     distributed: Any = library("torch.distributed")
-    if not is_wrapped(run):
+    if not is_wrapped(run.parallelism):
         yield
         return
     fake = library("torch.testing._internal.distributed.fake_pg")
@@ -65,7 +59,7 @@ def ranks(run: RunSpec) -> Generator[None]:
 
 def wrap(model: Any, run: RunSpec, device: torch.device) -> Any:
     """Return the wrapped model; the model itself on one GPU."""
-    if not is_wrapped(run):
+    if not is_wrapped(run.parallelism):
         return model
     if run.precision.autocast and run.loop.trainer:
         _autocast_forward(model, lower_of(run.precision), device)
@@ -291,7 +285,7 @@ def _bottom_up(module: Any) -> Generator[Any]:
 
 def unreduced_gradients(model: Any, run: RunSpec) -> AbstractContextManager[None]:
     """Skip the reduction of gradients inside the context: only the last micro-batch reduces them."""
-    if not is_wrapped(run):
+    if not is_wrapped(run.parallelism):
         return nullcontext()
     if run.parallelism.strategy == "fsdp2":
         return _without_reduction(model)
@@ -312,7 +306,7 @@ def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     max_norm = float(run.loop.clip_grad_norm or 0)
     if run.parallelism.tp > 1 or run.parallelism.ep > 1:
         tensor_parallel.clip(parameters, max_norm)
-    elif is_wrapped(run) and run.parallelism.strategy == "fsdp":
+    elif is_wrapped(run.parallelism) and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(max_norm)
     else:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

@@ -163,7 +163,8 @@ def materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -
     quantization = run.method.quantization
     saved = modules_to_train(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
     quantised = set(quantisable_names(model, quantization, saved)) if quantization is not None else set[str]()
-    compute = DTYPES[str(run.precision.compute or run.precision.weights)]
+    precision = run.precision
+    compute = lower_of(precision) if precision.autocast else DTYPES[str(precision.compute or precision.weights)]
 
     def allocate(t: torch.Tensor, name: str) -> torch.Tensor:
         if id(t) not in allocated:

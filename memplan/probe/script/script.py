@@ -18,7 +18,7 @@ import torch
 from memplan.probe.libraries import library, objective_of
 from memplan.probe.refusals import checked_run
 from memplan.probe.script.assisted import assist, build_assistant
-from memplan.probe.script.distributed_wrapping import clip, is_wrapped, load_device, unreduced_gradients, wrap
+from memplan.probe.script.distributed_wrapping import clip, load_device, unreduced_gradients, wrap
 from memplan.probe.script.images import image_inputs
 from memplan.probe.script.inputs import inputs_of, labels_of
 from memplan.probe.script.losses import compute
@@ -33,6 +33,7 @@ from memplan.probe.script.tensor_parallel import (
     ulysses_attention,
 )
 from memplan.resolve.batches import decoder_prompt_tokens
+from memplan.resolve.parallelism import is_wrapped
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -185,7 +186,7 @@ class Script:
     def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """Return the loss and the model's outputs, computed under autocast if the run uses it."""
         run, precision = self.run, self.run.precision
-        alone = not is_wrapped(run)  # otherwise the wrapped model casts its outputs
+        alone = not is_wrapped(run.parallelism)  # otherwise the wrapped model casts its outputs
         in_fp32 = run.loop.trainer and precision.autocast and alone  # as accelerate wraps the model's forward
         with self._cast(), self._saving():
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, in_fp32, **options)

@@ -312,6 +312,8 @@ class TrainerScript:
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        if run.parallelism.offload.activations:
+            precomputes["activation_offloading"] = True
         if run.batch.packing == "padding_free":
             return {"padding_free": True, "max_length": None}
         packs = {"packing": True, "packing_strategy": run.batch.packing} if run.batch.packing else {}
@@ -396,11 +398,9 @@ class TrainerScript:
 
     @staticmethod
     def _tokenizer() -> Any:
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+        tokenizers, transformers = library("tokenizers"), library("transformers")
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
     def step(self) -> None:
         """Run the trainer's step: forward and backward, clipping, the optimizer."""

@@ -188,9 +188,8 @@ def _over_cache(graph: Graph, pass_: Pass, fed: int, keys: int, window: int) -> 
         decodes=True, decodes_several=fed > 1, images=False, tower="", windowed=bool(window) and keys >= window
     )
     wiring = wiring._replace(padded=wiring.padded or fed > 1 or pass_.cache == "static")
-    recipe = graph.recipe._replace(copies=False) if fed <= pass_.few_rows else graph.recipe
     pass_ = pass_._replace(follows_passes=True, longer=bool(window) and keys > window)
-    return graph._replace(wiring=wiring, recipe=recipe, inference=pass_)
+    return graph._replace(wiring=wiring, inference=pass_)
 
 
 def _loop_tensor(what: str, rows: int, vocabulary: int, dtype: str, count: int, source: str) -> TensorGroup:

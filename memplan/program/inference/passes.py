@@ -16,6 +16,7 @@ from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import offloaded_caches, quantized_caches
 from memplan.catalogue.inference.one_pass import PromptPart
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
+from memplan.catalogue.quantization.fused_4bit import copied_axes
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.collection import without_collection
@@ -248,9 +249,6 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     if compresses(graph):
         begins, fills = compressed_tokens.first_and_last(graph.model.axes(), past)
         wiring = wiring._replace(opened_windows=begins, filled_windows=fills)
-    recipe = graph.recipe
-    if rows <= pass_.few_rows:
-        recipe = recipe._replace(copies=False)
     lingers = past == prompt and not (pass_.last_only or crosses)
     unpacks = bool(min_rows) and rows >= min_rows
     is_first = past == prompt and _caches_without_copy(graph)
@@ -267,7 +265,7 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
         quantized = _quantised_after(before, waiting, past - prompt, pass_.stored)
         requantises = pass_.stored.after(quantized, past - quantized, 1)[0] != quantized
         token = token._replace(requantises_cache=requantises and pass_.stored.grouped)
-    decoding = graph._replace(wiring=wiring, recipe=recipe, inference=token)
+    decoding = graph._replace(wiring=wiring, inference=token)
     # the prompt's pass leaves the window as a view of all its tokens
     kept = _tokens_behind_view(decided, window) if past == prompt else within(past, window)
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
@@ -375,9 +373,10 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
         sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
     for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         sizes |= rounded_axes(name, sizes[name], ONE_RUN)
+    needs = contenders(step.graph, step.division).needs
     axes = axes_of(
         step.graph,
-        contenders(step.graph, step.division).needs.difference(sizes),
+        needs.difference(sizes),
         step.batch,
         step.fed,
         decided.half,
@@ -386,7 +385,9 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
         decided.pictures,
         decided.batch.target_sequence,
     )
-    return {**fixed, **axes, **sizes}
+    numbers = {**fixed, **axes, **sizes}
+    few_rows = step.graph.inference.few_rows if step.graph.inference is not None else 0
+    return numbers | copied_axes(needs, numbers, few_rows, decided.gpu)
 
 
 class SizedPass(NamedTuple):

@@ -14,7 +14,7 @@ from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
-from memplan.engine.capacities import OUT_OF_MEMORY, ReservedPeak, by_capacity
+from memplan.engine.capacities import ReservedPeak, by_capacity
 from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.sized_events import KeySizes, SizedEvents
@@ -62,8 +62,8 @@ def reserved(replay: InferenceReplay, capacity: int | None) -> ReservedPeak:
             model = step.assists
             left[model] = replay_pass(each, allocator, left[model])
     except OutOfMemoryError:
-        return OUT_OF_MEMORY
-    return ReservedPeak(allocator.peak_reserved, allocator.was_full)
+        return ReservedPeak.of([allocator], survived=False)
+    return ReservedPeak.of([allocator], survived=True)
 
 
 def load(graph: Graph, allocator: Allocator) -> None:

@@ -60,7 +60,8 @@ def groups_of(s: Settings) -> tuple[CacheGroup, ...]:
     layers = [c for c in (*model_caches, *layers_of(s)) if c.parts]
     in_stage = [s.stage.first <= i < s.stage.last for i, c in enumerate(model_caches) if c.parts]
     in_stage += [True] * (len(layers) - len(in_stage))
-    kinds = [_kind(s, c) for c in layers]
+    kind_of = {c: _kind(s, c) for c in dict.fromkeys(layers)}
+    kinds = [kind_of[c] for c in layers]
     if not s.serving.hybrid_cache and len(set(kinds)) > 1:
         kinds = [k._replace(kind="full", window=0) if k.kind in ("sliding", "chunked") else k for k in kinds]
     attention = [k for k in kinds if k.kind != "state"]

@@ -9,9 +9,9 @@ from memplan.program.structure import Structure
 
 def sharding_of(run: Structure) -> Sharding:
     """Return how the run's ranks shard it. A strategy's module is imported for a run that uses it."""
-    if run.ranks.world == 1:
-        return Sharding(run)
     match run.ranks.strategy:
+        case "none":
+            return Sharding(run)
         case "zero3":
             from memplan.program.sharding.zero3 import Zero3Sharding
 

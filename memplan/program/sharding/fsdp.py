@@ -17,7 +17,7 @@ from memplan.engine.gather import REST, ROOT
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup, parameters_of, tensor_group
 from memplan.program.sharding import fsdp_loading
-from memplan.program.sharding.fsdp_units import Piece, copied_model, division, pieces, units_of
+from memplan.program.sharding.fsdp_units import Piece, copied_model, division, pieces, stays_gathered, units_of
 from memplan.program.sharding.ranks import Ranks, is_scale, pinned_bytes, sent_dtype
 from memplan.program.sharding.sharding import Saved, Sharding, stepped_on_host, with_copies
 from memplan.program.structure import Structure
@@ -97,7 +97,7 @@ class FullySharded(Sharding):
         for held in self._weights(copied[0], of_copy):
             yield held._replace(what=f"reference.{held.what}")
         for p in of_copy:
-            if self.is_flat and p.unit == ROOT:
+            if stays_gathered(p.unit, copied[1]):
                 what = f"reference.{p.name}, gathered by its first forward"
                 yield tensor_group("parameter", what, p.whole, p.sent, _KEPT)
 
@@ -152,13 +152,13 @@ class FullySharded(Sharding):
             path = f"{piece.where}.{name}".lstrip(".")
             yield Parameter(path, shape, piece.dtype, embedding=self.run.trainer and embedding)
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
-        memory = super().optimizer(trained)
+    def optimizer(self) -> OptimizerMemory:
+        memory = super().optimizer()
         return stepped_on_host(memory) if self.ranks.offloads else memory
 
-    def clipping(self, trained: list[Parameter]) -> int:
+    def clipping(self) -> int:
         if not self.ranks.offloads:
-            return super().clipping(trained)
+            return super().clipping()
         return NORM_OF_HOST[self.is_flat] if self.run.clips else 0
 
     def host(self) -> Iterator[TensorGroup]:

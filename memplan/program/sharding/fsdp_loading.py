@@ -14,6 +14,7 @@ distributed/tensor/placement_types.py Shard._shard_tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 
 from memplan.catalogue.parallelism.sharding import aligned, part, rows_of
@@ -26,9 +27,16 @@ from memplan.program.sharding.ranks import PACKED, Ranks, kept_dtype, sent_dtype
 from memplan.program.stack_facts import shared_tables
 
 
-def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> list[tuple[int, int]]:
+def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> tuple[tuple[int, int], ...]:
     """Return what loading allocates and frees, in order. With `together`, equal tensors that are allocated and freed at
     once are merged into one event, as thousands of ranks have thousands of them."""
+    events, has_merged = _loaded(graph, ranks, together=True)  # which the peak takes, too, so they are there
+    return events if together or not has_merged else _loaded(graph, ranks, together=False)[0]
+
+
+@lru_cache(maxsize=4)
+def _loaded(graph: Graph, ranks: Ranks, together: bool) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """Return what loading allocates and frees, and whether events are merged."""
     loader = _Loader(graph, ranks)
     if ranks.efficient and not ranks.row.flat:
         loader.load_one_by_one(together)
@@ -38,7 +46,7 @@ def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> list[t
         if held.kind == "buffer":
             for _ in range(held.copies):
                 loader.tape.alloc_bytes(held.bytes)
-    return loader.tape.events
+    return tuple(loader.tape.events), loader.has_merged
 
 
 class _Loader:
@@ -49,6 +57,7 @@ class _Loader:
         self.stack, self.axes = operations_of(graph)  # the stack keeps the weights, whose ids are keys
         self.tape = LoadingTape(self.axes)
         self._messages: dict[int, list[int]] = {}  # by the weight's id: layers have the same weights
+        self.has_merged = False
         self.to_cast: list[tuple[int, int, str]] = []  # FSDP1: the rank's parts that are cast last
 
     def _shape(self, w: Weight) -> tuple[int, ...]:
@@ -83,6 +92,7 @@ class _Loader:
         world, shape, dtype = self.ranks.world, self._shape(w), kept_dtype(w, self.ranks)
         own = self.tape.bytes_of(prod(rows_of(shape, world)), dtype)
         padded = world - shape[0] // part(shape[0], world) if shape else 0
+        self.has_merged = self.has_merged or (together and padded > 1)
         copies = [padded * own] if together and padded else [own] * padded
         return [self.tape.bytes_of(prod(shape), dtype), *copies, own]
 

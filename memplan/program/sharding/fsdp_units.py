@@ -187,17 +187,26 @@ def _slices(
 
 
 def copied_model(graph: Graph, ranks: Ranks) -> tuple[Graph, Ranks] | None:
-    """Return the graph of a trainer's copy of the model and how TRL shards it, or None if there is no copy.
+    """Return the graph of a trainer's copy of the model and how FSDP shards it, or None if there is no copy.
 
-    Its weights keep the dtype they are loaded in, and FSDP2 wraps the model alone, none of its blocks.
+    Its weights keep the dtype they are loaded in. TRL wraps the model alone for FSDP2, none of its blocks.
 
     Source: trl 1.16.0 models/utils.py prepare_fsdp.
     """
     copy = reference_copy(graph)
     if copy is None:
         return None
-    flat = ranks.row.flat
-    return copy, ranks._replace(trained=ranks.frozen, wraps=flat, has_one_unit=not flat)
+    wraps = ranks.row.flat or (copy.trainer is not None and copy.trainer.shards_copy == "blocks")
+    return copy, ranks._replace(trained=ranks.frozen, wraps=wraps, has_one_unit=not wraps)
+
+
+def stays_gathered(unit: str, ranks: Ranks) -> bool:
+    """Return whether a unit of a copy stays gathered once it has run: the root, and FSDP2's last norm and head.
+
+    Source: torch 2.13 distributed/fsdp/_runtime_utils.py _post_forward_reshard; accelerate 1.15 utils/fsdp_utils.py
+    fsdp2_prepare_model, whose reshard_after_forward is false for them.
+    """
+    return unit == ROOT or (unit in (AFTER, TIED) and not ranks.row.flat and not ranks.has_one_unit)
 
 
 def division(graph: Graph, ranks: Ranks) -> Division:
@@ -208,8 +217,8 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     """
     by_unit = groupby(pieces(graph, ranks), key=lambda piece: piece.unit)
     units = tuple((name, _unit(list(group), ranks)) for name, group in by_unit)
-    asks = "last" if ranks.row.flat and ranks.regathers else _ASKS[ranks.prefetches_at]
     flat, keeps = ranks.row.flat, ranks.keeps
+    asks = "last" if flat and ranks.regathers else _ASKS[ranks.prefetches_at if flat or ranks.world > 1 else "none"]
     waits = ranks.replicated and not flat  # each unit's AllReduceState keeps the reduced gradients
     leaves = ranks.offloads and not flat  # FSDP1 keeps reduced gradients on the GPU until backward is over
     generates = graph.trainer is not None and graph.trainer.generates and not graph.trainer.is_reference
@@ -237,12 +246,12 @@ def division(graph: Graph, ranks: Ranks) -> Division:
 
 
 def _models(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, Division | None]]:
-    """Yield the division of the reference model, if it is a copy, and the models that no rank divides. FSDP1 never
-    shards a copy's root again, which is among the weights."""
+    """Yield the division of the reference model, if it is a copy, and the models that no rank divides. Units of a copy
+    that stay gathered are among the weights."""
     copied = copied_model(graph, ranks)
     if copied is not None:
-        units = division(*copied)
-        yield "reference", units._replace(units=tuple(unit for unit in units.units if unit[0] != ROOT))
+        units, of_copy = division(*copied), copied[1]
+        yield "reference", units._replace(units=tuple(u for u in units.units if not stays_gathered(u[0], of_copy)))
     yield from ((role, None) for role, _ in graph.roles)
 
 
@@ -314,7 +323,7 @@ def _merged(group: list[Piece], ranks: Ranks) -> Unit:
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
         return Unit(whole, (), cast, joined, padded, received, parts, _summed(trained))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
-    message = (Tensor("all-gather's output", str(sent), "uint8"),)
+    message = (Tensor("all-gather's output", str(sent), "uint8"),) if ranks.world > 1 else ()
     if not trained:
         return Unit(whole, message, cast)
     reduces = ranks.reduces or trained[0].sent

@@ -212,13 +212,13 @@ class Sharding:
             on_host=run.on_host and not run.ranks.knobs.optimizer,
         )
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
+    def optimizer(self) -> OptimizerMemory:
         """Return the optimizer's memory. States made by its constructor are of parameters without gradients, too. If
         tensor parallelism shards weights whose gradients are whole, the update begins with a copy of the rank's parts.
 
         Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
         """
-        memory = self.memory_of(trained)
+        memory = self.memory_of(self.trained())
         if memory.at_once:
             waiting = self.memory_of(self._parameters(lambda w: w.idle))
             memory = memory._replace(states=(*memory.states, *waiting.states))
@@ -231,9 +231,9 @@ class Sharding:
         scratch = "the rank's parts of whole gradients"
         return memory._replace(first=max(memory.first, local), later=max(memory.later, local), scratch=scratch)
 
-    def clipping(self, trained: list[Parameter]) -> int:
+    def clipping(self) -> int:
         """Return the bytes between backward and the update: norms of gradients, or gradients that are converted."""
-        return clipping(trained) if self.run.clips and not self.frees_gradients else 0
+        return clipping(self.trained()) if self.run.clips and not self.frees_gradients else 0
 
     def gradient_conversion(self) -> Iterable[TensorGroup]:
         """Return the temporaries while the gradients of the update are built from those of the passes."""

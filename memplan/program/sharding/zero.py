@@ -223,11 +223,11 @@ class ZeroSharding(Sharding):
         gradients are in host memory."""
         return Sharding.gradients(self) if self.stage == 1 else self.reduced_gradients()
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
-        memory = super().optimizer(trained)
+    def optimizer(self) -> OptimizerMemory:
+        memory = super().optimizer()
         return stepped_on_host(memory) if self.knobs.optimizer else memory
 
-    def clipping(self, trained: list[Parameter]) -> int:
+    def clipping(self) -> int:
         return sum(h.bytes for h in self.gradient_conversion())
 
     def reduction_buffers(self) -> Iterable[TensorGroup]:

@@ -112,7 +112,7 @@ class Zero3Sharding(ZeroSharding):
                 continue
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
             kinds = [] if self.knobs.parameters else [(f"one of {self.ranks.world} parts", self._part(numbers))]
-            if numbers <= self.knobs.persistent:
+            if self.knobs.copies_whole(numbers):
                 kinds.append(("whole", numbers))
             for kind, count in kinds:
                 yield self.group("parameter", f"{w.name}, {kind}", count, dtype, block.rstrip("."), copies)
@@ -125,9 +125,9 @@ class Zero3Sharding(ZeroSharding):
         """Yield nothing: reduced gradients are the rank's partition, one of the reduction buffers."""
         yield from ()
 
-    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
+    def optimizer(self) -> OptimizerMemory:
         """Return the optimizer's memory. It steps one sub-group after another, with the scratch of one."""
-        memory = super().optimizer(trained)
+        memory = super().optimizer()
         if self.knobs.optimizer:
             return memory
         of_one = self.memory_of([Parameter("", (self.updated_at_once,), "fp32")])
@@ -159,7 +159,7 @@ class Zero3Sharding(ZeroSharding):
     def all_gathered(self) -> Iterator[TensorGroup]:
         """Yield all weights as they are gathered at once, without those that are always whole."""
         _, axes = operations_of(self.graph)
-        for w, copies, block in weights_of(self.graph):
+        for w, copies, block in weights_of(self.graph) if not self.knobs.in_place else ():
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
             if w.group != "buffer" and numbers > self.knobs.persistent:
                 gathered_ = self._part(numbers) * self.ranks.world
@@ -203,7 +203,7 @@ class Zero3Sharding(ZeroSharding):
             if not knobs.parameters:
                 local = tape.alloc(self._part(count), dtype)
                 trained += [local] if w.requires_grad else []
-            if count <= knobs.persistent:
+            if knobs.copies_whole(count):
                 tape.alloc(count, dtype)
             tape.free(whole)
         tape.free(*trained)
@@ -253,6 +253,12 @@ class Zero3Sharding(ZeroSharding):
         for group in self.sub_groups:
             yield self.on_host("fp32 gradient of a sub-group", group, "fp32", pinned)
         yield self.on_host("fp32 partition of the weights", self.partition, "fp32", False)
+
+    def host_shards(self) -> int:
+        _, axes = operations_of(self.graph)
+        weights = ((w, copies) for w, copies, _ in weights_of(self.graph) if w.group != "buffer")
+        parts = sum(self._part(elements(w, axes)) * copies * ITEMSIZE[w.dtype] for w, copies in weights)
+        return parts if self.knobs.parameters else 0
 
     def gathers_to_save(self, states: str) -> Iterator[Saved]:
         """Yield what is gathered to save a full state dict: a module at a time."""

@@ -77,7 +77,7 @@ def _run(graph: Graph, storage: str, knobs: ZeroSettings) -> tuple[_Coordinator,
     order = _Order(graph, storage)
     sizes = [n for n, _ in order.sizes]
     bytes_ = [n * item for n, item in order.sizes]
-    always = frozenset(i for i, n in enumerate(sizes) if n <= knobs.persistent)
+    always = frozenset(i for i, n in enumerate(sizes) if knobs.in_place or n <= knobs.persistent)
     outer = frozenset(order.of_loss) - always if graph.loss == "fused" else frozenset[int]()
     coordinator = _Coordinator(order.visits, sizes, bytes_, always | outer, knobs)
     coordinator.run(storage)

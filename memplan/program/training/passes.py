@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
+from memplan.core.cached_property import cached_property
+from memplan.core.collection import without_collection
 from memplan.core.records import NamedTuple
 from memplan.engine import walk
 from memplan.engine.lowered import Lowered
-from memplan.engine.walk import Term, Variable, chain, prune, rows, size
+from memplan.engine.walk import Term, Variable, bytes_at_each, chain, prune, rows, size
 from memplan.program.graph import Graph, TrainingPass, lower_training, operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
@@ -35,27 +38,69 @@ class ScheduleMoment(NamedTuple):
 RETURNED, REDUCED, GATHERED = -1, -2, -3
 
 
-class Moments(NamedTuple):
-    """The moments of a step that can be its peak, with the model's numbers filled in.
+class MomentTerms(NamedTuple):
+    """The moments of a step that can be its peak, whatever its batch and sequence.
 
-    variables         sizes that batch and sequence decide; moments are linear in them
-    held              coefficients of what the script holds into the optimizer step, empty if it holds nothing
-    products          chain of products that bounds moments, largest first
-    needs             names of the axes of `variables`
-    first             moments of a step's first micro-batch, by phase
-    later             moments of a step's later micro-batches, by phase
-    where             name of each moment's operation, for the first and for later micro-batches
-    schedule_moments  position of each moment in a pipeline's schedule, for first and later micro-batches
+    first  moments of a step's first micro-batch, by phase
+    later  moments of a step's later micro-batches, by phase
+    where  name of each moment's operation, for the first and for later micro-batches
     """
 
-    variables: tuple[Variable, ...]
-    held: tuple[int, ...]
-    products: tuple[Variable, ...]
-    needs: frozenset[str]
     first: Terms
     later: Terms
     where: tuple[dict[int, str], dict[int, str]]
-    schedule_moments: tuple[tuple[ScheduleMoment, ...], tuple[ScheduleMoment, ...]] = ((), ())
+
+
+class LargestMoments(NamedTuple):
+    """The largest moments of a step at some batch and sequence.
+
+    of_phases  the most bytes of each phase of each pass and its moment: 0 and -1 for a phase without moments
+    where      name of each of these moments' operations, for the first and for later micro-batches
+    """
+
+    of_phases: list[tuple[int, int]]
+    where: tuple[dict[int, str], dict[int, str]]
+
+
+class Moments:
+    """The moments of a step, with the model's numbers filled in.
+
+    variables         sizes that batch and sequence decide; moments are linear in them
+    held              coefficients of what the script holds into the optimizer step, empty if it holds nothing
+    needs             names of the axes of `variables`
+    schedule_moments  position of each moment in a pipeline's schedule, for first and later micro-batches
+    """
+
+    def __init__(
+        self,
+        variables: tuple[Variable, ...],
+        held: tuple[int, ...],
+        terms: Callable[[], MomentTerms],
+        largest: Callable[[Sequence[int]], LargestMoments | None] = lambda numbers: None,
+        schedule_moments: tuple[tuple[ScheduleMoment, ...], tuple[ScheduleMoment, ...]] = ((), ()),
+    ) -> None:
+        self.variables, self.held, self.schedule_moments = variables, held, schedule_moments
+        self.needs = frozenset(axis for v in variables for axis in v.axes)
+        self._terms, self._largest = terms, largest
+        self._first: tuple[list[int], LargestMoments | None] | None = None
+
+    @property
+    def products(self) -> tuple[Variable, ...]:
+        """The chain of products that bounds moments, largest first."""
+        return tuple(map(Variable, chain(self.variables)))
+
+    @cached_property
+    def terms(self) -> MomentTerms:
+        """The moments that can be the peak. Finding them takes as long as lowering."""
+        return self._terms()
+
+    def largest(self, numbers: list[int]) -> LargestMoments | None:
+        """Return the largest moments at the first values of the variables that are asked for, without finding out which
+        can be the peak at others. None at others, and if it takes that to tell equally large ones apart."""
+        if self._first is None:
+            self._first = numbers, self._largest(numbers)
+        at, found = self._first
+        return found if at == numbers else None
 
 
 def pass_of(structure: Structure, later: bool = False, opens: bool = False) -> Lowered:
@@ -96,12 +141,10 @@ def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
 
 
 class PassTerms(NamedTuple):
-    """The largest moments of a pass, by phase, with what it keeps for backward and what the script holds afterwards.
-    All are over some variables."""
+    """The largest moments of a pass, by phase, and what it keeps for backward, over some variables."""
 
     terms: Terms
     kept: tuple[int, ...]
-    held: tuple[int, ...]
 
 
 @lru_cache(maxsize=512)
@@ -117,18 +160,23 @@ def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int],
 def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, ...]) -> PassTerms:
     """Return the largest moments of a pass."""
     low, axes = lower_training(graph, options), operations_of(graph)[1]
-    moments = (*low.moments.unnamed, low.kept, low.held)
-    *coefficients, kept, held = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
+    moments = (*low.moments.unnamed, low.kept)
+    *coefficients, kept = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
+    along = chain(variables)
+    terms = {
+        phase: prune(((coefficients[i], i) for i in indices), variables, along) if indices else ()
+        for phase, indices in _by_phase(low).items()
+    }
+    return PassTerms(terms, kept)
+
+
+def _by_phase(low: Lowered) -> dict[str, list[int]]:
+    """Return the moments of each phase of a pass."""
     of_phase: dict[str, list[int]] = {phase: [] for phase in PHASES}
     for i, phase in enumerate(low.moments.phases):
         if phase in of_phase:
             of_phase[phase].append(i)
-    along = chain(variables)
-    terms = {
-        phase: prune(((coefficients[i], i) for i in indices), variables, along) if indices else ()
-        for phase, indices in of_phase.items()
-    }
-    return PassTerms(terms, kept, held)
+    return of_phase
 
 
 def variables_of(used: set[Variable]) -> tuple[Variable, ...]:
@@ -140,18 +188,37 @@ def variables_of(used: set[Variable]) -> tuple[Variable, ...]:
 def step_moments(graph: Graph, options: tuple[TrainingPass, ...], holds_outputs: bool) -> Moments:
     """Return the moments of a step's passes, cached for all optimizers with the same options."""
     variables = variables_of({v for of_pass in options for v, _ in sizes_of(graph, of_pass)})
-    passes = [pass_terms(graph, of_pass, variables) for of_pass in options]
-    lows = [lower_training(graph, of_pass) for of_pass in options]
-    names = [
-        {t.moment: low.moments[t.moment].where for phase in of_pass.terms.values() for t in phase}
-        for low, of_pass in zip(lows, passes, strict=True)
-    ]
+    last, axes = lower_training(graph, options[-1]), operations_of(graph)[1]
+    (held,) = rows((last.held,), last.runs, axes, sizes_of(graph, options[-1]), variables) if holds_outputs else ((),)
     return Moments(
-        variables=variables,
-        held=passes[-1].held if holds_outputs else (),
-        products=tuple(map(Variable, chain(variables))),
-        needs=frozenset(axis for v in variables for axis in v.axes),
-        first=passes[0].terms,
-        later=passes[-1].terms,
-        where=(names[0], names[-1]),
+        variables, held, partial(_terms, graph, options, variables), partial(_largest, graph, options, variables)
     )
+
+
+@without_collection
+def _terms(graph: Graph, options: Sequence[TrainingPass], variables: tuple[Variable, ...]) -> MomentTerms:
+    passes = [pass_terms(graph, of_pass, variables).terms for of_pass in options]
+    names = [
+        {t.moment: low.moments[t.moment].where for phase in terms.values() for t in phase}
+        for low, terms in zip([lower_training(graph, of_pass) for of_pass in options], passes, strict=True)
+    ]
+    return MomentTerms(passes[0], passes[-1], (names[0], names[-1]))
+
+
+def _largest(
+    graph: Graph, options: Sequence[TrainingPass], variables: tuple[Variable, ...], numbers: Sequence[int]
+) -> LargestMoments | None:
+    value_of, axes = dict(zip(variables, numbers, strict=True)), operations_of(graph)[1]
+    of_phases: list[tuple[int, int]] = []
+    names: list[dict[int, str]] = []
+    for of_pass in options:
+        low, sizes = lower_training(graph, of_pass), sizes_of(graph, of_pass)
+        live = [*bytes_at_each(low.moments.unnamed, low.runs, axes, [n * value_of[v] for v, n in sizes])]
+        for indices in _by_phase(low).values():
+            most = max((live[i] for i in indices), default=0)
+            tied = [i for i in indices if live[i] == most] or [-1]
+            if len(tied) > 1 and len({*rows((low.moments[i] for i in tied), low.runs, axes, sizes, variables)}) > 1:
+                return None
+            of_phases.append((most, tied[0]))
+        names.append({i: low.moments[i].where for _, i in of_phases[-len(PHASES) :] if i >= 0})
+    return LargestMoments(of_phases, (names[0], names[-1]))

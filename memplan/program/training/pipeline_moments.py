@@ -8,7 +8,7 @@ from operator import add
 from memplan.catalogue.parallelism import pipeline
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
 from memplan.core.ir import Tensor
-from memplan.engine.walk import Variable, chain, prune, size
+from memplan.engine.walk import Variable, prune, size
 from memplan.program.graph import (
     Graph,
     first_equal_stage,
@@ -26,6 +26,7 @@ from memplan.program.training.passes import (
     REDUCED,
     RETURNED,
     Moments,
+    MomentTerms,
     ScheduleMoment,
     Terms,
     pass_options,
@@ -88,16 +89,11 @@ def rank_moments(structure: Structure) -> Moments:
     """Return the moments of a pipeline rank: a pass, other microbatches in flight, and the buffers between stages."""
     rank = _Rank(structure)
     first, later = rank.table(first=True), rank.table(first=False)
-    return Moments(
-        variables=rank.variables,
-        held=tuple(rank.row(None)) if rank.buffers[None] else (),
-        products=tuple(map(Variable, chain(rank.variables))),
-        needs=frozenset(axis for v in rank.variables for axis in v.axes),
-        first=first.terms,
-        later=later.terms if structure.accumulates else first.terms,
-        where=(first.names, later.names),
-        schedule_moments=(tuple(first.places), tuple(later.places)),
-    )
+    of_first = first.terms
+    terms = MomentTerms(of_first, later.terms if structure.accumulates else of_first, (first.names, later.names))
+    held = tuple(rank.row(None)) if rank.buffers[None] else ()
+    places = tuple(first.places), tuple(later.places)
+    return Moments(rank.variables, held, lambda: terms, schedule_moments=places)
 
 
 class _Table:

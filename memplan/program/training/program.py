@@ -47,7 +47,7 @@ class Program(NamedTuple):
     accumulated       bytes of gradients that exist throughout a phase of a later micro-batch, by phase
     reducing          bytes that gradient reduction holds throughout
     passing           bytes that ranks hold during a phase of a pass, by phase
-    optimizer         memory of the optimizer
+    optimizer         memory of the optimizer without its states, which would outweigh the rest (`Sharding.optimizer`)
     states            bytes of optimizer states on the GPU
     scaler            bytes of the gradient scaler
     host              bytes of optimizer states and offloaded parts in host memory
@@ -84,8 +84,7 @@ class Program(NamedTuple):
 def program(structure: Structure) -> Program:
     """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
     sharding = sharding_of(structure)
-    trained = sharding.trained()
-    optimizer = sharding.optimizer(trained)
+    optimizer = sharding.optimizer()
     consumed = sharding.frees_gradients or sharding.gradients_in_buckets
     gradients = 0 if consumed else total_bytes(sharding.gradients())
     accumulated = sharding.accumulated_bytes()
@@ -106,12 +105,12 @@ def program(structure: Structure) -> Program:
         },
         reducing=total_bytes(sharding.reduction_buffers()),
         passing={phase: total_bytes(sharding.held_in(phase)) for phase in phases},
-        optimizer=optimizer,
+        optimizer=optimizer._replace(states=()),
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=total_bytes(sharding.host()) + sum(s.bytes * s.count for s in optimizer.states if s.host),
         host_activations=tuple(_offloaded_activations(structure)),
-        clipping=sharding.clipping(trained),
+        clipping=sharding.clipping(),
         counts=_parameter_counts(structure),
     )
 

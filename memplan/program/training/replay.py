@@ -21,7 +21,6 @@ from memplan.core.once import once
 from memplan.core.units import ITEMSIZE
 from memplan.engine.allocator import Allocator
 from memplan.engine.events import FREED, RELEASED
-from memplan.engine.native import new_allocator
 from memplan.engine.record import AllocationTrace
 from memplan.engine.sized_events import SizedEvents, SizeInRun
 from memplan.engine.storages import GATHERING, LENT, REDUCING
@@ -56,25 +55,21 @@ def replay_steps(
     program: Program,
     axes: Mapping[str, int],
     workspace: int,
-    expandable: bool = False,
-    capacity: int | None = None,
+    allocator: Allocator,
     replay_side_tasks: Iterable[Callable[[Allocator], None]] = (),
-) -> Allocator:
-    """Return the allocator after a run.
+) -> None:
+    """Replay a run.
 
     axes        sizes of the run's axes
     workspace   cuBLAS's workspace for one handle; forward has one, backward another
-    expandable  expandable segments are on
-    capacity    bytes of the GPU that torch may reserve, None for no limit
+    allocator   a new one with `STREAMS` streams
     side_tasks  tasks after the steps, such as evaluation or saving
 
-    Raises OutOfMemoryError if `capacity` is exceeded.
+    Raises OutOfMemoryError if the allocator's capacity is exceeded.
     """
-    allocator = new_allocator(expandable, capacity, STREAMS)
     steps_of(program.structure).replay(allocator, {**axes, _WORKSPACE: workspace})
     for aside in replay_side_tasks:
         aside(allocator)
-    return allocator
 
 
 @lru_cache(maxsize=64)
@@ -394,6 +389,6 @@ def _update(program: Program, step: int, events: SizedEvents) -> None:
 
 def _make_states(program: Program, events: SizedEvents) -> None:
     events.enter("states")
-    for state in program.optimizer.states:
+    for state in sharding_of(program.structure).optimizer().states:
         if not state.host:
             events.alloc_copies(state.bytes, state.count)

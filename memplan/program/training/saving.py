@@ -41,7 +41,7 @@ def saving_peak(structure: Structure, saving: Saving, program: Program) -> tuple
         return copies, "save.convert" if copies else "save", _file_bytes(structure)
     if kind == "sharded":
         return (), "save", 0
-    dtypes = {s.dtype for s in program.optimizer.states if not s.host and len(s.shape) > 0}
+    dtypes = {s.dtype for s in sharding.optimizer().states if not s.host and len(s.shape) > 0}
     widest = max(dtypes, key=lambda dtype: ITEMSIZE[dtype], default="") if saving.optimizer else ""
     held, where = max(sharding.gathers_to_save(widest), key=lambda gather: total_bytes(gather[0]))
     return held, where, sharding.saved_bytes(program.states if saving.optimizer else 0)

@@ -94,6 +94,8 @@ def proposed(
     are_several = len(proposal.levers) > 1
     saves = [f"{e.lever.title}: {saved(e)}" if are_several else saved(e) for e in proposal.effects]
     rows = [("" if n else "saves", text) for n, text in enumerate(saves)]
+    host = proposal.answer.host_bytes
+    rows += [("host", f"{gib(host)} in the host's memory")] if host else []
     rows += [("time", times(proposal.time)), ("result", SEVERITIES[proposal.severity])]
     rows += [("", text) for text in qualities(proposal.levers, explain=explain)]
     if explain:

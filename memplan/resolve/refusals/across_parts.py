@@ -24,6 +24,8 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
         yield refused("batch.batching", "only applies with batch.lengths")
     if run.batch.generations and not generates:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
+    if run.batch.scored and not (generates and run.trainer in ("grpo", "rloo")):
+        yield refused("batch.scored", "only applies to trainers that score completions before a step: grpo, rloo")
     if run.task != "generate":
         if run.batch.new_tokens and not generates:
             yield refused("batch.new_tokens", "only task generate makes new tokens")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.parallelism.sharding import STRATEGIES
 from memplan.core.errors import SpecError, refused
-from memplan.resolve.parallelism import FSDP, ZERO, check_product, replicas
+from memplan.resolve.parallelism import FSDP, ZERO, check_product, is_wrapped, replicas
 from memplan.resolve.refusals.refuse import not_yet
 from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.run import RunSpec
@@ -28,10 +28,10 @@ def parallelism(p: Parallelism) -> Iterator[SpecError]:
         yield refused("parallelism.strategy", f"is needed with {replicas(p)} GPUs; choose {', '.join(STRATEGIES)}")
     yield from _strategy_settings(p)
     offloads = (*FSDP, "zero3")
-    if p.offload.parameters and not (p.strategy in offloads and p.world > 1):
+    if p.offload.parameters and not (p.strategy in offloads and is_wrapped(p)):
         strategies = ", ".join(offloads)
-        yield not_yet("parallelism.offload", "parameters", f"optimizer; parameters with several GPUs and {strategies}")
-    if p.offload.optimizer and p.world > 1 and p.strategy in FSDP and not p.offload.parameters:
+        yield not_yet("parallelism.offload", "parameters", f"optimizer; parameters with {strategies}")
+    if p.offload.optimizer and is_wrapped(p) and p.strategy in FSDP and not p.offload.parameters:
         yield refused(
             "parallelism.offload", "FSDP offloads parameters, gradients and states together; set parameters too"
         )
@@ -102,6 +102,8 @@ def _strategy_settings(p: Parallelism) -> Iterator[SpecError]:
             "a group of one shards nothing, which only FSDP1 supports (NO_SHARD), and only without offloading or "
             "reshard_after_forward false; use strategy ddp",
         )
+    elif p.world == 1 and p.strategy == "fsdp" and p.offload.parameters:
+        yield refused("parallelism.offload", "FSDP1 on one GPU keeps the weights there; use fsdp2 or zero3")
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:

@@ -40,12 +40,21 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and facts.reference and name not in GENERATING:
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    is_copy = run.reference == "copy" or (run.reference is None and facts.reference == "own" and not has_adapters)
+    if (
+        is_copy
+        and run.is_sharded
+        and run.parallelism.strategy == "fsdp2"
+        and run.library.trainer.fsdp2_reference == "fails"
+    ):
+        text = "this TRL wraps a reference copy in FSDP1 with FSDP2's settings, which fails; use fsdp or zero3"
+        yield refused("parallelism.strategy", text)
     if facts.own_loop:
-        yield from _ppo(run, bool(towers))
+        yield from _ppo(run, bool(towers), is_copy)
     if name in DISTILLING and run.roles.teacher is None:
         yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
-        yield from _generating(run, "adapters" if has_adapters else "copy")
+        yield from _generating(run, has_adapters)
     yield from _with_parts(run)
 
 
@@ -81,7 +90,7 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             )
 
 
-def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
+def _ppo(run: OpenRun, has_tower: bool, is_copy: bool) -> Iterator[SpecError]:
     """Yield errors for what TRL's PPOTrainer cannot have."""
     if run.roles.reward is None:
         yield refused("roles.reward", "ppo scores completions with a reward model; name one (--reward-model MODEL)")
@@ -93,7 +102,6 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
     if run.is_sharded and run.parallelism.strategy in FSDP:
         text = "PPOTrainer generates past FSDP, whose embeddings are then in parts, and fails; use ddp or zero"
         yield refused("parallelism.strategy", text)
-    is_copy = run.reference == "copy" or (run.reference is None and run.method.kind not in ADAPTERS)
     if run.parallelism.strategy == "ddp" and run.parallelism.dp > 1 and not is_copy:
         text = "PPOTrainer asks DDP for its policy, which fails, unless it has a reference model; use copy"
         yield refused("reference", text)
@@ -109,12 +117,17 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
         yield refused("rollout", "PPOTrainer generates with transformers; use transformers")
 
 
-def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
-    """Yield errors for completions, and for the reference of a trainer that generates; `own` is one it can have."""
+def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
+    """Yield errors for completions, and for the reference of a trainer that generates."""
     if run.batch_facts.ungrouped:
         yield refused("batch.generations", run.batch_facts.ungrouped)
     if run.reference == "precomputed":
+        own = "adapters" if has_adapters else "copy"
         yield refused("reference", f"{run.trainer} scores completions as it generates them; use none or {own}")
+    if has_adapters and run.is_sharded and run.parallelism.strategy == "fsdp2" and run.rollout == "transformers":
+        # accelerate 1.15 utils/fsdp_utils.py _find_final_norm finds none in a PeftModel; trl 1.16.0 distributed.py
+        text = "peft generates past FSDP2's root, which is not gathered then, and fails; use fsdp, zero3 or vLLM"
+        yield refused("parallelism.strategy", text)
 
 
 def _with_parts(run: OpenRun) -> Iterator[SpecError]:
@@ -132,8 +145,10 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     p = run.parallelism
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
-    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy != "ddp":
-        yield not_yet_with("parallelism.strategy", f"trainer {name} and loss fused", "ddp")
+    # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
+    strategies = ("ddp", "zero1", "zero2", *(() if run.method.kind in ADAPTERS else FSDP))
+    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
+        yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.families import megatron
+from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.parallelism.sharding import (
     ALLOWED_ON_FLAT_PARTITIONS,
@@ -14,6 +15,7 @@ from memplan.catalogue.parallelism.sharding import (
 )
 from memplan.core.errors import SpecError, refused
 from memplan.models.configs import families
+from memplan.models.peft_methods import BITSANDBYTES
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.parallelism import ONE_GPU
@@ -29,6 +31,13 @@ _METHODS_OF = {
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA takes norms of weights that another module gathers
     MEGATRON: ("full", "lora"),
 }
+
+# Source: transformers 5.24 distributed/tensor_parallel.py; bitsandbytes 0.50.2 nn/modules.py Linear4bit.forward reads
+# weight.quant_state.
+_CANNOT = (
+    "transformers 5.24 cannot run {} with tensor parallelism: it turns bitsandbytes' weights into DTensors, and their "
+    "layers fail in the first pass"
+)
 
 
 def _with_own_layers() -> str:
@@ -190,16 +199,24 @@ def activation_offload(r: OpenRun) -> Iterator[SpecError]:
     for name in ("tp", "cp", "ep", "pp"):
         if getattr(p, name) > 1:
             yield not_yet(f"parallelism.{name}", getattr(p, name), "1 with activations offloaded")
-    if p.world > 1 and p.strategy not in ("ddp", "fsdp2"):
-        yield not_yet("parallelism.strategy", p.strategy, "ddp, fsdp2 with activations offloaded")
+    by_trl = r.library.checkpointing.saved_tensors == "trl"
+    if p.world > 1 and p.strategy not in ("ddp", *(() if by_trl else ("fsdp2",))):
+        strategies = "ddp" if by_trl else "ddp, fsdp2"
+        yield not_yet("parallelism.strategy", p.strategy, f"{strategies} with activations offloaded")
+    if by_trl and kernels.checkpointing != "none":
+        both = (
+            "none with activations offloaded; offload alone stands for TRL's activation_offloading with checkpointing"
+        )
+        yield not_yet("kernels.checkpointing", kernels.checkpointing, both)
     if method.quantization is not None and method.quantization.format not in ("nf4", "fp4"):
         yield not_yet("method.quantization.format", method.quantization.format, "nf4, fp4 with activations offloaded")
     if r.batch_facts.images:
         yield not_yet_with("batch.images", "offloaded activations", "0")
     if kernels.fused:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with activations offloaded")
-    if kernels.loss not in ("hf", "chunked", "fused"):
-        yield not_yet("kernels.loss", kernels.loss, "hf, chunked, fused with activations offloaded")
+    losses = ("hf", "chunked", "fused", *(TRL_LOSSES if by_trl else ()))
+    if kernels.loss not in losses:
+        yield not_yet("kernels.loss", kernels.loss, f"{', '.join(losses)} with activations offloaded")
 
 
 def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
@@ -214,7 +231,7 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
     if q.format not in ("nf4", "fp4"):
         yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
     if r.parallelism.world > 1 and r.parallelism.strategy not in ("ddp", "fsdp2"):
-        yield not_yet_with(field, r.parallelism.strategy, "ddp, fsdp2")
+        yield not_yet_with(field, "pipelines" if r.parallelism.pp > 1 else r.parallelism.strategy, "ddp, fsdp2")
 
 
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
@@ -329,8 +346,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         else:
             yield refused(
                 "method.kind",
-                f"transformers 5.24 cannot run {method.kind} with tensor parallelism: it turns bitsandbytes' weights "
-                "into DTensors, and their layers fail in the first pass; use full, freeze or lora",
+                f"{_CANNOT.format(method.kind)}; use full, freeze or lora",
             )
     if method.kind not in ("full", "freeze", "lora"):
         yield not_yet("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
@@ -348,10 +364,11 @@ def _divided_format(r: OpenRun, q: Quantization) -> Iterator[SpecError]:
     Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py.
     """
     tp, axes, block = r.parallelism.tp, r.model.axes(), max(q.block_size, 1)
-    if q.format != "fp8" or r.style != "transformers":
-        yield not_yet(
-            "method.quantization.format", q.format, "fp8, and weights in 16 or 32 bits, with transformers' tp"
-        )
+    field, others = "method.quantization.format", "fp8, and weights in 16 or 32 bits, with transformers' tp"
+    if q.format in BITSANDBYTES and r.style == "transformers":
+        yield refused(field, f"{_CANNOT.format(q.format)}; use fp8, or weights in 16 or 32 bits")
+    elif q.format != "fp8" or r.style != "transformers":
+        yield not_yet(field, q.format, others)
     uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (tp * block)), None)
     if uneven is not None:
         yield refused(

@@ -1,0 +1,82 @@
+"""`Frame`: one execution of a list of operations, with the `Node`s of the backward graph that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from memplan.core.ir import Op, Tensor
+from memplan.engine.dtypes import Scope
+from memplan.engine.operation_facts import NO_BACKWARD, Backward, weights_used_again
+from memplan.engine.storages import Storage
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Node:
+    """One operation of the backward graph.
+
+    backward  what its backward computes
+    targets   reads and weights that need a gradient
+    pins      names of the tensors it keeps
+    kept      the storages it keeps
+    away      tensors it keeps in host memory
+    fetched   copies of those on the GPU, during its backward
+    """
+
+    __slots__ = ("away", "backward", "fetched", "kept", "op", "pins", "targets")
+
+    def __init__(self, op: Op, backward: Backward) -> None:
+        self.op, self.backward = op, backward
+        self.targets, self.pins = backward.targets, backward.pins
+        self.kept: list[Storage] = []
+        self.away: Mapping[str, Tensor] = NOTHING
+        self.fetched: Mapping[str, Storage] = NOTHING
+
+
+NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
+
+
+class Frame:
+    """One execution of a list of operations, and the backward graph it leaves."""
+
+    def __init__(
+        self,
+        ops: tuple[Op, ...],
+        scope: Scope,
+        outer: dict[str, Storage],
+        flows: Iterable[str],
+        block: str = "",
+        layer: int | None = None,
+    ) -> None:
+        self.block = block
+        self.uses = weights_used_again(ops) if block else {}  # weight -> operations of the block that use it
+        self.where = "" if layer is None else f"{block}.{layer}."
+        self.ops = ops
+        self.scope = scope
+        self.outer = outer
+        self.flows = set(flows)
+        self.nodes: list[Node] = []
+        self.names: dict[str, Storage] = {}
+        self.checkpointed = False
+        self.reentrant = False
+        self.recomputed = False
+        self.whole = False  # a checkpoint recomputes all of it
+        self.exported: Container[str] = ()
+        self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
+        self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
+        self.to_host = False  # the checkpoint keeps `x` in host memory
+        self.saves: Container[str] = ()  # operations whose outputs the checkpoint keeps
+        self.saved: dict[str, Storage] = {}  # those outputs
+        self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
+        self.shared: list[Storage] = []
+        self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
+        self.past: Mapping[str, Storage] = {}  # left by the previous pass
+
+    def __getitem__(self, name: str) -> Storage:
+        return self.names[name] if name in self.names else self.outer[name]
+
+    def storage(self, name: str) -> Storage | None:
+        """Return the storage of a tensor; None for a weight, which is always alive and not counted here."""
+        return self.names.get(name) or self.outer.get(name)
