@@ -145,6 +145,7 @@ def one_run(models: tuple[str, ...]) -> None:
     again, other = [], []
     for model in models[:20]:
         run = RunSpec(model=model, method="lora")
+        memplan.warm([run])
         memplan.fits(run)
         again.append(cpu(lambda run=run: memplan.fits(run))[0])
         longer = RunSpec(model=model, method="lora", batch={"sequence": 1792})

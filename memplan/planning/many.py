@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any, cast
 
@@ -10,8 +11,9 @@ from memplan.core.errors import InternalError, MemplanError, printable, refused
 from memplan.core.workers import mapped, processes_for
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
+from memplan.planning.fitting import fits
 from memplan.spec.pool import listed
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
 
 _METHODS = ("full", "lora", "qlora")
 
@@ -72,3 +74,6 @@ def warm(models: Iterable[str | RunSpec]) -> None:
         runs = [model] if isinstance(model, RunSpec) else [RunSpec(model=model, method=method) for method in _METHODS]
         for run in runs:
             _ = estimate(run).bytes.used
+            with suppress(MemplanError):  # a trainer may not take the other batch
+                for micro in (run.batch.micro, run.batch.micro + 1):  # a second size finds what can be the peak at any
+                    fits(changed(run, "batch", micro=micro))

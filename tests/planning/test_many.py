@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from memplan import Estimate, MemplanError, RunSpec, card_names, estimate, estimate_many, find_model, warm
+from memplan import Estimate, MemplanError, RunSpec, card_names, estimate, estimate_many, find_model, fits, warm
 from memplan.core.workers import mapped
 from memplan.estimate.estimate import walk
+from memplan.program.training.passes import Moments
+from memplan.program.training.program import program
+from memplan.spec.run import changed
 
 RUNS = [
     RunSpec(model=model, method=method, batch={"micro": micro}, gpu=gpu)
@@ -78,8 +81,13 @@ def test_every_familys_answer_is_pickled() -> None:
     assert pickle.loads(pickle.dumps(answer)).model_dump() == answer.model_dump()
 
 
-def test_models_are_made_ready() -> None:
+def test_models_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every GPU another sequence builds no program, and searches no moments that can be the peak."""
     warm(["smollm2-135m", RUNS[0]])
+    built = program.cache_info().misses
+    monkeypatch.setattr(Moments, "terms", property(lambda moments: vars(moments)["terms"]))
+    fits(changed(RUNS[0], "batch", sequence=160))
+    assert program.cache_info().misses == built
     assert walk(RUNS[0]).peak == estimate(RUNS[0]).bytes.allocated
     with pytest.raises(MemplanError, match="unknown name"):
         warm(["smollm2-135n"])
