@@ -94,9 +94,8 @@ def _loaded_bytes(graph: Graph, ranks: Ranks, straight: bool) -> LoadedBytes:
     dtype = ranks.frozen or graph.recipe.weights
     config_dtype = graph.model.config.get("dtype") or graph.model.config.get("torch_dtype")
     stored = _STORED.get(str(config_dtype), dtype)
-    casts = (
-        ranks.strategy != "none" and ranks.row.gathers and not ranks.row.flat
-    )  # FSDP2 casts weights before it shards them
+    # FSDP2 casts weights before it shards them
+    casts = ranks.strategy != "none" and ranks.row.gathers and not ranks.row.flat
     own = mapped = 0
     for w in in_order(graph):
         numbers = elements(w, axes)

@@ -50,11 +50,11 @@ def replicas(p: Parallelism) -> int:
 def is_wrapped(p: Parallelism) -> bool:
     """Return whether the strategy's library holds the model.
 
-    FSDP and DeepSpeed do on one GPU too; accelerate wraps a model in DDP only for several processes.
+    FSDP and DeepSpeed do on one GPU, too; accelerate wraps a model in DDP only for several processes.
 
     Source: accelerate 1.15 accelerator.py prepare_model, multi_device.
     """
-    return replicas(p) > 1 or (p.world == 1 and p.strategy in (*FSDP, *ZERO))
+    return p.strategy != "none" and (replicas(p) > 1 or (p.world == 1 and p.strategy in (*FSDP, *ZERO)))
 
 
 def divides_weights(p: Parallelism) -> bool:

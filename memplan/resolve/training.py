@@ -262,7 +262,7 @@ def _refuse_several_gpus(run: OpenTraining) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
     if p.offload.activations:
         refuse(refusals.activation_offload(run))
-    if run.copies > 1 or run.is_wrapped:
+    if run.is_wrapped:
         refuse(refusals.several_gpus(run))
     if p.pp > 1:
         refuse(refusals.pipeline(run))

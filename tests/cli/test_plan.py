@@ -276,6 +276,13 @@ def test_the_fastest_grid_is_written_for_a_framework(plan_: Command, tmp_path: P
     assert world in plain.out
 
 
+def test_a_way_that_offloads_says_what_the_host_holds(plan_: Command) -> None:
+    out = plan_("llama-3.1-8b", "--gpu", "4090").out
+    assert "1. DeepSpeed ZeRO 3 with optimizer and weights on the host: fits" in out
+    assert "GiB in the host's memory" in out
+    assert "--zero 3 --offload parameters,optimizer" in out
+
+
 def test_no_file_is_written_if_nothing_fits(plan_: Command) -> None:
     ran = plan_("llama-3.1-8b", "--gpu", "3090", "--nodes", "1", "--gpus", "2", "--emit", "accelerate")
     assert (ran.code, ran.out) == (1, "")

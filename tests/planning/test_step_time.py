@@ -185,6 +185,14 @@ def test_the_optimizer_reads_and_writes_states_parameters_and_gradients() -> Non
     assert 2 * PARAMETERS <= clipping < 2 * PARAMETERS + 512 * TENSORS
 
 
+def test_weights_on_the_host_cross_the_bus_in_every_pass() -> None:
+    """All of a model's weights, in bf16, for forward and for backward."""
+    zero3 = {"strategy": "zero3", "offload": {"optimizer": True}}
+    here = counted(parallelism=zero3)
+    away = counted(parallelism={**zero3, "offload": {"optimizer": True, "parameters": True}})
+    assert away.copied - here.copied == 2 * 2 * PARAMETERS
+
+
 def test_offloaded_checkpoints_are_copied_out_and_back() -> None:
     """The inputs of all layers, in bf16."""
     away, here = (counted(kernels={"checkpointing": how}) for how in ("offload", "full"))

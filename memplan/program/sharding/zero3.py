@@ -111,12 +111,16 @@ class Zero3Sharding(ZeroSharding):
             if w.group == "buffer":
                 continue
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
-            kinds = [] if self.knobs.parameters else [(f"one of {self.ranks.world} parts", self._part(numbers))]
+            kinds = [] if self.knobs.parameters else [(self._named(w), self._part(numbers))]
             if self.knobs.copies_whole(numbers):
-                kinds.append(("whole", numbers))
-            for kind, count in kinds:
-                yield self.group("parameter", f"{w.name}, {kind}", count, dtype, block.rstrip("."), copies)
+                kinds.append((f"{w.name}, whole", numbers))
+            for what, count in kinds:
+                yield self.group("parameter", what, count, dtype, block.rstrip("."), copies)
         yield from (held for held in parameters_of(graph) if held.kind == "buffer" or is_scale(held))
+
+    def _named(self, w: Weight) -> str:
+        """Return what a rank's part of a weight is called."""
+        return w.name if self.ranks.world == 1 else f"{w.name}, one of {self.ranks.world} parts"
 
     def _part(self, numbers: int) -> int:
         return part(numbers, self.ranks.world)
@@ -240,8 +244,7 @@ class Zero3Sharding(ZeroSharding):
             return
         for w, copies, _ in weights_of(self.graph):
             if not w.requires_grad and w.group != "buffer":
-                what, local = f"{w.name}, one of {self.ranks.world} parts", self._part(elements(w, axes))
-                yield self.on_host(what, local, w.dtype, self.knobs.pins[1], copies)
+                yield self.on_host(self._named(w), self._part(elements(w, axes)), w.dtype, self.knobs.pins[1], copies)
 
     def _optimizer_on_host(self) -> Iterator[TensorGroup]:
         pinned = self.knobs.pins[0]
