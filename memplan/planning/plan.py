@@ -140,8 +140,8 @@ class Plan:
     asked       the run
     answer      the estimate of the run without changes, except one without which it does not start
     demand      the condition to meet
-    proposals   sets of levers that meet it, ordered by change of the result, number and strength of levers; empty if
-                the run already meets it, or nothing does
+    proposals   sets of levers that meet it, ordered by change of the result (more GPUs last), then by step time, number
+                and strength of levers; empty if the run already meets it, or nothing does
     nearest     all levers that lower the peak together, if nothing meets it
     tried       number of runs that were estimated
     is_partial  whether the search was interrupted, and the proposals are those that it had
@@ -230,8 +230,16 @@ def plan(
     except KeyboardInterrupt:
         sets, is_partial = trials.fitting()[:_MOST_KEPT], True
     all_levers += tuple(dict.fromkeys(lever for pulled in sets for lever in pulled if lever not in all_levers))
-    proposals = tuple(Proposal(trials, pulled) for pulled in ranked(sets, all_levers))
+    proposals = tuple(sorted((Proposal(trials, pulled) for pulled in sets), key=lambda way: _cost(way, all_levers)))
     return Plan(run, trials, all_levers, proposals, is_partial)
+
+
+def _cost(way: Proposal, levers: tuple[Lever, ...]) -> tuple[int, float, int, int]:
+    """Return what proposals are ordered by: change of the result (more GPUs last), step time to a tenth, number of
+    levers, and their strength."""
+    tier = max(lever.tier for lever in way.levers)
+    time = way.time.high if way.time else 0.0
+    return tier, round(time, 1), len(way.levers), sum(levers.index(lever) for lever in way.levers)
 
 
 def _started(run: RunSpec, calibration: Calibration | None) -> Estimate:
@@ -245,18 +253,3 @@ def _started(run: RunSpec, calibration: Calibration | None) -> Estimate:
 
 
 _MOST_KEPT = 4  # proposals of a search that was stopped
-
-
-def ranked(sets: list[Set], levers: tuple[Lever, ...]) -> list[Set]:
-    """Return the sets ordered by change of the result (more GPUs last), then number of levers, then their strength."""
-    places = {lever: i for i, lever in enumerate(levers)}
-    last = len(levers)
-
-    def cost(pulled: Set) -> tuple[int, int, int]:
-        return (
-            max(lever.tier for lever in pulled),
-            len(pulled),
-            sum(places.get(lever, last) for lever in pulled),
-        )
-
-    return sorted(sets, key=cost)

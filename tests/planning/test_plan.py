@@ -24,7 +24,7 @@ from memplan.planning.advice import advise
 from memplan.planning.ladder import RUNGS, ladder
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
-from memplan.planning.plan import plan, time_of
+from memplan.planning.plan import Proposal, plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
 from memplan.planning.search import Trials, answer_with_one_lever
 from memplan.planning.step_time import cost, step_pace, work
@@ -60,7 +60,24 @@ def alone(run: RunSpec, levers: tuple[Lever, ...]) -> bool | None:
         return None
 
 
+def place(proposal: Proposal) -> tuple[int, float]:
+    """Return the tier of a proposal's strongest lever, and how many times longer a step takes, to a tenth."""
+    assert proposal.time is not None
+    return max(lever.tier for lever in proposal.levers), round(proposal.time.high, 1)
+
+
 # --- levers ---
+
+
+def test_of_two_ways_that_keep_the_result_the_quicker_comes_first() -> None:
+    run = RunSpec(model="qwen3-32b", method="lora", gpu="h100", batch={"sequence": 8192})
+    kept = [way for way in plan(run).proposals if way.severity == 0]
+    assert [("optimizer and weights on the host" in way.levers[0].title, len(way.levers)) for way in kept] == [
+        (False, 2),
+        (False, 2),
+        (True, 1),
+    ]
+    assert [place(way) for way in kept] == sorted(place(way) for way in kept)
 
 
 @few
@@ -83,8 +100,7 @@ def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict
                 for levers in proposed
                 if len(levers) == 1
             ), lever
-    tiers = [max(lever.tier for lever in proposal.levers) for proposal in found.proposals]
-    assert tiers == sorted(tiers)
+    assert [place(way) for way in found.proposals] == sorted(place(way) for way in found.proposals)
 
 
 @few

@@ -94,7 +94,7 @@ class Levers(NamedTuple):
 def _proposals(plan: Plan, condition: str, explain: bool, has_patch: bool) -> Iterator[Block]:
     n_proposals = len(plan.proposals)
     ways = f"{n_proposals} ways to make it fit" if n_proposals > 1 else "One way to make it fit"
-    order = ", those that change the result least first, more GPUs last" if n_proposals > 1 else ""
+    order = ", those that change the result least first, then the quickest; more GPUs last" if n_proposals > 1 else ""
     yield Text(f"{ways}{condition}{order}.")
     for n, proposal in enumerate(plan.proposals):
         number = f"{n + 1}. " if n_proposals > 1 else ""
