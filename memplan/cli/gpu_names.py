@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
+from memplan.core.several import several
 
 AUTO = "auto"
-# Kept as strings: `re` compiles and caches them when a card is named.
-_COUNT_FIRST = r"(\d{1,6})\s*[x*×]\s*(\d{3}.*|[^\d\s].*)"
-_COUNT_LAST = r"(\S.*?)(?:\s+[x*×]\s*|(?<=\d)[x*×])(\d{1,6})"
 
 
 class TypedCard(NamedTuple):
@@ -25,14 +22,9 @@ class TypedCard(NamedTuple):
 def typed_cards(texts: Iterable[str]) -> Iterator[TypedCard]:
     """Yield the cards that `--gpu` names: `3090,4090` are two to compare, `2x4090` is two of one, `auto` asks the
     driver. Raises SpecError if there is no driver to ask."""
-    for text in (part.strip() for words in texts for part in words.split(",")):
-        first, last = re.fullmatch(_COUNT_FIRST, text), re.fullmatch(_COUNT_LAST, text)
-        if first is not None:
-            yield TypedCard(_named(first[2]), int(first[1]))
-        elif last is not None:
-            yield TypedCard(_named(last[1]), int(last[2]))
-        else:
-            yield TypedCard(_named(text), None)
+    for text in (part for words in texts for part in words.split(",")):
+        number, name = several(text)
+        yield TypedCard(_named(name), number)
 
 
 def with_names_of_cards(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from math import inf, log2
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,6 +17,7 @@ from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.costs import cost_of
 from memplan.core.errors import MemplanError, refused
 from memplan.core.records import NamedTuple
+from memplan.core.several import several
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, Demand
@@ -338,17 +338,20 @@ def wanted_cards(wanted: CardFilter, run: RunSpec) -> Iterator[tuple[GPU, tuple[
     least, most = wanted.memory
     if least is not None and most is not None and least > most:
         raise refused("memory", f"the least, {least:,} bytes, is more than the most, {most:,} bytes")
-    found = [
+    matching = [
         (gpu, counts)
         for gpu, counts in cards
         if (not wanted.vendors or gpu.vendor in wanted.vendors)
         and (not wanted.markets or gpu.market in wanted.markets)
         and (least is None or gpu.usable >= least)
         and (most is None or gpu.usable <= most)
-        and (wanted.to == "rent" or wanted.owned or (gpu.launch_usd is not None and gpu.slots is not None))
     ]
-    if not found:
+    if not matching:
         raise refused("buy", "no catalogued card matches; drop one of vendor, market or memory")
+    is_any = wanted.to == "rent" or wanted.owned
+    found = [choice for choice in matching if is_any or None not in (choice[0].launch_usd, choice[0].slots)]
+    if not found:
+        raise refused("to", "no card that matches has a list price; --to rent has those without one")
     for gpu, counts in found:
         running = tuple(count for count in counts if not any(not_on(gpu, run, count)))
         if running:
@@ -362,8 +365,8 @@ def parse_owned_cards(text: str) -> tuple[OwnedCards, ...]:
     """
     out: list[OwnedCards] = []
     for item in text.split(","):
-        found = re.fullmatch(r"\s*(?:(\d{1,6})\s*[x×*]\s*)?(\S.*?)\s*", item, re.IGNORECASE)
-        if found is None or (found[1] is not None and int(found[1]) == 0):
+        number, card = several(item)
+        if not card or number == 0:
             raise refused("have", f"{item!r:.80} is not a count and a card; write for example 2x3090,1xa100")
-        out.append(OwnedCards(find_gpu(found[2]), int(found[1] or 1)))
+        out.append(OwnedCards(find_gpu(card), 1 if number is None else number))
     return tuple(out)

@@ -218,7 +218,7 @@ def _short(what: str) -> str:
 def _around(answer: Estimate, lines: Sequence[Line]) -> str:
     """Return what is used in addition to the tensors of the model."""
     held = answer.bytes
-    parts = {"context": held.used - held.reserved}
+    parts = {"context and left free" if words.has_unused_share(answer) else "context": held.used - held.reserved}
     if not words.without_torch(answer):
         parts["cache"] = held.reserved - held.allocated
     for line in lines:

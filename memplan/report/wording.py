@@ -60,12 +60,17 @@ def parts(answer: Estimate) -> list[MemoryPart]:
         groups = sum(row.what.startswith("NCCL's buffers") for row in answer.beside)
         contents = "driver, loaded kernels and NCCL"
         contents += f", in {groups} communicators" if groups > 1 else ""
-    if answer.serving is not None and answer.verdict.answer == "does not fit":
+    if has_unused_share(answer):
         contents += ", and what the engine leaves free"
     gpu = card(answer)
     name = "CUDA context" if gpu is None or gpu.vendor == "NVIDIA" else "driver's context"
     out.append(MemoryPart("context", name, held.used - held.reserved, contents))
     return out
+
+
+def has_unused_share(answer: Estimate) -> bool:
+    """Whether the bytes used include the share of a card that the engine leaves free: a card of that size would do."""
+    return answer.serving is not None and answer.verdict.answer == "does not fit"
 
 
 def without_torch(answer: Estimate) -> bool:

@@ -106,6 +106,7 @@ INSTEAD = {
     **dict.fromkeys(("flash-attn", "flash-attention", "use-flash-attn"), "--attention flash_attention_2"),
     **dict.fromkeys(("unsloth", "use-unsloth"), "--profile unsloth"),
     "use-peft": "--method lora",
+    **dict.fromkeys(("use-vllm", "vllm-mode"), "--rollout colocate, vLLM on the same GPUs, or server"),
 }
 
 
@@ -118,6 +119,7 @@ MEANT = {
     **dict.fromkeys(
         ("int4", "4bit", "int8", "8bit", "fp8", "nf4"), "bf16 (quantised weights: --method qlora, --stored)"
     ),
+    "vllm": "colocate (vLLM on the same GPUs) or server",
     **dict.fromkeys(("rslora", "rs_lora"), "lora --peft-options use_rslora=true"),
     **dict.fromkeys(("lora+", "loraplus", "lora_plus"), "lora (its learning rates take no memory)"),
 }

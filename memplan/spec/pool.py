@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from memplan.core.errors import printable, refused
+from memplan.core.several import several
 from memplan.spec.base import Count, Flag, GPUs, Number, Part
 from memplan.spec.checks import Strict
 from memplan.spec.run import RunSpec
@@ -91,5 +91,5 @@ class NodeShape(Part):
         """Return the node that a name of a GPU stands for."""
         if not isinstance(value, str):
             return value
-        several = re.fullmatch(r"\s*(\d{1,6})\s*[x×*]\s*(\S.*?)\s*", value)
-        return {"gpu": value} if several is None else {"gpu": several[2], "cards": int(several[1])}
+        number, gpu = several(value)
+        return {"gpu": gpu, **({} if number is None else {"cards": number})}

@@ -55,6 +55,7 @@ QUESTIONS = {
     "sft qwen3-0.6b --method lora --gpu 3090": (0, "FITS  LoRA of qwen3-0.6b"),
     "inference qwen3-8b --gpu 3090": (0, "FITS  generation of qwen3-8b"),
     "dpo qwen3-0.6b --method lora --gpu 3090": (0, "FITS  DPO with LoRA of qwen3-0.6b"),
+    "buy pythia-70m --have 7900xtx": (0, "To own, of one combination of card, count and strategy: rx-7900-xtx.\n"),
 }
 # A wrong line -> the wrong word, and how the suggestion is put in its place.
 TYPOS = {
@@ -122,6 +123,14 @@ def test_a_word_of_another_tool_names_the_words_that_work(words: str, typed: Pri
     ("line", "said"),
     [
         ("vllm qwen3-8b", "'vllm' takes no model; write qwen3-8b --method generate --profile vllm"),
+        (
+            "qwen3-0.6b --rollout vllm",
+            "rollout (--rollout): unknown 'vllm'; write colocate (vLLM on the same GPUs) or server",
+        ),
+        (
+            "buy pythia-70m --vendor amd",
+            "to: no card that matches has a list price; --to rent has those without one",
+        ),
         ("max qwen3-8b 2x3090", "'2x3090' is no option; write --gpu 2x3090"),
         ("qwen3-8b qlora --gpu 3090", "'qlora' is no option; write --method qlora"),
         ("qwen3-8b more", "Got unexpected extra argument(s) (more)"),

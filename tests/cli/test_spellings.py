@@ -71,6 +71,10 @@ def test_the_docs_list_every_other_name() -> None:
         "h100 x8": TypedCard("h100", 8),
         "3090x2": TypedCard("3090", 2),
         "mi300x": TypedCard("mi300x", None),
+        "7900xtx": TypedCard("7900xtx", None),
+        "9070 XT 16GB": TypedCard("9070 XT 16GB", None),
+        "2xt4": TypedCard("t4", 2),
+        "2x7900xtx": TypedCard("7900xtx", 2),
         "2 * RTX 3090": TypedCard("RTX 3090", 2),
     }.items()
 )

@@ -16,7 +16,7 @@ from memplan.report import wording as words
 from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
 from memplan.report.csv import CsvRows
 from memplan.report.plans.changes import conditions, figures, picked, span
-from memplan.report.plans.offers import LIST_PRICES, columns_to_own, facts_to_own, list_price
+from memplan.report.plans.offers import LIST_PRICES, WITHOUT_PRICE, columns_to_own, facts_to_own, list_price
 
 
 class QuestionsReport(NamedTuple):
@@ -111,9 +111,9 @@ class Places(NamedTuple):
         if self.to == "own":
             best = self.places[0]
             which = f"{best.tp} × {best.gpu.name}" if best.tp > 1 else best.gpu.name
-            yield Text(f"To own{condition}: {which}, {list_price(best.gpu, best.tp)} US dollars.", "bold green")
+            yield Text(f"To own{condition}: {which}{list_price(best.gpu, best.tp)}.", "bold green")
             yield Table([*_PLACES[:_HELD], *columns_to_own(lambda placed: (placed.gpu, placed.tp))], self.places)
-            yield Text(f"GiB are per GPU; dollars, watts and slots are for all of them. {LIST_PRICES}")
+            yield Text(f"GiB are per GPU; dollars, watts and slots are for all of them. {LIST_PRICES}{WITHOUT_PRICE}")
             return
         order = "cheapest per hour first, those without a dated price last"
         yield Text(f"Cards that hold it{condition}, {order}.", "bold green")

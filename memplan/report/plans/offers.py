@@ -81,7 +81,8 @@ class OffersReport(NamedTuple):
     def _to_own(self, condition: str) -> Iterator[Block]:
         offers = self.offers.offers
         best = offers[0]
-        which = f"{offer_title(best)}, {list_price(best.gpu, best.count)} US dollars"
+        other = "" if any(offer.gpu.launch_usd is None for offer in offers) else WITHOUT_PRICE
+        which = f"{offer_title(best)}{list_price(best.gpu, best.count)}"
         yield Text(f"To own, of {self.considered}{condition}: {which}.", "bold green")
         columns: list[Column[Offer]] = [
             Column("card", offer_title, wraps=True),
@@ -91,7 +92,7 @@ class OffersReport(NamedTuple):
             Column("time/M", lambda offer: _time(offer.million), right=True, optional=True),
         ]
         yield Table(columns, offers)
-        yield Text(f"GiB are per card; dollars, watts, slots and times are for all of them. {LIST_PRICES}")
+        yield Text(f"GiB are per card; dollars, watts, slots and times are for all of them. {LIST_PRICES}{other}")
 
     def dump(self) -> dict[str, Any]:
         miss, answer = self.offers.nearest, self.nearest
@@ -169,10 +170,8 @@ def _table(bought: OffersReport) -> Table[Offer]:
     return Table(columns, bought.offers.offers)
 
 
-LIST_PRICES = (
-    "Prices are list prices when a card was first sold; check what it costs now. Cards without one are left out: --to "
-    "rent has them."
-)
+LIST_PRICES = "Prices are list prices when a card was first sold; check what it costs now."
+WITHOUT_PRICE = " Cards without one are left out: --to rent has them."
 
 
 def facts_to_own(gpu: GPU) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def columns_to_own(cards: Callable[[Any], tuple[GPU, int]]) -> list[Column[Any]]
         return lambda row: _of_all(getattr(cards(row)[0], each), cards(row)[1])
 
     return [
-        Column("USD", lambda row: list_price(*cards(row)), right=True),
+        Column("USD", of_all("launch_usd"), right=True),
         Column("list price of", lambda row: cards(row)[0].launch_date or "", optional=True),
         Column("watts", of_all("tdp_watts"), right=True),
         Column("slots", of_all("slots"), right=True),
@@ -196,7 +195,8 @@ def columns_to_own(cards: Callable[[Any], tuple[GPU, int]]) -> list[Column[Any]]
 
 
 def list_price(gpu: GPU, count: int) -> str:
-    return _of_all(gpu.launch_usd, count)
+    """Return what so many of the card cost, after its name; "" without a list price."""
+    return f", {_of_all(gpu.launch_usd, count)} US dollars" if gpu.launch_usd is not None else ""
 
 
 def _of_all(each: float | None, count: int) -> str:
