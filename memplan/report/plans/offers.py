@@ -195,7 +195,7 @@ def columns_to_own(cards: Callable[[Any], tuple[GPU, int]]) -> list[Column[Any]]
 
 
 def list_price(gpu: GPU, count: int) -> str:
-    """Return what so many of the card cost, after its name; "" without a list price."""
+    """Return the list price of `count` cards, as it follows their name; "" without one."""
     return f", {_of_all(gpu.launch_usd, count)} US dollars" if gpu.launch_usd is not None else ""
 
 
