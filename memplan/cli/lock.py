@@ -11,7 +11,9 @@ from memplan.cli.gpu_names import with_names_of_cards
 from memplan.cli.outcome import show, warn
 from memplan.core.errors import SpecError, printable
 
-_FOLDERS = own("Folders to look for run files in. Default this one.", list[str], metavar="FOLDERS", is_argument=True)
+_FOLDERS = own(
+    "Run files, or folders to look for some in. Default this one.", list[str], metavar="FOLDERS", is_argument=True
+)
 
 
 def command(name: str) -> Subcommand:
@@ -63,5 +65,5 @@ def init(given: Mapping[str, Any]) -> int:
         warn(f"left out: {note}")
     show(found.text, output=None if target == "-" else target)
     if target != "-":
-        show(f"{printable(target, 80)}: {found.runs} runs; memplan check compares them with it\n")
+        show(f"{printable(target, 80)}: {found.runs} run{'s' * (found.runs > 1)}; memplan check compares with it\n")
     return 0

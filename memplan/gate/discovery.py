@@ -34,7 +34,7 @@ class Discovery(NamedTuple):
 
 
 def discover(folders: Sequence[Path], gpus: Sequence[str] = (), number: int | None = None) -> Discovery:
-    """Return budgets of the run files in folders, in the working directory. Raises SpecError if there are none.
+    """Return budgets of the run files in folders, or of files themselves. Raises SpecError if there are none.
 
     gpus    the GPUs that each has to hold; by default the smallest that holds it
     number  how many of them a run is on; by default as its file says
@@ -66,7 +66,9 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _candidates(folder: Path) -> Iterator[str]:
-    """Yield the files in a folder that may be runs'."""
+    """Yield the files in a folder that may be runs', or the file that it is."""
+    if folder.is_file():
+        yield folder.as_posix()
     seen = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED)

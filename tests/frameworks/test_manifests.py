@@ -52,7 +52,8 @@ def read(tmp_path: Path, text: str, name: str = "compose.yaml") -> RunFile:
 
 def test_a_service_is_the_run_that_it_starts(tmp_path: Path) -> None:
     file = read(tmp_path, SERVED)
-    assert file.headline == "compose.yaml: vLLM 0.33, by compose.yaml:8 vllm serve"
+    assert file.headline == "compose.yaml: vLLM 0.12.0, by compose.yaml:8 vllm serve"
+    assert file.fields["profile"] == "vllm-0.11"  # the newest that is not newer than the image
     assert file.fields["serving"] == {"max_model_len": 8192}
     assert {o.field: o.why for o in file.origins}["serving.max_model_len"] == "compose.yaml:8 max_model_len"
 

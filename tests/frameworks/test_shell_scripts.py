@@ -112,6 +112,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"parallelism.world": 2},
     ),
     "docker run -e CUDA_VISIBLE_DEVICES=0,1,2 image trl sft --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "accelerate launch --num_processes 2 -m trl.scripts.sft --config trl.yaml": ("trl", {"parallelism.world": 2}),
     "srun --nodes=2 --gres=gpu:4 torchrun --nnodes 2 --nproc_per_node gpu x.py --config trl.yaml": (
         "trl",
         {"parallelism.world": 2 * 4},
@@ -368,6 +369,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 
 
 REFUSED = {
+    "torchrun --nproc_per_node 2 train_full.py --model a/b": "spec: .* names no framework, and train_full.py is not there",
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
     "A=(ab)\n" + 'A+=("${A[@]}" "${A[@]}")\n' * 60: "train.sh does not train or serve",

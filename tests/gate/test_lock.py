@@ -155,6 +155,7 @@ def test_init_takes_the_gpus_that_are_named(team: Path, capsys: pytest.CaptureFi
     write(team, {"configs/b.yaml": LLAMAFACTORY})
     ran = Ran(capsys, "init", "--gpu", "4090", "--gpu", "h100", "--output", "-")
     assert 'runs = ["configs/*.yaml"]' in ran.out
+    assert 'runs = ["configs/b.yaml"]' in Ran(capsys, "init", "configs/b.yaml", "--output", "-").out
     assert 'gpu = ["rtx-4090", "h100-sxm"]' in ran.out
     assert 'gpu = ["rtx-3090"]\ngpus = 2\n' in Ran(capsys, "init", "--gpu", "2x3090", "--output", "-").out
     assert (team / "memplan.toml").read_text() == BUDGET

@@ -19,6 +19,7 @@ from memplan.frameworks.reading.shell import (
     Launched,
     Programs,
     entry_point,
+    image_version,
     launched,
     resolved,
     variables_of,
@@ -96,6 +97,7 @@ def containers(
         if text:
             shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
             own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}
+            own |= image_version(str(inner.get("image", "")))
             yield Container(text, {**(shared or {}), **_of_operator(values), **own}, line, path)
 
 

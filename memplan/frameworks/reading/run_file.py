@@ -327,16 +327,15 @@ def _read_launched(
         return file._replace(unread=(*file.unread, *left_out))
     if config:
         document = named_document(config, document, "config")
-    version: str | None = None
-    told: tuple[str, ...] = ()
+    version = command.variables.get(shell.IMAGE)
+    told = (f"{name}:{command.line} {command.shown}",) if command.line and framework is None else ()
     if framework is not None:
         form, version = _named(framework)
-    elif form is not None:
-        told = (f"{name}:{command.line} {command.shown}",) if command.line else ()
-    else:
+    elif form is None:
         found = detect(document)
         if found is None:
-            raise SpecError(f"spec: {document.name} names no framework; name it with --framework", "spec")
+            lacks = "" if script else command.lacks
+            raise SpecError(f"spec: {document.name} names no framework{lacks}; name it with --framework", "spec")
         form, told = found
     shown = _trainer_in(script) or command.shown
     file = read_as(document, form, version, told, companions, typed, over if config else {}, shown)

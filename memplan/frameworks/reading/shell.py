@@ -56,6 +56,7 @@ _LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
 _QUOTES = re.compile(r"\\.|['\"]|#.*")  # and what they may not be in, as shlex has it
 _QUOTES_END = re.compile(r"\\.|\"")
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
+_MOST_SHOWN = 60  # of a name
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
@@ -75,6 +76,9 @@ _IMAGES = {
     "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
     "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
 }
+# A key of a container's variables that no shell has: the version in the tag of its image, `v0.9.1`.
+IMAGE = "the image's version"
+_TAG = re.compile(r":v?(\d{1,9}(?:\.\d{1,9}){1,3})")
 # Beginning of a program's name -> what it is, and the nearest that is read.
 _LATER = {
     "verl.": ("verl's other runs", "verl.trainer.main_ppo or verl.trainer.sft_trainer"),
@@ -82,6 +86,7 @@ _LATER = {
     "megatron": ("Megatron-SWIFT's runs", "swift sft, or memplan MODEL --profile megatron-core"),
 }
 _HYDRA = "verl."  # programs that take key=value anywhere among their flags
+_MODULE = re.compile(r"\w+(?:\.(?!py$)\w+)+")
 _OVERRIDE = re.compile(r"\+{0,2}[\w.]+=")
 Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
@@ -117,6 +122,12 @@ class Launched(NamedTuple):
         """Whether it is no script without a launcher, a file or a model, which may as well prepare data."""
         is_bare = self.program.endswith(".py") and not self.launcher and not self.config
         return not is_bare or any("model" in flag for flag in self.flags)
+
+    @property
+    def lacks(self) -> str:
+        """The script that would tell more if it were there, for messages; empty for other programs."""
+        is_script = self.path.endswith(".py")
+        return f", and {printable(self.path, _MOST_SHOWN)} is not there to be read" if is_script else ""
 
     @property
     def config(self) -> str:
@@ -376,7 +387,7 @@ def _of_container(words: list[str], variables: Mapping[str, str]) -> dict[str, s
             out |= visible(said.count(",") + 1 if said.startswith("device=") else _number(said))
             out |= {"NVIDIA_VISIBLE_DEVICES": said} if said == "all" else {}
         match = _ASSIGNMENT.fullmatch(said)
-        out |= {match[1]: match[2]} if name in ("e", "env") and match is not None else {}
+        out |= {match[1]: match[2]} if name in ("e", "env") and match is not None else image_version(flag)
     return {**variables, **out}
 
 
@@ -397,16 +408,16 @@ def _launched(
         elif program == "deepspeed":
             words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes", variables, folder)
         elif program in _MPI:
-            words = _inside(rest, programs)
-            launcher = _of_mpi(rest[: max(len(rest) - len(words), 0)], folder)
+            before, words = _inside(rest, programs)
+            launcher = _of_mpi(before, folder)
         elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
             inner = (
                 _launched(each, own, line, programs, folder) for _, each, own in _commands(rest[1], program, variables)
             )
             return next((each for each in inner if each), None)
         elif program in _CONTAINERS:
-            words = _inside(rest, programs)
-            variables = _of_container(rest[: max(len(rest) - len(words), 0)], variables)
+            before, words = _inside(rest, programs)
+            variables = _of_container(before, variables)
         elif words[0] in ("-m", "--module") or program in _WRAPPERS or (words[0].startswith("-") and launcher == {}):
             words = rest
         else:
@@ -420,7 +431,10 @@ def _launched(
         else next((found for start, found in _LATER.items() if program.startswith(start)), None)
     )
     if later is not None:
-        return f"{printable(program, 60)}: {later[0]} are not read yet; near: {later[1]}"
+        return f"{printable(program, _MOST_SHOWN)}: {later[0]} are not read yet; near: {later[1]}"
+    if launcher and program not in programs and _MODULE.fullmatch(words[0]):  # accelerate launch -m trl.scripts.sft
+        words = [f"{words[0].replace('.', '/')}.py", *words[1:]]
+        program = PurePath(words[0]).name
     if program not in programs and not words[0].endswith(".py"):
         return None
     subcommands = programs.get(program, ())
@@ -438,16 +452,22 @@ def _launched(
     return Launched(program, subcommand, tuple(positional), flags, launcher, variables, words[0], line)
 
 
-def _inside(words: list[str], programs: Programs) -> list[str]:
-    """Return the command that a container or a job step runs: from a program that is known, or of an image."""
+def _inside(words: list[str], programs: Programs) -> tuple[list[str], list[str]]:
+    """Return what comes before the command that a container or a job step runs, with its image, and that command."""
     for index, word in enumerate(words):
         entry, name = entry_point(word), PurePath(word).name
         if entry:
-            return [*entry, *words[index + 1 :]]
+            return words[: index + 1], [*entry, *words[index + 1 :]]
         is_image = bool(programs.get(name)) and words[index + 1 : index + 2] and words[index + 1] in _LAUNCHERS
         if not is_image and name in (*programs, *_LAUNCHERS, *_SHELLS, *_MPI, "python", "python3"):
-            return words[index:]
-    return []
+            return words[:index], words[index:]
+    return words, []
+
+
+def image_version(image: str) -> dict[str, str]:
+    """Return the version in the tag of a known image, as a container's variable; none if it has none."""
+    tag = _TAG.search(image) if entry_point(image) else None
+    return {IMAGE: tag[1]} if tag is not None else {}
 
 
 def entry_point(image: str) -> tuple[str, ...]:
