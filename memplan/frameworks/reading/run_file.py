@@ -334,8 +334,8 @@ def _read_launched(
     elif form is None:
         found = detect(document)
         if found is None:
-            lacks = "" if script else command.lacks
-            raise SpecError(f"spec: {document.name} names no framework{lacks}; name it with --framework", "spec")
+            unseen = "" if script else command.unseen
+            raise SpecError(f"spec: {document.name} names no framework{unseen}; name it with --framework", "spec")
         form, told = found
     shown = _trainer_in(script) or command.shown
     file = read_as(document, form, version, told, companions, typed, over if config else {}, shown)

@@ -124,7 +124,7 @@ class Launched(NamedTuple):
         return not is_bare or any("model" in flag for flag in self.flags)
 
     @property
-    def lacks(self) -> str:
+    def unseen(self) -> str:
         """The script that would tell more if it were there, for messages; empty for other programs."""
         is_script = self.path.endswith(".py")
         return f", and {printable(self.path, _MOST_SHOWN)} is not there to be read" if is_script else ""
