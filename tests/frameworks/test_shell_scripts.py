@@ -369,7 +369,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "torchrun --nproc_per_node 2 train_full.py --model a/b": "train.sh names no framework, and train_full.py is not there to be read",
+    "torchrun --nproc_per_node 2 full.py --model a/b": "train.sh names no framework, and full.py is not there",
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
     "A=(ab)\n" + 'A+=("${A[@]}" "${A[@]}")\n' * 60: "train.sh does not train or serve",
