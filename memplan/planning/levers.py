@@ -10,6 +10,7 @@ from typing import Any
 
 from memplan.catalogue.kernels.wiring import GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
+from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
 from memplan.core.records import NamedTuple
@@ -301,16 +302,20 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
         yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
-    if run.parallelism.world == 1 and run.parallelism.strategy == "none":
-        host = Offload(optimizer=True, parameters=True)
-        fields = (("parallelism.strategy", "zero3"), ("parallelism.offload", host))
-        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", "gpus", *fields)
+    p, host = run.parallelism, Offload(optimizer=True, parameters=True)
+    if p.strategy in ("none", *_WHOLE) and p.dp == p.world:
+        fields = (*spread(run, p.world, "zero3"), ("parallelism.strategy", "zero3"), ("parallelism.offload", host))
+        group = "gpus" if p.world == 1 else "sharding"
+        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", group, *fields)
+    elif p.strategy in ROWS and ROWS[p.strategy].parameters and not offload.parameters:
+        yield _lever("offload_all", "optimizer and weights on the host", "offload", ("parallelism.offload", host))
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
 # in every pass.
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 _SHARDING = "fsdp2"
+_WHOLE = ("ddp", "zero1", "zero2")  # strategies under which a rank holds all weights
 
 
 def spread(run: RunSpec, world: int, strategy: str) -> Fields:
@@ -333,8 +338,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
 def _sharding(run: RunSpec) -> Iterator[Lever]:
     """Yield the strategies that shard what each of the run's replicas holds completely."""
     p = run.parallelism
-    if p.strategy == "ddp" and p.dp == p.world:
-        for strategy in STRATEGIES[1:]:
+    if p.strategy in _WHOLE and p.dp == p.world:
+        stage = STAGES.get(p.strategy, 0)
+        for strategy in STRATEGIES[1:] if not stage else [name for name in STAGES if STAGES[name] > stage]:
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
     keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
     if keeps_whole and not run.loop.sync_each_batch:

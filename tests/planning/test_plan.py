@@ -259,6 +259,34 @@ def test_a_run_whose_tower_ddp_waits_for_is_planned_with_sharding() -> None:
     assert (chosen.strategy, chosen.find_unused_parameters) == ("fsdp2", None)
 
 
+@pytest.mark.parametrize(
+    ("parallelism", "strategies", "host"),
+    [
+        ({}, [], "zero3"),
+        ({"world": 2}, ["zero2", "fsdp2", "zero3"], "zero3"),
+        ({"world": 2, "strategy": "zero1"}, ["zero2", "zero3"], "zero3"),
+        ({"world": 2, "strategy": "zero2", "offload": {"optimizer": True}}, ["zero3"], "zero3"),
+        ({"world": 2, "strategy": "zero3"}, [], "zero3"),
+        ({"world": 2, "strategy": "fsdp2"}, [], "fsdp2"),
+        ({"world": 2, "strategy": "fsdp2", "offload": {"parameters": True}}, [], None),
+        ({"world": 2, "tp": 2}, [], None),
+    ],
+)
+def test_what_ranks_hold_whole_is_divided_or_moved_to_the_host(
+    parallelism: dict[str, Any], strategies: list[str], host: str | None
+) -> None:
+    run = estimate(RunSpec(model="qwen3-8b", gpu="4090", parallelism=parallelism)).run
+    levers = levers_of(run)
+    divided = [pull(run, [lever]) for lever in levers if lever.group == "sharding" and "sharding" in lever.keys]
+    moved = [pull(run, [lever]) for lever in levers if "offload_all" in lever.keys]
+    assert [after.parallelism.strategy for after in divided] == strategies
+    assert [after.parallelism.strategy for after in moved] == ([host] if host else [])
+    assert all(
+        (after.parallelism.offload.optimizer, after.parallelism.offload.parameters) == (True, True) for after in moved
+    )
+    assert all(after.parallelism.world == run.parallelism.world for after in (*divided, *moved))
+
+
 def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     run = estimate(
         RunSpec(
