@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS
 from memplan.cli.run_files import explained, is_command, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of, screen_of, stamp_of
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, printable
+from memplan.spec.option_values import listed
 from memplan.spec.options import flag
 
 if TYPE_CHECKING:
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
 
 # Options of the comparison rather than of one run.
 _OF_COMPARISON = ("format", "json", "output", "date", "strict", "explain_run")
+_SEVERAL = ("method", "profile", "optimizer", "checkpointing", "attention", "loss")  # that may name several choices
 _OF_ESTIMATE = ("details", "explain", "online", "revision", "spec")  # options of `estimate` only
 _FILES = (".json", ".yaml", ".yml")
 RUNS = own(
     "A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, .yaml). Its "
-    "options override those outside the quotes, which apply to all runs.",
+    "options override those outside the quotes, which apply to all runs; --method lora,qlora is a run with each.",
     list[str],
     metavar="RUN",
     is_argument=True,
@@ -76,12 +79,13 @@ def compare(given: Mapping[str, Any]) -> int:
         return own_profile(gpu, {"calibration": wanted})
 
     words = command_of_run()
-    runs = [_answers(f"run {n}", text, shared, words, profile) for n, text in enumerate(given["runs"], 1)]
+    said = [(text, each) for text in given["runs"] for each in _each(shared)]
+    runs = [_answers(f"run {n}", text, each, words, profile) for n, (text, each) in enumerate(said, 1)]
     answers = [answer for _, of_run in runs for answer in of_run]
     if "explain_run" in given and not any(file for file, _ in runs):
         raise SpecError("--explain-run only applies to a run's file")
     if len(answers) < 2:
-        raise SpecError("runs: only one is given; add another to compare it with, or several cards with --gpu")
+        raise SpecError("runs: only one is given; add another, or several choices, as in --method lora,qlora")
     text = render(format, compare_answers(answers), screen_of(given), stamp_of(given, format))
     if "explain_run" in given and format == "table":
         for n, (file, of_run) in enumerate(runs, 1):
@@ -90,6 +94,13 @@ def compare(given: Mapping[str, Any]) -> int:
                 text += f"\nRun {n}: {file.headline}\n\n{table}"
     show(text, format, given.get("output"))
     return exit_code(answers, "strict" in given)
+
+
+def _each(shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the shared options once for every choice of those with several: `--method lora,qlora`."""
+    several = {name: listed(shared[name]) for name in _SEVERAL if "," in shared.get(name, "")}
+    for chosen in product(*several.values()):
+        yield {**shared, **dict(zip(several, chosen, strict=True))}
 
 
 def _answers(

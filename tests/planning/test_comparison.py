@@ -476,6 +476,20 @@ def test_every_run_is_answered_for_every_card(compare_: Compare) -> None:
     assert len(asked(compare_("qwen2-0.5b", "--gpu", "3090", "--gpu", "t4", "--json"))) == 2
 
 
+def test_an_option_with_several_choices_is_a_run_with_each(compare_: Compare) -> None:
+    typed = ("qwen2-0.5b", "gpt2 --method full", "--method", "lora,qlora", "--loss", "fused,hf", "--json")
+    runs = asked(compare_(*typed))
+    wanted = [
+        (model, method, loss)
+        for model in ("qwen2-0.5b", "gpt2")
+        for method in ("lora", "qlora")
+        for loss in ("fused", "hf")
+    ]
+    assert [(run.model, run.method.kind, run.kernels.loss) for run in runs] == [
+        (model, "full" if model == "gpt2" else method, loss) for model, method, loss in wanted
+    ]
+
+
 def test_a_run_may_be_a_file(compare_: Compare, tmp_path: Path) -> None:
     spec, other = tmp_path / "a run.yaml", tmp_path / "run.JSON"
     spec.write_text("model: qwen2-0.5b\nmethod: qlora\nbatch: {micro: 3}\n", "utf-8")
@@ -511,7 +525,7 @@ def test_a_run_may_be_a_file(compare_: Compare, tmp_path: Path) -> None:
 
 MISTAKES: dict[tuple[str, ...], str] = {
     (): "Missing argument 'RUN",
-    ("qwen2-7b",): "runs: only one is given; add another to compare it with, or several cards with --gpu",
+    ("qwen2-7b",): "runs: only one is given; add another, or several choices, as in --method lora,qlora",
     ("qwen2-7b", "--gpu", "3090"): "runs: only one is given",
     ("qwen2-7b", ""): "run 2: is empty; write a model",
     (" ", "qwen2-7b"): "run 1: is empty",
