@@ -175,7 +175,9 @@ def _nearest(value: object, words: list[str], what: str) -> _Wrong:
     if numbers and type(value) is int:
         near = [str(min(numbers, key=lambda n: abs(n - value)))]
     else:
-        near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=_SIMILAR)
+        typed = str(value).lower()[:_MAX_SHOWN]
+        longer = [word for word in words if typed and word.lower().startswith(typed)]
+        near = longer[:1] or get_close_matches(typed, words, n=1, cutoff=_SIMILAR)
     meant = MEANT.get(str(value).lower()[:_MAX_SHOWN].replace("-", "_"), "")
     if (instead := meant.partition(" ")[0]) in words:
         return _Wrong(f"{what}; write {meant}", (instead,))

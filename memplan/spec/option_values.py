@@ -62,6 +62,8 @@ def retold(name: str, text: str) -> tuple[str, str]:
     (('gpu', '2x4090'), ('gpus', '2'), ('zero', '3'), ('gpu', '24gb'))
     >>> retold("method", "DPO"), retold("method", "lora")
     (('trainer', 'dpo'), ('method', 'lora'))
+    >>> retold("optimizer", "AdamW")
+    ('optimizer', 'adamw_torch_fused')
     """
     word = text.lower()
     if name == "gpus" and not word.isdecimal():
@@ -70,6 +72,8 @@ def retold(name: str, text: str) -> tuple[str, str]:
         return "zero", word[-1]
     if name == "method" and word in TRAINERS[1:]:
         return "trainer", word
+    if name in ("optimizer", "optim") and word in ("adam", "adamw"):
+        return name, "adamw_torch_fused"
     if name == "vram":
         return "gpu", f"{text}gb" if word.isdecimal() else text
     return name, text

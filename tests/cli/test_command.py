@@ -549,7 +549,12 @@ MISTAKES = {
     "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
     "qwen2-7b --profile transformers-4.2": ("profile (--profile)", "did you mean transformers-4.35"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
-    "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
+    "qwen2-7b --optimizer adamw_torhc": ("optimizer.name (--optimizer)", "adamw_torch"),
+    "qwen2-7b --method lora --quant-format awq": (
+        "method.quantization.format (--quant-format)",
+        "did you mean awq-int4",
+    ),
+    "qwen2-7b --method generate --stored Q8_0": ("serving (--stored)", "profiles of engines are vllm, sglang, tgi and"),
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
     "qwen2-7b --gpus 99999999999999999999": ("parallelism.world (--gpus)", "at most"),
     "qwen2-7b --tp 3": ("parallelism.tp (--tp)", "3 does not divide 28 attention heads and 4 key/value heads"),

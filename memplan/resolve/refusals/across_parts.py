@@ -45,8 +45,8 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     if not is_default(run, "serving") and run.rollout != "colocate":
         hint = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
         hint += "; --rank sets that of an adapter that trains" if run.serving.lora_rank is not None else ""
-        text = f"only applies to serving engines, not {run.profile}{hint}; memplan profiles lists them"
-        yield refused("serving", text)
+        hint += "; profiles of engines are vllm, sglang, tgi and llama.cpp"
+        yield refused("serving", f"only applies to serving engines, not {run.profile}{hint}")
     if not is_default(run, "parallelism"):
         yield from parallelism(run.parallelism)
         yield from offloaded_parameters(run)
