@@ -114,7 +114,8 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
-        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto\nper_device_train_batch_size: 2", "kto", None),
+        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto", "kto", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: rm", "reward", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
         ("model_name_or_path: a\ndataset_name: b\nmax_length: 512\ndesirable_weight: 1.0", "kto", None),
@@ -122,6 +123,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: kto", "kto", None),
         (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
@@ -614,7 +616,7 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
 
 
 REFUSED: dict[str, str] = {
-    "model_name_or_path: a\nfinetuning_type: lora\nstage: rm": "run.yaml:3: stage: rm is not supported yet: its value",
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",

@@ -74,6 +74,11 @@ def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
     return tuple(op._replace(skipped=True, unit="", requires_gradient=False) for op in operations if op.weights)
 
 
+def idle(op: Op) -> Op:
+    """Return the operation with weights that get no gradient, though they would train."""
+    return op._replace(weights=tuple(w._replace(trains=False, idle=w.trains) for w in op.weights))
+
+
 def matrix(op: Op) -> Weight | None:
     """Return the weight matrix of a linear layer, or None if the operation is not one."""
     return next((w for w in op.weights if w.matrix), None)

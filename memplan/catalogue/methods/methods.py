@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
+from memplan.catalogue.kernels.rewriting import idle, matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
@@ -249,18 +249,14 @@ def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
             return (op,)
-        weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
         autocast = op.autocast if keeps_casts else ""
-        return (Op(op.name, weights=weights, gradient="none", autocast=autocast),) if weights else ()
+        return (Op(op.name, weights=idle(op).weights, gradient="none", autocast=autocast),) if op.weights else ()
 
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 
 
 def _idle_unread(stack: Stack) -> Stack:
     """Mark the weights of blocks as idle whose output nothing reads."""
-
-    def idle(op: Op) -> Op:
-        return op._replace(weights=tuple(w._replace(trains=False, idle=w.trains) for w in op.weights))
 
     def changed(block: Block) -> Block:
         return block._replace(ops=tuple(map(idle, block.ops))) if block.unread else block

@@ -34,7 +34,7 @@ _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpoi
 
 
 _GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
-_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "cpo", "simpo", "orpo", "grpo")}}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo")}}
 
 
 def _program(config: Config) -> None:

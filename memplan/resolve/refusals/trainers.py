@@ -15,7 +15,7 @@ from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
-_LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
+_LOG_PROBS = {"kto": ("tiled", "gathered", "rolled"), "distill": ("tiled",)}  # ways of computing them that were read
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -26,12 +26,13 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if name not in run.library.trainer.trainers:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
-    if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
+    log_probs = run.library.trainer.log_probs
+    if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
-    if facts.least > 1 and run.batch_facts.is_single_sequence:
+    if facts.least > 1 and run.batch_facts.is_single_sequence and log_probs == "tiled":  # TRL's alone
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
     towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
-    if towers and run.library.trainer.log_probs == "joined" and facts.reference:
+    if towers and ((log_probs == "joined" and facts.reference) or (log_probs == "gathered" and name == "reward")):
         yield not_yet_with("trainer", f"{name}, {run.profile} and a vision or audio tower", "trl-1.15")
     if not facts.reference and run.reference not in (None, "none"):
         yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
@@ -133,7 +134,8 @@ def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
 def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that are not supported yet with the trainer."""
     name = run.trainer
-    objective = "sequence_classification" if name == "reward" else "causal_lm"
+    scores_alone = name == "reward" and run.library.trainer.log_probs != "gathered"
+    objective = "sequence_classification" if scores_alone else "causal_lm"
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
