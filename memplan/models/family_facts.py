@@ -24,6 +24,7 @@ Cache = Literal[
     "latent",
     "mamba-1",
     "mamba-2",
+    "side_by_side",
     "two_widths",
 ]
 # The cache of the code published with the weights: always tuples, never of fixed size, or any of transformers'.
@@ -54,7 +55,7 @@ class AttentionFacts(NamedTuple):
     no_flash_2       why it does not run with flash_attention_2; "" if it does
     rotary           queries and keys are rotated in a serving engine
     single_sequence  what a batch of one sequence changes: views, if a view of the heads takes the place of a copy; or
-                     layers, if only its own layers differ
+                     layers, if only its own layers or loss do
     """
 
     unsupported: tuple[str, ...] = ()

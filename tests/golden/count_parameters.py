@@ -45,7 +45,7 @@ MIXER |= {"attn_hc", "ffn_hc", "hc_head"}
 ROUTER = {"gate", "router"}  # of experts; within an MLP, unlike gate_proj
 ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of streams
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
-VISION |= {"mm_projector", "connector"}
+VISION |= {"mm_projector", "connector", "image_newline"}
 AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {
     "project_in",

@@ -200,6 +200,27 @@ def smolvlm(m: ModelFacts) -> dict[str, int]:
     return {**axes, "vm": axes["vh"] * m.config_int("scale_factor", 2) ** 2}
 
 
+def aya_vision(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of Aya Vision's tower; `valigned` is the width of its projector."""
+    width = m.config_int("alignment_intermediate_size", m.hidden_size)
+    return _aligned(m, rows(m) ** 2, width)
+
+
+def cohere2_vision(m: ModelFacts) -> dict[str, int]:
+    return _aligned(m, rows(m) ** 2, m.config_int("alignment_intermediate_size", 36864))
+
+
+def lfm2_vl(m: ModelFacts) -> dict[str, int]:
+    return _aligned(m, size(m, "num_patches"), m.config_int("projector_hidden_size", 2560))
+
+
+def _aligned(m: ModelFacts, positions: int, width: int) -> dict[str, int]:
+    """Return the axes of SigLIP's tower with a projector of merged patches that is `width` wide inside."""
+    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
+    merged = axes["vh"] * m.config_int("downsample_factor", 2) ** 2
+    return {**axes, "vpositions": positions, "vm": merged, "valigned": width, "valigned2": max(1, width // 2)}
+
+
 def mistral3(m: ModelFacts) -> dict[str, int]:
     axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
     return {**axes, "vm": axes["vh"] * m.config_int("spatial_merge_size", 2) ** 2}
