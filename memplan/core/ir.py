@@ -36,9 +36,9 @@ class Tensor(NamedTuple):
     """One storage.
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), `""` for torch's
-    type promotion of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. With a suffix `/n` there is one
-    element per n elements of the shape, rounded up. A temporary with `!x` after its dtype is a cast of `x`, which does
-    not exist if `x` has that dtype already.
+    type promotion of the operation's inputs, `"=x"` for the dtype of the tensor `x`, or `"product"` for autocast's, if
+    the run has one, else fp32. With a suffix `/n` there is one element per n elements of the shape, rounded up. A
+    temporary with `!x` after its dtype is a cast of `x`, which does not exist if `x` has that dtype already.
     """
 
     name: str

@@ -34,8 +34,14 @@ def promote(dtypes: Iterable[str]) -> str:
     return next(iter(floating)) if len(floating) == 1 else "fp32"
 
 
-def _dtype_of(dtype: str, tensors: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the literal dtype for `=x`; a suffix `/n` (one element per n) is kept."""
+def _dtype_of(
+    dtype: str, tensors: Mapping[str, Tensor], autocast: str | None, names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return the literal dtype for `=x` and `product`; a suffix `/n` (one element per n) is kept."""
+    if dtype == "product":
+        return autocast or "fp32"
+    if not dtype.startswith("="):
+        return dtype
     name, per = dtype[1:], ""
     if name not in names and name not in tensors:
         name, _, per = name.rpartition("/")
@@ -170,7 +176,7 @@ class _Resolver:
                 self.trained[w.name] = w
         past = op.past
         if past:
-            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors)) if t.dtype.startswith("=") else t for t in past)
+            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors, autocast)) for t in past)
             tensors.update((t.name, t) for t in past)
         if op.copies_layout and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
@@ -197,7 +203,7 @@ class _Resolver:
                     new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
         reads = tuple([new_name.get(r, r) for r in op.reads])
         if not self.trained.keys().isdisjoint(reads):  # the output of a dropped cast is the weight itself
-            weights += tuple(self.trained[r] for r in reads if r in self.trained)
+            weights += tuple(self.trained[r] for r in reads if r in self.trained and op.writes)
             reads = tuple(r for r in reads if r not in self.trained)
         reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
@@ -207,8 +213,8 @@ class _Resolver:
 
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
-            if dtype.startswith("="):
-                return Tensor(name, shape, _dtype_of(dtype, tensors, new_name))
+            if dtype.startswith("=") or dtype == "product":
+                return Tensor(name, shape, _dtype_of(dtype, tensors, autocast, new_name))
             if autocast and op.autocast == "wide":
                 return Tensor(name, shape, "fp32")
             return t if dtype else Tensor(name, shape, promote(inputs))

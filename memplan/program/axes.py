@@ -261,11 +261,14 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     }
 
 
-_SCANNED = frozenset(chunked({}, 1, ONE_RUN))
+_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned"))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
-    return {} if _SCANNED.isdisjoint(run.needs) else chunked(run.fixed, run.s, run.by)
+    """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes."""
+    step = 256 if run.half else 128
+    tokens = run.s * -(-run.b * run.fixed.get("inner", 0) // step) * step
+    return {} if _SCANNED.isdisjoint(run.needs) else {**chunked(run.fixed, run.s, run.by), "scanned": tokens}
 
 
 def _experts(run: _Run) -> Iterator[tuple[str, Any]]:

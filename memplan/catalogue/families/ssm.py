@@ -24,6 +24,7 @@ from memplan.catalogue.decoder.scaling import scaled_branch, scaled_embeddings, 
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families.mixtures import granite_mixture, granite_mlp
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.activations import relu_squared
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
     cumulate,
@@ -117,7 +118,7 @@ def chunk_scan(name: str, y: str, wiring: Wiring) -> tuple[Op, ...]:
         by_head(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         any_by_head(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
         _uncounted(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
-        Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
+        Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "=states.made"),)),
         ops.cat(f"{of}.cat", ("states.zero", "states.made"), "states.all", "b borders mh mp mn", gradient="new"),
         pad(f"{of}.pad_decay", "cum", "cum.borders", "b mh borders"),
         *segment_sum(f"{of}.chunk_segments", "cum.borders", "decay.chunks", "b mh borders", "borders"),
@@ -210,7 +211,7 @@ def mamba2_mixer(
         ops.split(f"{n}.split_xbc", "mixed.real", split),
         ops.release_names("real"),  # its variable is rebound
         *(() if wiring.decodes else chunk_scan(n, "scanned", wiring)),
-        *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
+        *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "product", "dt"),
         *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),
         *(gated_norm if normed else gated)(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
@@ -411,8 +412,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
 def _relu2_mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.up_proj", x, "up", width, "h", "mlp", bias),
-        *experts.relu_squared(f"{name}.act_fn", "up", "act", f"b s {width}"),
-        ops.release_names("up"),
+        *relu_squared(f"{name}.act_fn", "up", "act", f"b s {width}"),
         ops.linear(f"{name}.down_proj", "act", y, "h", width, "mlp", bias),
         ops.release_names(x),
     )

@@ -9,7 +9,7 @@ from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
 from memplan.models.configs.uncalled_towers import gemma4_towers, unified_embedders
-from memplan.models.facts import Family, ImageFacts, ModelFacts
+from memplan.models.facts import Family, ImageFacts, ModelFacts, flash_width
 from memplan.models.family_facts import (
     AttentionFacts,
     ConfigKeys,
@@ -117,7 +117,7 @@ def _gemma4_axes(m: ModelFacts) -> Mapping[str, int]:
         **dict(_per_layer(m)),
         "dg": wide,
         "dg2": wide // 2,
-        "dg32": -(-wide // 64) * 64,
+        "dg32": flash_width(wide),
         "kg": _full_heads(m),
         **({axis: m.config_int(key) for axis, key in expert_keys.items()} if m.get("enable_moe_block", False) else {}),
     }

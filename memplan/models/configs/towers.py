@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.facts import ModelFacts
+from memplan.models.facts import ModelFacts, flash_width
 from memplan.models.family_facts import EMPTY
 from memplan.models.layers import MOST_LAYERS, as_json
 
@@ -88,7 +88,7 @@ def _tower(
         "vh": h,
         "va": a,
         "vd": d,
-        "vd32": -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64,
+        "vd32": flash_width(d),
         "vd2": d // 2,
         "vd4": d // 4,
         "vf": h * size(m, ratio) if ratio else size(m, "intermediate_size"),
