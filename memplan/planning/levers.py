@@ -333,7 +333,7 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
 def _sharding(run: RunSpec) -> Iterator[Lever]:
     """Yield the strategies that shard what each of the run's replicas holds completely."""
     p = run.parallelism
-    if p.strategy == "ddp" and p.dp == p.world:
+    if p.strategy in ("ddp", "zero0") and p.dp == p.world > 1:
         for strategy in STRATEGIES[1:]:
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
     keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1

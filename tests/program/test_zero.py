@@ -327,6 +327,8 @@ REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
     ("zero2", 2, ("parameters",), {}, "parallelism.offload", "zero3"),
     ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "set parameters"),
     ("ddp", 2, ("optimizer",), {}, "parallelism.offload", "zero1"),
+    ("zero0", 1, ("optimizer",), {}, "parallelism.offload", "zero1"),
+    ("zero0", 2, (), {"reduce_bucket_size": 5}, "parallelism.zero", "zero1, zero2, zero3"),
     ("zero3", 2, (), {"offload_param": {"pin_memory": False}}, "parallelism.zero.offload_param", "offload"),
     (
         "zero2",
