@@ -46,6 +46,14 @@ def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
             assert mine[int(step), "fwd"] == pytest.approx(peaks["fwd"], rel=0.04)
 
 
+TOWERS = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith("tower-")]
+
+
+@in_groups(sampled(TOWERS, 4), label)
+def test_a_tower_that_fsdp1_flattens_with_other_weights_is_traced(case: dict[str, Any]) -> None:
+    assert abs(error(case)) < 1e-3
+
+
 EXACT = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-"))]
 
 

@@ -528,7 +528,6 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
         ("zero3", "full", None),
         ("ddp", "none", None),
         ("ddp", "full", "parallelism.find_unused_parameters"),
-        ("fsdp", "none", "parallelism.strategy"),
     ],
 )
 def test_a_tower_without_images_is_divided_but_gets_no_gradients(
