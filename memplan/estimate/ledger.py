@@ -316,7 +316,7 @@ def _resident(walked: TrainingPeaks, decided: ResolvedRun, axes: Mapping[str, in
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
             converting = tuple(sharding.gradient_conversion())
-            yield from (held_line(held, axes, "converted to the fp32 gradient of the partition") for held in converting)
+            yield from (held_line(held, axes, "between backward and the update") for held in converting)
             if not converting:
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in sharding.held_in(phase.phase) if phase.phase in PHASES else ():

@@ -159,7 +159,7 @@ class ParallelFacts(NamedTuple):
     experts         transformers has an expert-parallel plan
     context         context parallelism works: attention is one call on the heads of the projections
     wraps_twice     accelerate wraps its embeddings for FSDP2, and then the table inside them
-    wrapped_stem    prefix of the weights outside of blocks that FSDP2 wraps as a separate unit
+    wrapped_stem    prefix of the weights outside of blocks that FSDP wraps as a separate unit
     gpt             what Megatron-Bridge sets of Megatron-core's GPT for it, in addition to its sizes, in the keys of
                     `megatron_gpt`; None if Megatron-core does not have it or it was not read
     """

@@ -315,7 +315,7 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
 # in every pass.
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 _SHARDING = "fsdp2"
-_WHOLE = ("ddp", "zero1", "zero2")  # strategies under which a rank holds all weights
+_WHOLE = ("ddp", "zero0", "zero1", "zero2")  # strategies under which a rank holds all weights
 
 
 def spread(run: RunSpec, world: int, strategy: str) -> Fields:
@@ -338,9 +338,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
 def _sharding(run: RunSpec) -> Iterator[Lever]:
     """Yield the strategies that shard what each of the run's replicas holds completely."""
     p = run.parallelism
-    if p.strategy in _WHOLE and p.dp == p.world:
+    if p.strategy in _WHOLE and p.dp == p.world > 1:
         stage = STAGES.get(p.strategy, 0)
-        for strategy in STRATEGIES[1:] if not stage else [name for name in STAGES if STAGES[name] > stage]:
+        for strategy in (name for name in STRATEGIES[1:] if not stage or STAGES.get(name, 0) > stage):
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
     keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
     if keeps_whole and not run.loop.sync_each_batch:

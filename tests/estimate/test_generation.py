@@ -387,7 +387,7 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
                 "kernels": {"loss": "fused"},
                 "parallelism": {"world": 4, "dp": 4, "strategy": "zero3"},
             },
-            "not supported yet with full and loss fused; supported: ddp, zero1, zero2, fsdp, fsdp2",
+            "not supported yet with full and loss fused; supported: ddp, zero0, zero1, zero2, fsdp, fsdp2",
         ),
     ],
 )

@@ -66,7 +66,7 @@ MEGATRON_FLAGS = {
 def runs(draw: st.DrawFn) -> RunSpec:
     """Draw a complete run on sixteen GPUs."""
     dp, tp, pp, cp = draw(st.sampled_from([(16, 1, 1, 1), (2, 8, 1, 1), (4, 1, 1, 4), (2, 4, 2, 1), (4, 2, 2, 1)]))
-    strategy = draw(st.sampled_from(["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]))
+    strategy = draw(st.sampled_from(["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]))
     return fill_defaults(
         RunSpec.model_validate(
             {

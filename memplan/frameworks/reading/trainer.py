@@ -320,8 +320,6 @@ def deepspeed(config: Config, document: Document) -> None:
     except SpecError as error:
         key = str(error).removeprefix("deepspeed: ").partition(":")[0]
         raise SpecError(f"{document.where(key)}: {error}", error.field) from None
-    if not parts.get("parallelism"):
-        config.leave("zero_optimization.stage", "stage 0: DeepSpeed without ZeRO is counted as DDP", document)
     for field, value in paths(parts):
         config.set(field, value, why=_deepspeed_source(document, field))
 

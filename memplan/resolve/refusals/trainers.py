@@ -11,7 +11,7 @@ from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
-from memplan.resolve.parallelism import FSDP, ZERO
+from memplan.resolve.parallelism import FSDP, WHOLE_WEIGHTS, ZERO
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
@@ -148,7 +148,7 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
-    strategies = ("ddp", "zero1", "zero2", *(() if run.method.kind in ADAPTERS else FSDP))
+    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS else FSDP))
     if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:

@@ -27,7 +27,7 @@ _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCP
 _METHODS_OF = {
     "fsdp": ("full", "freeze", "lora", "qlora"),  # peft 0.21's DoRA reads the shape of weights that FSDP1 has flattened
     "fsdp2": ("full", "freeze", "lora", "qlora", "dora"),
-    **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
+    **dict.fromkeys(ZERO[:3], ("full", "freeze", "lora", "qlora", "dora", "qdora")),
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA takes norms of weights that another module gathers
     MEGATRON: ("full", "lora"),
 }
