@@ -302,13 +302,20 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
         yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
-    p, host = run.parallelism, Offload(optimizer=True, parameters=True)
-    if p.strategy in ("none", *_WHOLE) and p.dp == p.world:
-        fields = (*spread(run, p.world, "zero3"), ("parallelism.strategy", "zero3"), ("parallelism.offload", host))
-        group = "gpus" if p.world == 1 else "sharding"
-        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", group, *fields)
+    p = run.parallelism
+    if p.world == 1 and p.strategy in ("none", *_WHOLE):
+        yield _all_on_the_host(run, "gpus")
     elif p.strategy in ROWS and ROWS[p.strategy].parameters and not offload.parameters:
-        yield _lever("offload_all", "optimizer and weights on the host", "offload", ("parallelism.offload", host))
+        yield _lever("offload_all", "optimizer and weights on the host", "offload", ("parallelism.offload", _HOST))
+
+
+_HOST = Offload(optimizer=True, parameters=True)
+
+
+def _all_on_the_host(run: RunSpec, group: str) -> Lever:
+    world = run.parallelism.world
+    fields = (*spread(run, world, "zero3"), ("parallelism.strategy", "zero3"), ("parallelism.offload", _HOST))
+    return _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", group, *fields)
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
@@ -342,6 +349,7 @@ def _sharding(run: RunSpec) -> Iterator[Lever]:
         stage = STAGES.get(p.strategy, 0)
         for strategy in (name for name in STRATEGIES[1:] if not stage or STAGES.get(name, 0) > stage):
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
+        yield _all_on_the_host(run, "sharding")
     keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
     if keeps_whole and not run.loop.sync_each_batch:
         title = "gradients reduced in every pass"
