@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memplan.catalogue.parallelism.device_map_packing import HOST
 from memplan.catalogue.profiles.engines import find_engine
+from memplan.core.collection import without_collection
 from memplan.estimate.answer import Estimate, Walk
 from memplan.estimate.inference import InferenceWalk
 from memplan.estimate.training import TrainingWalk
@@ -36,6 +37,7 @@ def walk(run: RunSpec, model: ModelSpec | None = None) -> Walk:
     return _fullest(_walks(run, model), model)
 
 
+@without_collection
 def _walks(run: RunSpec, model: ModelSpec | None) -> list[Walk]:
     """Return the walks of the stages that may have the most, or the only walk."""
     if find_engine(run.profile) is not None:

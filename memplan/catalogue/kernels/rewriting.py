@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
@@ -19,7 +20,7 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
             new = rewritten[id(op)] = tuple(o._replace(skipped=True) for o in made) if op.skipped else made
         return new
 
-    return rewrite_lists(stack, lambda operations: tuple(o for op in operations for o in changed(op)))
+    return rewrite_lists(stack, lambda operations: tuple(chain.from_iterable(map(changed, operations))))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:

@@ -252,6 +252,8 @@ def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
         autocast = op.autocast if keeps_casts else ""
         return (Op(op.name, weights=idle(op).weights, gradient="none", autocast=autocast),) if op.weights else ()
 
+    if not any(op.skipped for op in operations(stack)):
+        return stack
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 
 
@@ -278,8 +280,7 @@ def _idle_unreached(stack: Stack) -> Stack:
 
 def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
     """Whether a weight belongs to a frozen part of the model, which neither trains nor is adapted."""
-    part = next((part for part, groups in PARTS.items() if w.group in groups), "language")
-    return part in frozen
+    return bool(frozen) and next((part for part, groups in PARTS.items() if w.group in groups), "language") in frozen
 
 
 def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
@@ -489,6 +490,8 @@ def _idle_adapters(op: Op, adapted: tuple[Op, ...]) -> Op:
 
 
 def _with_adapter_dtype(op: Op, recipe: Recipe) -> Op:
+    if not op.weights:
+        return op
     adapters = tuple(
         w if w.dtype or w.group != "adapter" else w._replace(dtype=recipe.adapter_dtype) for w in op.weights
     )

@@ -19,7 +19,6 @@ from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.fused_4bit import copied_axes
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
-from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
@@ -466,7 +465,6 @@ def fixed_axes(graph: Graph) -> dict[str, int]:
 
 @lru_cache(maxsize=512)
 @once
-@without_collection
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
     low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
