@@ -99,13 +99,13 @@ def evaluation(
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
     step = InferenceStep(graph, e.micro, decided_.batch.sequence, division=division)
     batch = sized(step, decided_)
-    moving, moment = batch.peak
+    moving, moment, where = batch.peak
     standing += walked.program.passing["forward"]
     kept = _kept(e, graph, batch.axes, run.parallelism.dp)
     loss = TensorGroup("activation", "loss of a batch, referenced by the loop", "evaluation", "", "fp32", 1, 512, _LOOP)
     referenced = () if e.batch_metrics else (loss,)  # with batch_metrics the loop drops its references
     during, joined = (*kept.during, *referenced), (*kept.joined, *referenced)
-    where, batches = batch.low().moments[moment].where, batches_on_gpu(e) if kept.each else 1
+    batches = batches_on_gpu(e) if kept.each else 1
     task = SideTask(
         "eval", where, standing, during, (batch,), (0, moment), moving, kept.each, batches, e.concatenates, kept.host
     )
@@ -250,7 +250,23 @@ def generation(
     samples  tokens are sampled, from all of them
     division how weights are divided among ranks, and gathered in each pass
     """
-    graph = decided_.structure.graph
+    graph = _generating_graph(decided_.structure.graph, library, wide, samples)
+    batch = with_lengths(decided_.batch, graph.model, generates=True)
+    prompted = decided_._replace(structure=decided_.structure._replace(graph=graph), batch=batch)
+    steps = steps_of(prompted)
+    if division is not None:
+        left = division._replace(whole=left_whole(division))
+        steps = (steps[0]._replace(division=division), *(step._replace(division=left) for step in steps[1:]))
+    passes = tuple(sized(step, prompted) for step in steps)
+    peaks = [each.peak for each in passes]
+    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
+    moving, moment, where = peaks[top]
+    return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
+
+
+@lru_cache(maxsize=256)
+def _generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, samples: bool) -> Graph:
+    """Return the graph of a generation's first pass; see `generation`. Raises SpecError or UnsupportedModelError."""
     kind, facts = graph.model.model_type, graph.model.family.generation
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
@@ -272,17 +288,7 @@ def generation(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    batch = with_lengths(decided_.batch, graph.model, generates=True)
-    prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
-    first, *later = steps_of(prompted)
-    left = None if division is None else division._replace(whole=left_whole(division))
-    parts = (first._replace(division=division), *(step._replace(division=left) for step in later))
-    passes = tuple(sized(step, prompted) for step in parts)
-    peaks = [each.peak for each in passes]
-    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
-    moving, moment = peaks[top]
-    where = f"{passes[top].phase}: {passes[top].low().moments[moment].where}"
-    return SideTask("generate", where, standing, held, passes, (top, moment), moving)
+    return evaluation_graph
 
 
 def _merge(

@@ -43,8 +43,9 @@ class TrainingPeaks(NamedTuple):
     def followed_by(self, side_tasks: tuple[SideTask, ...]) -> TrainingPeaks:
         """Return the peaks with those of the run's side tasks appended."""
         phases = [*self.phases, *(Phase(task.phase, None, task.peak, task.where) for task in side_tasks)]
-        moments = [*self.moments, *((False, -1) for _ in side_tasks)]
-        peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+        moments = [*self.moments, *[(False, -1)] * len(side_tasks)]
+        last = max(range(len(self.phases), len(phases)), key=lambda i: (phases[i].peak, i))
+        peak = last if phases[last].peak >= self.top.peak else self.peak
         return self._replace(phases=phases, moments=moments, peak=peak, side_tasks=side_tasks)
 
     def at(self, phase: Phase) -> TrainingPeaks:

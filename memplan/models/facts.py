@@ -431,6 +431,10 @@ class ModelFacts:
         `L1`, `L2` and so on are the repetitions of its runs. A width of only some layers has its size in its name:
         `k8`, `f512`.
         """
+        return {**self._axes}
+
+    @cached_property
+    def _axes(self) -> dict[str, int]:
         d, a, k = self.head_dim, self.num_attention_heads, self.num_key_value_heads
         p = self.config_int("word_embed_proj_dim", self.hidden_size)
         return {

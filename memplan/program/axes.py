@@ -101,6 +101,9 @@ def axes_of(
         b, sequence, joined = by.least(b, 1), b * sequence, b
     prefix = graph.recipe.prefix
     s = -(-sequence // degrees.cp) + graph.recipe.virtual_tokens - prefix
+    axes: dict[str, Any] = {**more, "b": b, "s": s}
+    if graph.inference is not None and needs.issubset(axes):
+        return axes
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size

@@ -185,7 +185,7 @@ def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     def of_role(line: Line, role: str) -> bool:
         return line.what.startswith(f"{role}.") or line.where.startswith(f"{role}.")
 
-    roles = [role for role, _ in models_of(answer.run)]
+    roles = [*models_of(answer.run)]
     others = {role: sum(line.bytes for line in lines if of_role(line, role)) for role in roles}
     if any(others.values()):
         own = sum(line.bytes for line in lines) - sum(others.values())
