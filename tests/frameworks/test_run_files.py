@@ -617,6 +617,8 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
 
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
+    "model_name_or_path: a\ntemplate: llama3\ninfer_backend: vllm": "run.yaml:3: infer_backend: nothing trains without",
+    "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",

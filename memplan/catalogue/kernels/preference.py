@@ -337,5 +337,8 @@ def _metrics(trainer: Trainer) -> Iterator[Op]:
     chunk = tuple(Tensor(name, words, "=shifted") for name in names)
     if trainer.log_probs == "shifted":
         yield Op("loss.entropy", ("shifted",), gradient="none", scratch=(flat, *chunk), source=source)
-    half = Tensor("logits of one half", "half_rows v", "=shifted")
-    yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=(half,), source=source)
+    names = ("logits of one half", "logits of the other", "logits of labelled tokens")[
+        : 3 if trainer.name == "kto" else 1
+    ]
+    halves = tuple(Tensor(name, "half_rows v", "=shifted") for name in names)
+    yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=halves, source=source)

@@ -25,7 +25,16 @@ _PPO = (
 )
 
 
+# Keys of files for llamafactory-cli chat and export, and of runs that only evaluate or predict.
+_WITHOUT_TRAINING = ("export_dir", "infer_backend", "do_predict", "do_eval")
+
+
 def _method(config: Config) -> None:
+    key = next((key for key in _WITHOUT_TRAINING if config.said(key)), None)
+    if key is not None and not config.flag("do_train"):
+        raise config.error(
+            key, "nothing trains without do_train: true; memplan MODEL --method generate counts inference"
+        )
     stage = config.get("stage")
     if stage == "ppo":
         raise config.error("stage", _PPO)

@@ -15,7 +15,8 @@ from memplan.resolve.parallelism import FSDP, WHOLE_WEIGHTS, ZERO
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
-_LOG_PROBS = {"kto": ("tiled", "gathered", "rolled"), "distill": ("tiled",)}  # ways of computing them that were read
+# Ways of computing them that were read.
+_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -29,7 +30,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     log_probs = run.library.trainer.log_probs
     if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
-    if facts.least > 1 and run.batch_facts.is_single_sequence and log_probs == "tiled":  # TRL's alone
+    if facts.least > 1 and run.batch_facts.is_single_sequence and log_probs not in ("gathered", "rolled"):
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
     towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
     if towers and ((log_probs == "joined" and facts.reference) or (log_probs == "gathered" and name == "reward")):
