@@ -56,6 +56,15 @@ def test_ranks_divide_fp8_weights() -> None:
         assert estimate(stored(tp)).categories["parameter"] == layers + 3 * 7 * 512 + rest
 
 
+def test_ranks_divide_the_embeddings_and_the_head_of_gpt_oss_in_mxfp4() -> None:
+    """Both are of 201,088 x 2,880 in bf16. Four ranks would not divide its blocks of 32."""
+    one, four = (
+        estimate(RunSpec(model="gpt-oss-20b", task="generate", parallelism={"world": tp, "tp": tp}, gpu="h100"))
+        for tp in (1, 4)
+    )
+    assert one.categories["parameter"] - four.categories["parameter"] == 2 * 201_088 * 2_880 * 2 * 3 // 4
+
+
 def label(case: dict[str, Any]) -> str:
     kernels = case["run"].get("kernels", {})
     method = case["run"].get("method", {}).get("kind", "full")

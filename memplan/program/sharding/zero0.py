@@ -37,8 +37,8 @@ class UndividedSharding(Sharding):
         _, axes = operations_of(self.graph)
         for w, count, where in weights_of(self.graph):
             if w.requires_grad and w.dtype != "fp32":
-                what, block, source = f"{w.name} master", where.rstrip("."), self.ranks.row.source
-                yield tensor_group("parameter", what, w.shape, "fp32", source, block, count, axes)
+                held = ("parameter", f"{w.name} master", w.shape, "fp32", self.ranks.row.source)
+                yield tensor_group(*held, where.rstrip("."), count, axes)
 
     def trained(self) -> list[Parameter]:
         return self._masters() or super().trained()
