@@ -238,10 +238,7 @@ class _Resolver:
         )
 
     def _cast_inputs(self, op: Op, target: str, new_name: dict[str, str], out: list[Op]) -> tuple[Weight, ...]:
-        """Cast the inputs of an operation as autocast does, and return its weights that are not cast.
-
-        The casts are appended to `out`, and their outputs' names added to `new_name`.
-        """
+        """Append autocast's casts of the inputs to `out`, their names to `new_name`; return the weights not cast."""
         tensors, weights = self.tensors, op.weights
         for w in reversed(op.weights):  # autocast casts arguments from last to first: bias, weight, input
             if w.dtype in FLOATING and w.dtype != target and not w.stored:
@@ -252,9 +249,8 @@ class _Resolver:
             t = tensors[r]
             if t.dtype in FLOATING and t.dtype != target:
                 to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
-                out.append(
-                    Op(to.name, (t.name,), (to,), cast=True, needs_recording=op.needs_recording, source=_AUTOCAST)
-                )
+                records = op.needs_recording
+                out.append(Op(to.name, (t.name,), (to,), cast=True, needs_recording=records, source=_AUTOCAST))
                 tensors[to.name] = to
                 new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
         return weights

@@ -143,10 +143,7 @@ def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
                 root[t.name] = root[op.writes[0].name]
     ends: list[tuple[str, ...]] = []
     for i, op in enumerate(ops.value):
-        names = [t.name for t in op.writes]
-        names += op.reads
-        if op.past:
-            names += [t.name for t in op.past]
+        names = (*[t.name for t in op.writes], *op.reads, *[t.name for t in op.past])
         ends.append(tuple(dict.fromkeys([base for n in names if last.get(base := root.get(n, n), i) == i])))
     return tuple(ends)
 

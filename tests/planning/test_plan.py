@@ -26,7 +26,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import Proposal, plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.search import Trials, answer_with_one_lever
+from memplan.planning.search import Trials, answer_with_one_lever, strongest
 from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
@@ -144,6 +144,14 @@ SPACES = [
     for method in ("full", "lora", "qlora")
     for share in (30, 45, 60)
 ]
+
+
+def test_a_set_is_pulled_and_kept_in_its_levers_order() -> None:
+    run = RunSpec(model="tinyllama-1.1b", gpu="rtx-4090")
+    trials, tried = Trials(run, Demand(), None), strongest(Trials(run, Demand(), None), levers_of(run))[::-1]
+    assert len(tried) > 4
+    assert trials.answer(tried) == estimate(pull(run, tried))
+    assert trials.fitting() == [tried]
 
 
 def exhaustive(run: RunSpec, demand: Demand) -> list[int]:
