@@ -45,9 +45,10 @@ class Trials:
 
     def answer(self, levers: Iterable[Lever]) -> Estimate | None:
         """Return the estimate with the levers pulled; None if the run cannot have them together."""
-        key = frozenset(levers)
-        if key not in self._answers:
-            self._answers[key] = attempt(lambda: pull(self.run, key), self._calibration)
+        pulled = tuple(levers)
+        key = frozenset(pulled)
+        if key not in self._answers:  # pulled in order: a set's is that of its hashes, which differ between processes
+            self._answers[key] = attempt(lambda: pull(self.run, pulled), self._calibration)
         return self._answers[key]
 
     def fits(self, levers: Iterable[Lever]) -> bool:

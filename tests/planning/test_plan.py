@@ -22,7 +22,7 @@ from memplan.estimate.demand import MAY_FIT, Demand
 from memplan.models.cards import card_names, load_card
 from memplan.planning.advice import advise
 from memplan.planning.ladder import RUNGS, ladder
-from memplan.planning.levers import Lever, levers_of, pull
+from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
@@ -61,6 +61,14 @@ def alone(run: RunSpec, levers: tuple[Lever, ...]) -> bool | None:
 
 
 # --- levers ---
+
+
+def test_of_two_levers_for_one_field_the_last_counts() -> None:
+    shorter, longer = sequence_of(256), sequence_of(512)
+    for levers, tokens in (((shorter, longer), 512), ((longer, shorter), 256)):  # whatever their hashes in this process
+        answer = Trials(REFUSED, Demand(), None).answer(levers)
+        assert answer is not None
+        assert answer.run.batch.sequence == tokens
 
 
 @few
