@@ -28,7 +28,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.uncalled_towers import gemma4_towers, unified_embedders
-from memplan.catalogue.vision.vision import masked_text
+from memplan.catalogue.vision.vision import masked_text, outlived
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.configs.gemma import REUSED, STORED
 from memplan.models.layers import Layer
@@ -395,10 +395,17 @@ def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
 def unified(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build the unified model as it reads a text: no per-layer embeddings, embedders in place of towers, and masks.
 
-    Masks are made even of a text without padding, unless images are read as text is.
+    Masks are made even of a text without padding, from the number of each token's image, unless images are read as text
+    is.
     """
     masked = m.config.get("use_bidirectional_attention", "vision") == "vision"
     text = masked_text(masked, wiring, lambda masked: gemma4(m, masked, is_multimodal=True))
+    if masked:
+        ids = (Tensor("blocks", "b s", "int64"), Tensor("blocks.padded", "b kv" if wiring.decodes else "b s", "int64"))
+        first, *others = text.before
+        made = Op("model.block_sequence_ids", (), ids, gradient="none", source=f"{_SOURCE} Gemma4Model.forward")
+        after = outlived(text.after, tuple(t.name for t in ids))
+        text = text._replace(before=(first, made, *others), after=after)
     return unified_embedders(m, text)
 
 

@@ -5,6 +5,8 @@ Source: transformers 5.24 models/llava_onevision, aya_vision, cohere2_vision, lf
 
 from __future__ import annotations
 
+from functools import partial
+
 from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.kernels.losses import cross_entropy
 from memplan.catalogue.kernels.wiring import Wiring
@@ -25,9 +27,8 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
     return siglip(m, _text(m, wiring), (*newline(), *projector))
 
 
-def cohere2_vision(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Aya Vision, whose merged patches are normalised, or Command A Vision."""
-    norm = "layernorm" if m.model_type == "aya_vision" else ""
+def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
+    """Build Command A Vision, or Aya Vision, which has a `norm` of merged patches."""
     return siglip(m, _text(m, wiring), two_layers(_PROJECTOR, "valigned", "vm", "valigned2", norm=norm))
 
 
@@ -49,7 +50,7 @@ def voxtral(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 BUILDERS = {
-    "aya_vision": cohere2_vision,
+    "aya_vision": partial(cohere2_vision, norm="layernorm"),
     "cohere2_vision": cohere2_vision,
     "lfm2_vl": lfm2_vl,
     "llava_onevision": llava_onevision,

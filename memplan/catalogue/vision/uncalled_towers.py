@@ -77,7 +77,7 @@ def unified_embedders(m: ModelSpec, made: Stack) -> Stack:
         _norm(f"{n}.pos_norm", "vh", True),
         _linear(f"{n}.multimodal_embedder.{name}", "h", "vo", group=group),
     )
-    sound = (_linear(f"model.embed_audio.{name}", "h", "uo", group=group),)
+    sound = (_linear(f"model.embed_audio.{name}", "h", "uo", group="audio"),)
     parts = (("vision_config", pixels), ("audio_config", sound))
     return _with_tower(made, tuple(op for key, layers in parts if m.part(key) for op in layers), ())
 

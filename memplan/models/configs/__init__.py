@@ -29,8 +29,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe "
-        "mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open",
+        "afmoe cohere2_moe dbrx deepseek dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe granitemoeshared "
+        "hunyuan_v1_moe hy_v3 mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open",
     ),
     "vision": (
         "vision-language",
