@@ -93,8 +93,9 @@ def _expert_modules(graph: Graph) -> tuple[str, ...]:
 def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[Weight]]]:
     """Yield every FSDP unit: its name, the name of its block, the number of blocks like it, and its weights.
 
-    FSDP1 puts all weights outside of blocks into one unit, except a tower's stem that it wraps. FSDP2 makes one unit of the embedding table and one of the
-    last norm and the head, or a single unit of all three if they are tied. Other weights belong to the root.
+    FSDP1 puts all weights outside of blocks into one unit, but for a tower's stem that it wraps. FSDP2 makes one unit
+    of the embedding table and one of the last norm and the head, or a single unit of all three if they are tied. Other
+    weights belong to the root.
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, torchtitan 0.3 models/llama3/parallelize.py.
     """
     stack, axes = operations_of(graph)
