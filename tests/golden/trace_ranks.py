@@ -157,6 +157,10 @@ TOWERS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("qwen2.5-vl-3b", WITH_IMAGE, 2),
     ("qwen3-vl-2b", {**ON_TEXT, "precision": "amp"}, 4),
     ("gemma-3-4b", {**ON_IMAGE, "method": {"kind": "full", **LANGUAGE}}, 2),
+    ("qwen3-vl-2b", {**ON_TEXT, "method": "lora"}, 2),
+    ("qwen2.5-vl-3b", {**ON_TEXT, "method": "lora"}, 2),
+    ("qwen2-vl-2b", {**ON_TEXT, "method": "lora"}, 2),
+    ("ministral-3-3b", {**ON_TEXT, "method": "lora"}, 2),
 )
 
 

@@ -93,8 +93,9 @@ def _expert_modules(graph: Graph) -> tuple[str, ...]:
 def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[Weight]]]:
     """Yield every FSDP unit: its name, the name of its block, the number of blocks like it, and its weights.
 
-    FSDP1 puts all weights outside of blocks into one unit. FSDP2 makes one unit of the embedding table and one of the
-    last norm and the head, or a single unit of all three if they are tied. Other weights belong to the root.
+    FSDP1 puts all weights outside of blocks into one unit, but for a tower's stem that it wraps. FSDP2 makes one unit
+    of the embedding table and one of the last norm and the head, or a single unit of all three if they are tied. Other
+    weights belong to the root.
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, torchtitan 0.3 models/llama3/parallelize.py.
     """
     stack, axes = operations_of(graph)
@@ -279,7 +280,7 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
     if modules:
         outer = _merged([p for p in group if not p.module], ranks)
         return outer._replace(modules=tuple((m, _module([p for p in group if p.module == m], ranks)) for m in modules))
-    alone = [p for p in group if p.alone]
+    alone = [p for p in group if p.alone and p.trains]  # others are never called
     nested = tuple((p.name, _merged([p], ranks)) for p in alone)
     unit = _merged([p for p in group if not p.alone], ranks)
     if not ranks.keeps:
