@@ -345,6 +345,8 @@ QUOTED = {
     "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
     "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
     "between files": 'trl sft --config trl.yaml < in &>> out --max_length 32 "$@"',
+    "after a hash in a word": "trl sft --dataset_name a#500 'b#1' \\\n  --config trl.yaml --max_length 32",
+    "after a comment that ends in a backslash": "# trl sft \\\ntrl sft --config trl.yaml --max_length 32",
     "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
 }
 
