@@ -362,7 +362,8 @@ def test_a_quote_that_is_never_closed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
-    file = read(tmp_path, "# a comment\ntrl sft --config trl.yaml --per_device_train_batch_size 3 --lora_r $RANK\n")
+    flags = "--per_device_train_batch_size 3 --lora_r $RANK --output_dir $OUT --dataset_name $DATA"
+    file = read(tmp_path, f"# a comment\ntrl sft --config trl.yaml {flags}\n")
     reasons = {origin.field: origin.why for origin in file.origins}
     assert reasons["batch.micro"] == "train.sh:2 --per_device_train_batch_size"
     assert reasons["batch.sequence"] == "trl.yaml:3 max_length"

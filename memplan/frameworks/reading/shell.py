@@ -570,9 +570,16 @@ def engines_command(command: Launched, engines: Mapping[str, str]) -> Launched:
     return command._replace(program=engine, subcommand="", flags=flags)
 
 
+# Flags of data, outputs and logs, on whose values memory does not depend.
+_ASIDE = re.compile(
+    r"(?:.*\.)?(?:(?:output|logging|log|cache|save|tensorboard|data|dataset)_dir|(?:train|validation|test|eval|data)_file"
+    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed)"
+)
+
+
 def unresolved(flags: Mapping[str, Any]) -> Iterator[str]:
     """Yield the flags whose value holds a variable that the script does not set, or another command's output."""
     for key, value in flags.items():
         text = " ".join(cast("list[str]", value)) if isinstance(value, list) else str(value)
-        if "$" in text or "`" in text:
+        if ("$" in text or "`" in text) and not _ASIDE.fullmatch(key):
             yield printable(key, 60)
