@@ -68,7 +68,7 @@ def _side_task_lines(
         yield from _between_steps(walked, states="optimizer" not in aside.moved)
         for held in sharding.gradients() if p.buffered else ():
             yield held_line(held, axes, "in gradient buffers")
-        for held in sharding.held_in("forward") if aside.phase == "eval" else ():
+        for held in sharding.held_in("forward") if any(each.phase == "eval" for each in aside.passes) else ():
             yield held_line(held, axes, "between ranks")
     else:
         numbers = operations_of(aside.own_process_graph)[1]

@@ -299,6 +299,14 @@ def test_frameworks_that_score_prompts_have_all_logits() -> None:
     assert peak("verl-0.9", "backward") < all_tokens - logits / 2  # neither cast nor copied
 
 
+def test_passes_for_log_probs_have_the_parameters_that_zero3_leaves_gathered() -> None:
+    batch = {"micro": 4, "generations": 2, "accumulation": 8, "scored": 64}
+    parallelism = {"world": 2, "dp": 2, "strategy": "zero3"}
+    answer = grpo(profile="openrlhf-0.11", precision="mixed", rollout="server", batch=batch, parallelism=parallelism)
+    assert answer.peak.phase == "rollout"
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+
+
 def test_completions_are_scored_as_many_at_once_as_the_framework_does() -> None:
     def scored(rows: int, **batch: int) -> Estimate:
         fields = {"micro": 4, "generations": 2, "accumulation": 8, "scored": rows, **batch}

@@ -669,6 +669,9 @@ NOT_COUNTED = {
         "qat.a (run.yaml:2): not counted, not supported yet",
         "tiled_mlp (run.yaml:10): not counted, not supported yet",
     ),
+    f"{SWIFT_LORA}target_modules: [all-linear, lm_head]\nmax_length: 8\nnum_iterations: 1": (
+        "target_modules (run.yaml:3): 'lm_head' next to all-linear: not counted",
+    ),
     "base_model: a\nmicro_batch_size: 1\ntiled-mlp: true": ("tiled_mlp (run.yaml:3): not counted, not supported yet",),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
