@@ -554,7 +554,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         return w._replace(dtype=dtype, trains=False, stored=storage)
     prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only
     dtype = "fp32" if prepared else w.dtype or recipe.weights
-    return w._replace(dtype=dtype, trains=False)
+    asks = recipe.kind == "stored" and w.trains  # nothing freezes a model that only runs
+    return w._replace(dtype=dtype, trains=False, idle=asks)
 
 
 def runs_in_format(w: Weight, how: InferenceFormat, skip: tuple[str, ...]) -> bool:
