@@ -4,8 +4,8 @@ FSDP runs with a fake process group; DDP, whose reducer waits for an answer, in 
 need not import the libraries again, so DDP's runs come first: autograd refuses a fork of a process that ran it.
 
 FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
-transformers does, whose plan shards the matrices among tensor-parallel ranks first. Run as a separate process: a run
-per line on stdin, its peaks per line on stdout.
+transformers does. Tensor-parallel ranks have their shards of the matrices, by transformers' plan, before FSDP2 wraps
+them. Run as a separate process: a run per line on stdin, its peaks per line on stdout.
 """
 
 from __future__ import annotations

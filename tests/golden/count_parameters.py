@@ -23,6 +23,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 Config = dict[str, Any]
 Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of elements
@@ -106,11 +107,12 @@ def build(config: Config) -> PreTrainedModel:
             return Whole(config)  # pyright: ignore[reportReturnType]
     keys = {key: value for key, value in config.items() if key != "model_type"}
     named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         described = AutoConfig.for_model(config["model_type"], **keys)
         decodes = type(described) in AutoModelForCausalLM._model_mapping  # not Mistral 4's, by transformers' tables
         auto = AutoModelForCausalLM if decodes else AutoModelForImageTextToText
         model = named(described) if named is not None else auto.from_config(described)
+        model.tie_weights()  # which is a part of their initialisation
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if config.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not by its checkpoint
