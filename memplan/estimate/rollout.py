@@ -119,7 +119,7 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
-        one = Batch(micro=batch.micro, sequence=batch.tokens)
+        one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
         graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
@@ -172,8 +172,13 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
 
 def _decided_alone(batch: Batch, run: RunSpec, **changes: object) -> ResolvedRun:
     """Return the run with another batch, and with changes."""
-    several = Batch(micro=2, accumulation=min(2, batch.accumulation))
+    several = _several(min(2, batch.accumulation))
     return decided_at(batch, run.model_copy(update={**changes, "batch": several}), find_model(run.model), decide)
+
+
+@lru_cache(maxsize=2)
+def _several(accumulation: int) -> Batch:
+    return Batch(micro=2, accumulation=accumulation)
 
 
 @lru_cache(maxsize=64)

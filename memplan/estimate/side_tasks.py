@@ -10,7 +10,7 @@ memplan.program.training.saving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from memplan.catalogue.inference.decoding import returned_by
@@ -166,7 +166,7 @@ def batches_on_gpu(e: Evaluation) -> int:
     return min(e.kept_batches, e.accumulation or e.kept_batches)
 
 
-def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kept:
+def _kept(e: Evaluation, graph: Graph, axes: Mapping[str, int], ranks: int) -> _Kept:
     """Return what is kept of predictions and labels, gathered from all `ranks`."""
     logits = _batch_logits(graph) if e.kept_batches else None
     if logits is None:
@@ -208,7 +208,7 @@ def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kep
     return _Kept((*previous, *last), while_joining, bytes_of_each, host)
 
 
-def _numbers(t: Tensor, axes: dict[str, int]) -> int:
+def _numbers(t: Tensor, axes: Mapping[str, int]) -> int:
     out = 1
     for token in t.shape.split():
         out *= int(token) if token.isdigit() else axes[token]
@@ -272,16 +272,19 @@ def _generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, sampl
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
     cache: Cache = "legacy" if library.generation.cache == "legacy" else "dynamic"
     crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
-    last_only, few_rows, switches = (
-        library.generation.last_logits and not crosses,
-        library.weights.few_rows,
-        library.model.experts == "stacked",
-    )
     one_pass = Pass(
-        "prefill", cache, last_only, wide, few_rows=few_rows, has_encoder=crosses, batches_later_passes=switches
+        "prefill",
+        cache,
+        library.generation.last_logits and not crosses,
+        wide,
+        few_rows=library.weights.few_rows,
+        samples=samples,
+        has_encoder=crosses,
+        suppresses=facts.suppresses,
+        batches_later_passes=library.model.experts == "stacked",
+        warps=not samples,
+        has_row_positions=samples,
     )
-    one_pass = one_pass._replace(suppresses=facts.suppresses, samples=samples)
-    one_pass = one_pass._replace(warps=not samples, has_row_positions=samples)
     evaluation_graph = _evaluation_graph(graph, one_pass, caching=True)
     if not keeps_every_cache(evaluation_graph):
         raise UnsupportedModelError(

@@ -13,9 +13,17 @@ from memplan import Estimate, RunSpec, estimate, grid
 from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
 from memplan.core.ir import Weight
+from memplan.core.units import GIB
 from memplan.engine.walk import size
+from memplan.models.cards import find_model
 from memplan.planning.levers import levers_of, pull
 from memplan.planning.reach import reach
+from memplan.program.serving.budget import budget
+from memplan.resolve.decide import decide
+from memplan.resolve.roles import decided_at
+from memplan.resolve.serving import resolve_serving
+from memplan.spec.roles import RoleModel, Roles
+from memplan.spec.run import Batch
 from tests.cases import each, in_groups
 from tests.sampling import sampled
 
@@ -237,6 +245,35 @@ def test_the_ledger_of_each_phase_sums_to_its_peak() -> None:
 
 def colocated(**serving: Any) -> Estimate:
     return grpo(method="lora", gpu="4090", rollout="colocate", serving={"max_model_len": 2048, **serving})
+
+
+@each(("qwen3-0.6b", "gemma-2-2b"))  # without and with a window
+def test_batches_that_share_a_decision_have_its_operations(name: str) -> None:
+    several, model = RunSpec(model=name, profile="trl-1.6", method="lora", batch={"micro": 2}), find_model(name)
+    several = several.model_copy(update={"trainer": "ppo", "roles": Roles(reward=RoleModel(model=name))})
+    for micro, sequence in ((1, 512), (2, 64), (8, 512), (8, 8192)):
+        own = decide(several.model_copy(update={"batch": Batch(micro=micro, sequence=sequence)}))
+        shared = decided_at(own.batch, several, model, decide)
+        assert shared.structure.graph == own.structure.graph
+        assert shared.batch == own.batch
+
+
+def test_requests_of_any_length_share_an_engines_step_and_pool() -> None:
+    run = {
+        "model": "qwen3-0.6b",
+        "task": "generate",
+        "profile": "vllm",
+        "gpu": "l4",
+        "serving": {"max_model_len": 4096},
+    }
+    short, long = (
+        resolve_serving(RunSpec(**run, batch={"micro": n, "sequence": tokens, "new_tokens": 64}))
+        for n, tokens in ((1, 64), (64, 2048))
+    )
+    few, many = (budget(settings, 20 * GIB) for settings in (short, long))
+    assert few._replace(settings=many.settings) == many
+    assert (few.settings, many.settings) == (short, long)
+    assert few.room - many.room == many.pool.needs(2112, 64) - many.pool.needs(128, 1) > 0
 
 
 def test_a_colocated_engine_takes_its_share_of_the_card() -> None:

@@ -497,7 +497,7 @@ class Contenders(NamedTuple):
     variables  sizes that the run decides
     terms      the moments, linear in `variables`
     needs      axes of `variables` that are not the model's
-    where      name of each moment's operation
+    where      name of the operation of each moment that has been a peak
     left       bytes that the pass leaves, as coefficients of `variables`
     fixed      sizes of the model's axes
     """
@@ -532,12 +532,13 @@ def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
     of_pass = PhaseTerms([terms], [*map(Variable, along)])
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
-    where = {term.moment: low.moments[term.moment].where for term in terms}
-    return Contenders(variables, of_pass, needs.difference(fixed), where, left, operations_of(graph)[1])
+    return Contenders(variables, of_pass, needs.difference(fixed), {}, left, operations_of(graph)[1])
 
 
 def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
     """Return the peak bytes of a pass, and its moment."""
     moments = contenders(graph, division)
     [(bytes_, moment)] = moments.terms.largest(values(moments.variables, axes), axes)
+    if moment not in moments.where:
+        moments.where[moment] = lower_inference(graph, division=division).moments[moment].where
     return PassPeak(bytes_, moment, moments.where[moment])
