@@ -15,6 +15,7 @@ from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.core.records import NamedTuple
+from memplan.core.several import several
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate, estimate_of
 from memplan.estimate.training_peaks import workspace_of
@@ -124,6 +125,12 @@ def card_answers(run: RunSpec) -> CardAnswers:
     return CardAnswers(run)
 
 
+def _kind(name: str) -> GPU:
+    if several(name)[0] is not None:
+        raise refused("pool", f"{name!r:.80} is a number of GPUs; name the kind alone, as the run says how many")
+    return find_gpu(name)
+
+
 def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
     """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
 
@@ -132,7 +139,7 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     """
     run, named = RunSpec.model_validate(run), () if pool is None else listed("pool", pool)
     with errors_about("pool", "gpu"):
-        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
+        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else _kind(str(g)) for g in named]
     if not gpus:
         raise refused("pool", "has no GPU; give one, as in ['a100']")
     answers = card_answers(run.model_copy(update={"gpu": None}))

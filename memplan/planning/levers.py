@@ -314,8 +314,9 @@ _HOST = Offload(optimizer=True, parameters=True)
 
 def _all_on_the_host(run: RunSpec, group: str) -> Lever:
     world = run.parallelism.world
-    fields = (*spread(run, world, "zero3"), ("parallelism.strategy", "zero3"), ("parallelism.offload", _HOST))
-    return _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", group, *fields)
+    fields = {**dict(spread(run, world, "zero3")), "parallelism.strategy": "zero3", "parallelism.offload": _HOST}
+    title = "DeepSpeed ZeRO 3 with optimizer and weights on the host"
+    return _lever("offload_all", title, group, *fields.items())
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from copy import deepcopy
 from functools import cache
 from typing import Any, get_args
@@ -102,10 +103,10 @@ def run(model_type: str, **method: Any) -> RunSpec:
 
 
 @cache
-def built(model_type: str) -> Any:
-    """Return a bf16 model, as one on a GPU is; copying it takes half as long as building it."""
+def built(model_type: str, settings: str) -> Any:
+    """Return a bf16 model, as one on a GPU is; copying it takes half as long as building it. `settings` is JSON."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
+    config = transformers.AutoConfig.for_model(model_type, **json.loads(settings))
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
@@ -122,7 +123,9 @@ def peft_trains(model_type: str, **fields: Any) -> int:
         else {"target_modules": None if targets == "default" else targets}
     )
     wanted = adapter_config(method, model_type, **more, task_type="CAUSAL_LM")
-    return peft.get_peft_model(deepcopy(built(model_type)), wanted).get_nb_trainable_parameters()[0]
+    return peft.get_peft_model(
+        deepcopy(built(model_type, json.dumps(TINY[model_type]))), wanted
+    ).get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.torch

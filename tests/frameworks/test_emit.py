@@ -122,7 +122,7 @@ def test_accelerates_file_describes_the_run(run: RunSpec) -> None:
     assert (read["num_machines"], read["num_processes"]) == (2, 16)
     sharded = p.strategy.startswith("fsdp") or p.tp * p.cp > 1
     zero = int(p.strategy[-1]) if p.strategy.startswith("zero") else None
-    kind = "FSDP" if sharded else ("DEEPSPEED" if zero else "MULTI_GPU")
+    kind = "FSDP" if sharded else ("MULTI_GPU" if zero is None else "DEEPSPEED")
     assert read["distributed_type"] == kind
     assert read.get("deepspeed_config", {}).get("zero_stage") == (zero if kind == "DEEPSPEED" else None)
     if kind == "FSDP":

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 from memplan.core.errors import SpecError, printable
 from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
+from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.spec.file import read_text
 
@@ -71,16 +72,6 @@ _WITHOUT_VALUE = frozenset(
 _CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun", "ray")
 _MPI = ("mpirun", "mpiexec", "horovodrun")
 _SHELLS = ("sh", "bash", "zsh")
-# Beginning of an image's name -> the program that its entry point runs.
-_IMAGES = {
-    "vllm/vllm-openai": ("vllm", "serve"),
-    "ghcr.io/huggingface/text-generation-inference": ("text-generation-launcher",),
-    "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
-    "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
-}
-# A key of a container's variables that no shell has: the version in the tag of its image, `v0.9.1`.
-IMAGE = "the image's version"
-_TAG = re.compile(r":v?(\d{1,9}(?:\.\d{1,9}){1,3})")
 # Beginning of a program's name -> what it is, and the nearest that is read.
 _LATER = {
     "verl.": ("verl's other runs", "verl.trainer.main_ppo or verl.trainer.sft_trainer"),
@@ -469,17 +460,6 @@ def _inside(words: list[str], programs: Programs) -> tuple[list[str], list[str]]
         if not is_image and name in (*programs, *_LAUNCHERS, *_SHELLS, *_MPI, "python", "python3"):
             return words[:index], words[index:]
     return words, []
-
-
-def image_version(image: str) -> dict[str, str]:
-    """Return the version in the tag of a known image, as a container's variable; none if it has none."""
-    tag = _TAG.search(image) if entry_point(image) else None
-    return {IMAGE: tag[1]} if tag is not None else {}
-
-
-def entry_point(image: str) -> tuple[str, ...]:
-    """Return the program that an image runs, and its subcommand; empty if that is not known."""
-    return next((program for start, program in _IMAGES.items() if image.startswith(start)), ())
 
 
 def _partition(words: list[str], end: str) -> tuple[list[str], list[str], list[str]]:
