@@ -21,7 +21,7 @@ from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import NEWEST, RunSpec, changed
 from memplan.spec.serving import Serving
-from memplan.spec.training import Method, Precision
+from memplan.spec.training import Method, Precision, precision_of
 
 Fields = tuple[tuple[str, Any], ...]  # (path of a run's field, new value)
 
@@ -336,6 +336,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
     for name, strategies in SETTINGS_OF_STRATEGIES.items():
         if strategy not in strategies and name in run.parallelism.model_fields_set:
             fields.append((f"parallelism.{name}", getattr(ONE_GPU, name)))
+    if strategy in STAGES and run.precision.autocast:  # DeepSpeed casts the model itself, and keeps fp32 masters
+        cast = {**precision_of("mixed", run.precision.compute or "bf16"), "compute": None, "autocast": False}
+        fields += [(f"precision.{name}", value) for name, value in cast.items()]
     q = run.method.quantization
     if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})

@@ -295,6 +295,18 @@ def test_what_ranks_hold_whole_is_divided_or_moved_to_the_host(
     assert all(after.parallelism.world == run.parallelism.world for after in (*divided, *moved))
 
 
+def test_deepspeed_divides_a_run_under_autocast_with_fp32_masters() -> None:
+    autocast = {"weights": "bf16", "compute": "bf16", "autocast": True}
+    run = estimate(RunSpec(model="qwen3-8b", gpu="4090", parallelism={"world": 2}, precision=autocast)).run
+    divided = [estimate(pull(run, [lever])).run for lever in levers_of(run) if lever.group == "sharding"]
+    assert [(after.parallelism.strategy, after.precision.autocast, after.precision.master) for after in divided] == [
+        ("zero2", False, "fp32"),
+        ("fsdp2", True, None),
+        ("zero3", False, "fp32"),
+        ("zero3", False, "fp32"),
+    ]
+
+
 def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     run = estimate(
         RunSpec(
