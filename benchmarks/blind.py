@@ -62,7 +62,7 @@ TRAINING: Mapping[str, Sequence[Any]] = {
     "kernels.loss": ("chunked", "fused", "chunked_lm_head", "chunked_nll"),
     "loop.hold_outputs": (True, "step"),
     "loop.trainer": (True,),
-    "loop.max_grad_norm": (0.0, 1.0),
+    "loop.clip_grad_norm": (0.0, 0.5),
     "optimizer.in_backward": (True,),
     "optimizer.foreach": (False,),
 }
@@ -93,7 +93,8 @@ def drawn_run(random: Random) -> Run:
     model = ModelSpec(small["config"]) if is_small else find_model(run["model"])
     run["batch"] = {"micro": random.randint(1, 4)}
     if not model.only_sequence:
-        run["batch"]["sequence"] = int(2 ** random.uniform(4, 6.9 if is_small else 11))
+        longest = (model.longest_target or model.longest_sequence or 4096) - 12  # leaves room for new tokens
+        run["batch"]["sequence"] = min(longest, int(2 ** random.uniform(4, 6.9 if is_small else 11)))
     fields = {**SHARED}
     if random.random() < 0.75:
         kind = random.choice(METHODS) if random.random() < 0.93 else random.choice(list(PEFT_METHODS))

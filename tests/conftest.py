@@ -59,4 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # modules and collected tests stay: the collections that pytest ends with need not visit them
+    gc.freeze()  # modules and collected tests stay: later collections need not visit them
+
+
+def pytest_sessionfinish() -> None:
+    """Collect what is left once, and not five times, as pytest does to show exceptions of what it collects."""
+    gc.collect()
+    gc.freeze()

@@ -4,7 +4,8 @@ FSDP runs with a fake process group; DDP, whose reducer waits for an answer, in 
 need not import the libraries again, so DDP's runs come first: autograd refuses a fork of a process that ran it.
 
 FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
-transformers does. Run as a separate process: a run per line on stdin, its peaks per line on stdout.
+transformers does. Tensor-parallel ranks have their shards of the matrices, by transformers' plan, before FSDP2 wraps
+them. Run as a separate process: a run per line on stdin, its peaks per line on stdout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.multiprocessing import start_processes
@@ -31,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 warnings.simplefilter("ignore")
@@ -65,6 +68,15 @@ class Bytes(TorchDispatchMode):
         return out
 
 
+class LocalBytes(Bytes):
+    """Counts only the inner tensors of tensor subclasses."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):
+            return NotImplemented
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
 def model(config: dict[str, Any], lora: bool, checkpoint: bool) -> Any:
     found = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     found.train()
@@ -78,18 +90,18 @@ def model(config: dict[str, Any], lora: bool, checkpoint: bool) -> Any:
     return found
 
 
-def sharded(found: Any, strategy: str, lora: bool) -> Any:
+def sharded(found: Any, strategy: str, lora: bool, mesh: Any) -> Any:
     if strategy == "fsdp2":
         base = found.base_model.model if lora else found
         for layer in base.model.layers:
-            fully_shard(layer, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         tail = [base.model.norm, base.lm_head]
         if base.config.tie_word_embeddings:
             tail.insert(1, base.model.embed_tokens)
         else:
-            fully_shard(base.model.embed_tokens, reshard_after_forward=True)
-        fully_shard(tail, reshard_after_forward=False)
-        fully_shard(found)
+            fully_shard(base.model.embed_tokens, mesh=mesh, reshard_after_forward=True)
+        fully_shard(tail, mesh=mesh, reshard_after_forward=False)
+        fully_shard(found, mesh=mesh)
         return found
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
     blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
@@ -103,9 +115,8 @@ def sharded(found: Any, strategy: str, lora: bool) -> Any:
     )
 
 
-def peaks(trained: Any, tokens: int, counted: Bytes | None = None) -> dict[str, int]:
+def peaks(trained: Any, tokens: int, counted: Bytes) -> dict[str, int]:
     """Return the peak of each phase of the third step: DDP rebuilds its buckets in the second."""
-    counted = counted or Bytes()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     ids = torch.zeros((1, tokens), dtype=torch.int64)
     found: dict[str, int] = {}
@@ -129,9 +140,14 @@ def peaks(trained: Any, tokens: int, counted: Bytes | None = None) -> dict[str, 
 
 def alone(asked: dict[str, Any]) -> dict[str, int]:
     """Return the peaks of an FSDP rank."""
-    dist.init_process_group("fake", rank=0, world_size=asked["world"], store=FakeStore())
-    trained = sharded(model(asked["config"], asked["lora"], asked["checkpoint"]), asked["strategy"], asked["lora"])
-    found = peaks(trained, asked["tokens"])
+    world, tp = asked["world"], asked["tp"]
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    plain = model(asked["config"], asked["lora"], asked["checkpoint"])
+    mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("fsdp", "tp")) if tp > 1 else {"fsdp": None}
+    if tp > 1:
+        apply_tensor_parallelism(plain, mesh["tp"], plain._expand_parallel_plan(plain.tp_plan))
+    trained = sharded(plain, asked["strategy"], asked["lora"], mesh["fsdp"])
+    found = peaks(trained, asked["tokens"], LocalBytes() if tp > 1 else Bytes())
     dist.destroy_process_group()
     return found
 
@@ -141,7 +157,7 @@ def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=asked["world"])
     trained = DistributedDataParallel(model(asked["config"], asked["lora"], asked["checkpoint"]))
-    found = peaks(trained, asked["tokens"])
+    found = peaks(trained, asked["tokens"], Bytes())
     if rank == 0:
         (Path(folder) / "peaks.json").write_text(json.dumps(found))
     dist.destroy_process_group()

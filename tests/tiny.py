@@ -51,6 +51,7 @@ _MAMBA = {
     "vocab_size": 300,
     "pad_token_id": 0,
 }
+_SCAN = {"mamba_n_heads": 8, "mamba_d_state": 24, "mamba_n_groups": 2, "mamba_chunk_size": 32}
 _DELTA: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
@@ -79,11 +80,33 @@ SMALLEST: dict[str, Any] = {
 }
 
 TINY: dict[str, dict[str, Any]] = {
+    "afmoe": _base(
+        num_hidden_layers=5,
+        sliding_window=32,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mup_enabled=True,
+        **_HEADS,
+    ),
     "apertus": _base(**_HEADS),
     "arcee": _base(mlp_bias=True),
+    "bamba": _base(num_hidden_layers=4, attn_layer_indices=[2], **_SCAN),
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "cohere": _base(),
     "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
+    "cohere2_moe": _base(
+        num_hidden_layers=5,
+        sliding_window=32,
+        first_k_dense_replace=1,
+        prefix_dense_intermediate_size=144,
+        intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_shared_experts=2,
+        rms_norm_eps=1e-5,
+        **_HEADS,
+    ),
     "cwm": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
     "deepseek_v2": _base(num_key_value_heads=4, topk_method="group_limited_greedy", **_LATENT, **_ROUTED),
     "deepseek_v3": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
@@ -137,6 +160,9 @@ TINY: dict[str, dict[str, Any]] = {
         "parallel_attn": True,
         "bias": False,
     },
+    "falcon_h1": _base(
+        mamba_d_ssm=96, attention_in_multiplier=0.5, ssm_multipliers=[0.5] * 5, mlp_multipliers=[0.5, 0.5], **_SCAN
+    ),
     "falcon_mamba": _MAMBA,
     "flex_olmo": _base(num_experts=8, num_experts_per_tok=2),
     "gemma": _base(**_HEADS),
@@ -162,6 +188,15 @@ TINY: dict[str, dict[str, Any]] = {
         vocab_size_per_layer_input=280,
         num_kv_shared_layers=3,
         use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        **_HEADS,
+    ),
+    "gemma4_unified_text": _base(
+        num_hidden_layers=6,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=32,
+        global_head_dim=32,
         layer_types=["sliding_attention", "full_attention"] * 3,
         **_HEADS,
     ),
@@ -197,13 +232,11 @@ TINY: dict[str, dict[str, Any]] = {
         shared_intermediate_size=88,
         num_local_experts=4,
         num_experts_per_tok=2,
-        mamba_n_heads=8,
-        mamba_d_state=24,
-        mamba_n_groups=2,
-        mamba_chunk_size=32,
+        **_SCAN,
     ),
     "helium": _base(head_dim=16),
     "hyperclovax": _base(**_HEADS),
+    "hy_v3": _base(moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, num_shared_experts=2, **_HEADS),
     "hunyuan_v1_dense": _base(**_HEADS),
     "hunyuan_v1_moe": _base(num_experts=8, moe_topk=2, **_HEADS),
     "internlm3": _base(**_HEADS),
@@ -372,6 +405,7 @@ TINY: dict[str, dict[str, Any]] = {
 # Adapter targets of families for which peft does not accept all linear layers.
 TARGETS: dict[str, list[str]] = {
     "deepseek_v4": ["q_a_proj", "q_b_proj", "kv_proj"],
+    "falcon_h1": ["in_proj", "q_proj", "k_proj", "o_proj", "up_proj"],
     "falcon_mamba": ["in_proj", "x_proj"],
     "mamba": ["in_proj", "x_proj"],
     "mamba2": ["in_proj"],

@@ -37,5 +37,6 @@ export default defineConfig({
   plugins: [timeline, firstAnswer],
   worker: { format: "es" },
   build: { target: "es2022", modulePreload: false, assetsInlineLimit: 0 },
-  test: { include: ["tests/**/*.test.ts"], testTimeout: 300_000, hookTimeout: 120_000 },
+  // Two at a time also on two cores, of which vitest would leave one idle.
+  test: { include: ["tests/**/*.test.ts"], testTimeout: 300_000, hookTimeout: 120_000, maxWorkers: 2 },
 });

@@ -91,7 +91,7 @@ def _values_of(typed: str) -> str:
 
 def _instead_of(word: str) -> str:
     """Return what to type for a word after the model that is no option, "" if it is not known."""
-    first, model = TYPED.get()[:2]
+    first, model = (*TYPED.get(), "", "")[:2]
     if first in INSTEAD:
         return f"{first!r} takes no model; write {model} {INSTEAD[first]}"
     if is_method(word):

@@ -36,9 +36,9 @@ class Tensor(NamedTuple):
     """One storage.
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), `""` for torch's
-    type promotion of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. With a suffix `/n` there is one
-    element per n elements of the shape, rounded up. A temporary with `!x` after its dtype is a cast of `x`, which does
-    not exist if `x` has that dtype already.
+    type promotion of the operation's inputs, `"=x"` for the dtype of the tensor `x`, or `"product"` for autocast's, if
+    the run has one, else fp32. With a suffix `/n` there is one element per n elements of the shape, rounded up. A
+    temporary with `!x` after its dtype is a cast of `x`, which does not exist if `x` has that dtype already.
     """
 
     name: str
@@ -334,22 +334,25 @@ def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple
     taken: dict[tuple[str, str], None] = {}
     for op in operations.value:
         written.update([t.name for t in op.past])
-        taken.update([((op.name, name), None) for name in op.reads if name not in written])
-        written.update([t.name for t in (*op.writes, *op.wraps)])
-        taken.update([((op.name, name), None) for name in named(op) if name not in written])
+        missing = [name for name in op.reads if name not in written]
+        written.update([t.name for t in op.writes + op.wraps])
+        missing += [name for name in named(op) if name not in written]
+        taken |= dict.fromkeys([(op.name, name) for name in missing])
     return tuple(taken), frozenset(written)
 
 
 def named(op: Op) -> list[str]:
     """Return the names that an operation keeps, captures, or takes a dtype from."""
-    names = [*op.captures, *[name for keep in op.keeps for name in (keep.what, keep.of)]]
-    for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back]):
-        dtype = tensor.dtype
-        if "!" in dtype:
-            dtype, _, source = dtype.partition("!")
+    names = [*op.captures]
+    for keep in op.keeps:
+        names += keep.what, keep.of
+    tensors = op.past + op.writes + op.wraps + op.scratch
+    for dtype in [t.dtype for t in tensors] + [s.tensor.dtype for s in op.scratch_back]:
+        own, _, source = dtype.partition("!")
+        if source:
             names.append(source)
-        if dtype[:1] == "=":
-            names.append(dtype[1:].partition("/")[0])
+        if own.startswith("="):
+            names.append(own[1:].partition("/")[0])
     return names
 
 

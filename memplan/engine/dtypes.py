@@ -6,13 +6,13 @@ dtype that a tensor already has are dropped, and the casts that autocast inserts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeVar
 
 from memplan.core.identity import Identity
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight, taken_and_written
+from memplan.core.ir import Op, Tensor, Weight, taken_and_written
 from memplan.core.records import NamedTuple
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
@@ -21,21 +21,26 @@ _Known = tuple[Tensor | None, Tensor | None, Weight | None]  # of a name: tensor
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
 
 
-def promote(dtypes: Iterable[str]) -> str:
+def promote(dtypes: Sequence[str]) -> str:
     """Return torch's promoted dtype: the widest floating dtype, or fp32 for bf16 with fp16.
 
     >>> promote(["bf16", "fp32"]), promote(["bf16", "int64"])
     ('fp32', 'bf16')
     """
-    dtypes = list(dtypes)
     floating = FLOATING.intersection(dtypes)
     if not floating:
         return dtypes[0]
     return next(iter(floating)) if len(floating) == 1 else "fp32"
 
 
-def _dtype_of(dtype: str, tensors: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the literal dtype for `=x`; a suffix `/n` (one element per n) is kept."""
+def _dtype_of(
+    dtype: str, tensors: Mapping[str, Tensor], autocast: str | None, names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return the literal dtype for `=x` and `product`; a suffix `/n` (one element per n) is kept."""
+    if dtype == "product":
+        return autocast or "fp32"
+    if not dtype.startswith("="):
+        return dtype
     name, per = dtype[1:], ""
     if name not in names and name not in tensors:
         name, _, per = name.rpartition("/")
@@ -165,12 +170,11 @@ class _Resolver:
     def _resolve(self, op: Op, out: list[Op]) -> None:
         tensors, autocast = self.tensors, self._autocast
         for w in op.weights:
-            tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
             if w.trains:
                 self.trained[w.name] = w
         past = op.past
         if past:
-            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors)) if t.dtype.startswith("=") else t for t in past)
+            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors, autocast)) for t in past)
             tensors.update((t.name, t) for t in past)
         if op.copies_layout and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
@@ -180,35 +184,22 @@ class _Resolver:
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):
-            target = autocast if op.autocast == "lower" else "fp32"
-            for w in reversed(op.weights):  # autocast casts arguments from last to first: bias, weight, input
-                if w.dtype in FLOATING and w.dtype != target and not w.stored:
-                    new_name[w.name] = self._cast_weight(op, w, target, out).name
-                    weights = tuple(v for v in weights if v is not w)
-            unique = {tensors[r].name: r for r in reversed(op.reads)}  # a dropped `laid` copy makes two names of one
-            for r in unique.values():
-                t = tensors[r]
-                if t.dtype in FLOATING and t.dtype != target:
-                    to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
-                    out.append(
-                        Op(to.name, (t.name,), (to,), cast=True, needs_recording=op.needs_recording, source=_AUTOCAST)
-                    )
-                    tensors[to.name] = to
-                    new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
-        reads = tuple([new_name.get(r, r) for r in op.reads])
+            weights = self._cast_inputs(op, autocast if op.autocast == "lower" else "fp32", new_name, out)
+        reads, keeps, captures = op.reads, op.keeps, op.captures
+        if new_name:
+            reads = tuple([new_name.get(r, r) for r in reads])
+            captures = tuple([new_name.get(c, c) for c in captures])
+            keeps = tuple([k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in keeps])
         if not self.trained.keys().isdisjoint(reads):  # the output of a dropped cast is the weight itself
-            weights += tuple(self.trained[r] for r in reads if r in self.trained)
+            weights += tuple(self.trained[r] for r in reads if r in self.trained and op.writes)
             reads = tuple(r for r in reads if r not in self.trained)
-        reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
+        reads += tuple([new_name[w.name] for w in op.weights if w.name in new_name])
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
-
-        def renamed(name: str) -> str:
-            return new_name.get(name, name)
 
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
-            if dtype.startswith("="):
-                return Tensor(name, shape, _dtype_of(dtype, tensors, new_name))
+            if dtype.startswith("=") or dtype == "product":
+                return Tensor(name, shape, _dtype_of(dtype, tensors, autocast, new_name))
             if autocast and op.autocast == "wide":
                 return Tensor(name, shape, "fp32")
             return t if dtype else Tensor(name, shape, promote(inputs))
@@ -222,8 +213,8 @@ class _Resolver:
         for t in op.writes:
             writes.append(literal(t))
             tensors[t.name] = writes[-1]
-        wraps = tuple(literal(t) for t in op.wraps)
-        tensors.update((t.name, t) for t in wraps)
+        wraps = tuple([literal(t) for t in op.wraps])
+        tensors.update([(t.name, t) for t in wraps])
         if op.cast:
             source = tensors[reads[0] if reads else weights[0].name]
             if source.dtype in (writes[0].dtype, op.uncast_dtype):
@@ -231,25 +222,38 @@ class _Resolver:
                     tensors[op.writes[0].name] = source
                     return
                 op = op._replace(cast=False, view=True, gradient="same")  # what is held is the tensor itself
+        back = [(s, made) for s in op.scratch_back if (made := temporary(s.tensor))]
         out.append(
             op._replace(
                 reads=reads,
                 writes=tuple(writes),
                 weights=weights,
-                keeps=tuple([Keep(renamed(k.what), renamed(k.of), k.is_gradient, k.seen) for k in op.keeps]),
-                captures=tuple([renamed(c) for c in op.captures]),
+                keeps=keeps,
+                captures=captures,
                 wraps=wraps,
                 past=past,
                 scratch=tuple([made for t in op.scratch if (made := temporary(t))]),
-                scratch_back=tuple(
-                    [
-                        Scratch(made, renamed(s.of), s.early, s.summed)
-                        for s in op.scratch_back
-                        if (made := temporary(s.tensor))
-                    ]
-                ),
+                scratch_back=tuple([s._replace(tensor=made, of=new_name.get(s.of, s.of)) for s, made in back]),
             )
         )
+
+    def _cast_inputs(self, op: Op, target: str, new_name: dict[str, str], out: list[Op]) -> tuple[Weight, ...]:
+        """Append autocast's casts of the inputs to `out`, their names to `new_name`; return the weights not cast."""
+        tensors, weights = self.tensors, op.weights
+        for w in reversed(op.weights):  # autocast casts arguments from last to first: bias, weight, input
+            if w.dtype in FLOATING and w.dtype != target and not w.stored:
+                new_name[w.name] = self._cast_weight(op, w, target, out).name
+                weights = tuple(v for v in weights if v is not w)
+        unique = {tensors[r].name: r for r in reversed(op.reads)}  # a dropped `laid` copy makes two names of one
+        for r in unique.values():
+            t = tensors[r]
+            if t.dtype in FLOATING and t.dtype != target:
+                to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
+                records = op.needs_recording
+                out.append(Op(to.name, (t.name,), (to,), cast=True, needs_recording=records, source=_AUTOCAST))
+                tensors[to.name] = to
+                new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
+        return weights
 
     def _cast_weight(self, op: Op, w: Weight, target: str, out: list[Op]) -> Tensor:
         """Return the cast of a weight, appending the operation that makes it to `out`.

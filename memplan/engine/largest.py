@@ -24,14 +24,15 @@ class PhaseTerms:
 
     def __init__(self, phases: Sequence[Sequence[Term]], products: Sequence[Variable]) -> None:
         self._phases, self._products = phases, products
-        self._terms = [term for terms in phases for term in terms]
-        coefficients = [term.coefficients for term in self._terms]
+        coefficients = [term.coefficients for terms in phases for term in terms]
         self._widest = [max(1, *map(abs, column)) for column in zip(*coefficients, strict=True)]
         self._is_compiled = library() is not None and 0 < sum(self._widest) < _MOST
         if not self._is_compiled:
             return
         self._rows = array("q", chain.from_iterable(coefficients))
         self._ends = array("q", accumulate(map(len, phases)))
+        self._moments = [term.moment for terms in phases for term in terms]
+        self._moments.append(-1)  # of a phase without moments
 
     def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
         """Return the most bytes of each phase and its moment: 0 and -1 for a phase without moments.
@@ -42,8 +43,7 @@ class PhaseTerms:
         if not self._is_compiled or sum(map(mul, self._widest, map(abs, numbers))) >= _MOST:
             products = values(self._products, axes)
             return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
-        of_run, best = array("q", numbers), array("q", self._ends)
+        of_run, best = array("q", numbers), array("q", (0,)) * (2 * len(self._ends))
         rows, ends = address_of(self._rows), address_of(self._ends)
-        library().largest(rows, ends, len(best), address_of(of_run), len(numbers), address_of(best))
-        every = self._terms
-        return [(sum(map(mul, every[i].coefficients, numbers)), every[i].moment) if i >= 0 else (0, -1) for i in best]
+        library().largest(rows, ends, len(self._ends), address_of(of_run), len(numbers), address_of(best))
+        return [(most, self._moments[row]) for row, most in zip(best[::2], best[1::2], strict=True)]

@@ -41,6 +41,9 @@ class Moment(NamedTuple):
         return next(add_to_each((self,), gone))
 
 
+Fields = tuple[str, str, Counts, Sequence[int], int, Mapping[int, Counts]]  # of a moment
+
+
 class PassMoments(Sequence[Moment]):
     """The moments of a pass. They are stored in columns, because they are many and live long.
 
@@ -58,7 +61,7 @@ class PassMoments(Sequence[Moment]):
         return len(self._columns[0])
 
     def __iter__(self) -> Iterator[Moment]:
-        return (moment._replace(where=self._name(moment.where)) for moment in self.unnamed)
+        return (moment._replace(where=self._name(moment.where)) for moment in map(Moment._make, self.unnamed))
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
@@ -71,9 +74,9 @@ class PassMoments(Sequence[Moment]):
         return moment._replace(where=self._name(moment.where))
 
     @property
-    def unnamed(self) -> Iterator[Moment]:
-        """The moments, to be counted: `where` is as it was before they were `renamed`."""
-        return map(Moment._make, zip(*self._columns, strict=True))
+    def unnamed(self) -> Iterator[Fields]:
+        """The moments' fields, to be counted: `where` is as it was before they were `renamed`."""
+        return zip(*self._columns, strict=True)
 
     @property
     def phases(self) -> Sequence[str]:

@@ -287,16 +287,15 @@ int64_t replay(Allocator *a, int32_t *live, const int32_t *numbers, const int32_
 }
 
 /* Finds in each of `count` groups of rows, of which group g ends before row ends[g], the first row with the largest sum
- * of its numbers times `values`: its index goes to best[g], NONE for a group without rows. See largest.py. */
+ * of its numbers times `values`: best[2 * g] is its index, NONE without rows, and the next its sum. See largest.py. */
 void largest(const int64_t *rows, const int64_t *ends, int64_t count, const int64_t *values, int64_t width,
              int64_t *best) {
     int64_t row = 0;
-    for (int64_t g = 0; g < count; g++) {
-        int64_t most = 0;
-        for (best[g] = NONE; row < ends[g]; row++, rows += width) {
+    for (int64_t g = 0; g < count; g++, best += 2) {
+        for (best[0] = NONE; row < ends[g]; row++, rows += width) {
             int64_t sum = 0;
             for (int64_t i = 0; i < width; i++) sum += rows[i] * values[i];
-            if (best[g] == NONE || sum > most) { most = sum; best[g] = row; }
+            if (best[0] == NONE || sum > best[1]) { best[0] = row; best[1] = sum; }
         }
     }
 }

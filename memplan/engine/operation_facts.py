@@ -55,23 +55,26 @@ class Backward(NamedTuple):
     late: tuple[Tensor, ...]
 
 
+NO_BACKWARD = Backward((), (), (), (), (), {}, {}, {}, (), ())
+
+
 def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
+    past = _past_with_gradients(op)
+    if not (op.keeps or op.weights or op.wraps or op.scratch_back):  # as most operations
+        return NO_BACKWARD._replace(targets=targets, past=past)
     scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets)]
     return Backward(
         targets,
         pins=tuple(dict.fromkeys([k.what for k in op.keeps if k.of in targets])),
         weights=tuple([w.name for w in op.weights]),
         wraps=tuple([t.name for t in op.wraps]),
-        past=_past_with_gradients(op),
+        past=past,
         shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
         becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
         sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
         early=tuple([s.tensor for s in scratch if s.early]),
         late=tuple([s.tensor for s in scratch if not s.early]),
     )
-
-
-NO_BACKWARD = _backward_of(Op(""), ())
 
 
 class GradientFlow:
@@ -140,8 +143,8 @@ def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
                 root[t.name] = root[op.writes[0].name]
     ends: list[tuple[str, ...]] = []
     for i, op in enumerate(ops.value):
-        used = [root.get(n, n) for n in (*[t.name for t in op.writes], *op.reads, *[t.name for t in op.past])]
-        ends.append(tuple([n for n in dict.fromkeys(used) if last.get(n, i) == i]))
+        names = (*[t.name for t in op.writes], *op.reads, *[t.name for t in op.past])
+        ends.append(tuple(dict.fromkeys([base for n in names if last.get(base := root.get(n, n), i) == i])))
     return tuple(ends)
 
 

@@ -176,8 +176,8 @@ class LiveStorages:
         self._first_moment = len(self.moments)
 
     def _first_copy(self, where: str) -> str:
-        last = next(layer for layer in self._first if where.startswith(layer))
-        return self._first[last] + where.removeprefix(last)
+        last = next(filter(where.startswith, self._first))
+        return self._first[last] + where[len(last) :]
 
     def leave_run(self, *passed_on: Storage) -> None:
         """End the copy: count what it left once per further copy, except the storages `passed_on` to the next one."""

@@ -18,7 +18,7 @@ from memplan.core.arithmetic import Size
 from memplan.core.ir import AT_LEAST
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, rounded
-from memplan.engine.moments import Moment
+from memplan.engine.moments import Fields, Moment
 
 
 class Variable(NamedTuple):
@@ -102,7 +102,7 @@ def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, in
 
 
 def counts_at_each(
-    moments: Iterable[Moment], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
+    moments: Iterable[Fields], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
 ) -> Iterator[dict[int, int]]:
     """Yield how many storages of each size in bytes are alive at every moment, given the bytes of each size."""
     distinct = [*dict.fromkeys(sizes)]
@@ -112,7 +112,7 @@ def counts_at_each(
 
 
 def bytes_at_each(
-    moments: Iterable[Moment], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
+    moments: Iterable[Fields], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
 ) -> Iterator[int]:
     """Yield the bytes alive at every moment, given the bytes of a storage of each size."""
     changes = [*sizes, *(-bytes_ for bytes_ in reversed(sizes))]  # of each event: a free is a negative index
@@ -125,21 +125,21 @@ def bytes_at_each(
             known[id(counts)] = counts, sum(sizes[size] * n for size, n in counts.items())
         return known[id(counts)][1]
 
-    before: Moment | None = None
+    last_shared = last_events = last_per_copy = None
     upto, held, repeated = [0], 0, 0  # after each event, of what no event allocates, and of the other copies of runs
-    for moment in moments:
-        if before is None or moment.events is not before.events:
-            upto = [*accumulate(map(changes.__getitem__, moment.events), initial=0)]
-        if before is None or moment.shared is not before.shared:
-            held = bytes_of(moment.shared)
-        if before is None or moment.per_copy is not before.per_copy:
-            repeated = sum(copies[run] * bytes_of(counts) for run, counts in moment.per_copy.items())
-        before = moment
-        yield upto[moment.at] + held + repeated
+    for _, _, shared, events, at, per_copy in moments:
+        if events is not last_events:
+            last_events, upto = events, [*accumulate(map(changes.__getitem__, events), initial=0)]
+        if shared is not last_shared:
+            last_shared, held = shared, bytes_of(shared)
+        if per_copy is not last_per_copy:
+            last_per_copy = per_copy
+            repeated = sum(copies[run] * bytes_of(counts) for run, counts in per_copy.items())
+        yield upto[at] + held + repeated
 
 
 def kinds_at_each(
-    moments: Iterable[Moment],
+    moments: Iterable[Fields],
     runs: Sequence[tuple[str, int]],
     axes: Mapping[str, int],
     sizes: Sequence[int],
@@ -153,7 +153,7 @@ def kinds_at_each(
 
 
 def rows(
-    moments: Iterable[Moment],
+    moments: Iterable[Fields],
     runs: Sequence[tuple[str, int]],
     axes: Mapping[str, int],
     sizes: Sequence[tuple[Variable, int]],
@@ -166,7 +166,7 @@ def rows(
 
 
 def _totals(
-    moments: Iterable[Moment],
+    moments: Iterable[Fields],
     runs: Sequence[tuple[str, int]],
     axes: Mapping[str, int],
     places: Sequence[tuple[int, int]],
@@ -186,34 +186,34 @@ def _totals(
             i, n = places[size]
             totals[i] += n * count * times
 
-    shared: Mapping[int, int] = {}
-    events: Sequence[int] = ()
-    at = 0
-    per_copy: Mapping[int, Mapping[int, int]] = {}
-    for moment in moments:
-        if moment.shared is not shared:
-            add(shared, -1)
-            shared = moment.shared
+    last_shared: Mapping[int, int] = {}
+    last_events: Sequence[int] = ()
+    last_at = 0
+    last_per_copy: Mapping[int, Mapping[int, int]] = {}
+    for _, _, shared, events, at, per_copy in moments:
+        if shared is not last_shared:
+            add(last_shared, -1)
             add(shared, 1)
-        if moment.per_copy is not per_copy:
-            for run in {*per_copy, *moment.per_copy}:
-                old, new = per_copy.get(run, {}), moment.per_copy.get(run, {})
+            last_shared = shared
+        if per_copy is not last_per_copy:
+            for run in {*last_per_copy, *per_copy}:
+                old, new = last_per_copy.get(run, {}), per_copy.get(run, {})
                 if new is not old:
                     add(old, -copies[run])
                     add(new, copies[run])
-            per_copy = moment.per_copy
-        if moment.events is not events:
-            for event in events[:at]:
+            last_per_copy = per_copy
+        if events is not last_events:
+            for event in last_events[:last_at]:
                 i, n = steps[event]
                 totals[i] -= n
-            events, at = moment.events, 0
-        for event in events[at : moment.at]:
+            last_events, last_at = events, 0
+        for event in events[last_at:at]:
             i, n = steps[event]
             totals[i] += n
-        for event in events[moment.at : at]:  # a moment of a copy that was run before the last one
+        for event in events[at:last_at]:  # a moment of a copy that was run before the last one
             i, n = steps[event]
             totals[i] -= n
-        at = moment.at
+        last_at = at
         yield totals
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from memplan.catalogue.parallelism.device_map_packing import HOST
 from memplan.catalogue.profiles.engines import find_engine
+from memplan.core.collection import without_collection
 from memplan.estimate.answer import Estimate, Walk
 from memplan.estimate.inference import InferenceWalk
 from memplan.estimate.training import TrainingWalk
 from memplan.models.model import ModelSpec
 from memplan.program.inference import gpus
+from memplan.program.run import ResolvedRun
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
@@ -36,17 +38,26 @@ def walk(run: RunSpec, model: ModelSpec | None = None) -> Walk:
     return _fullest(_walks(run, model), model)
 
 
+@without_collection
 def _walks(run: RunSpec, model: ModelSpec | None) -> list[Walk]:
     """Return the walks of the stages that may have the most, or the only walk."""
     if find_engine(run.profile) is not None:
         from memplan.estimate.serving import ServingWalk
 
         return [ServingWalk(run, model)]
-    decided = decide(run, model)
+    return _walks_of(run, decide(run, model), model)
+
+
+def _walks_of(run: RunSpec, decided: ResolvedRun, model: ModelSpec | None = None) -> list[Walk]:
     column = TrainingWalk if decided.trains else InferenceWalk
     has_stages = decided.has_stages and run.parallelism.stage is None
     each = [column(run, stage) for stage in (decided.fullest_stages() if has_stages else (decided,))]
     return [*each] if len(each) > 1 else [each[0].with_side_tasks(model)]
+
+
+def estimate_of(run: RunSpec, decided: ResolvedRun) -> Estimate:
+    """Return the estimate of a run, given what `decide` returns for it."""
+    return Estimate(_fullest(_walks_of(run, decided), None))
 
 
 def _fullest(walks: Sequence[Walk], model: ModelSpec | None) -> Walk:

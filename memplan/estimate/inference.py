@@ -56,9 +56,9 @@ class InferenceWalk(Walk):
         self.models = models_of(decided, self.passes[0].step)
         self.resident, self.unsplit, self.load = loaded(self.models, run.loop.expandable_segments)
         self.workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-        tops = [each.peak for each in self.passes]
-        self.peaks = [top.bytes + self._held_bytes(each.step) for top, each in zip(tops, self.passes, strict=True)]
-        self._moments = [top.moment for top in tops]
+        self._tops = [each.peak for each in self.passes]
+        tops = zip(self._tops, self.passes, strict=True)
+        self.peaks = [top.bytes + self._held_bytes(each.step) for top, each in tops]
         self.phases = [
             Phase("load", None, self.load, ""),
             *map(self._phase, dict.fromkeys(p.phase for p in self.passes)),
@@ -66,8 +66,7 @@ class InferenceWalk(Walk):
 
     def _phase(self, name: str) -> Phase:
         i = self._fullest(name)
-        where = self.passes[i].low().moments[self._moments[i]].where
-        where = f"assistant: {where}" if self.passes[i].step.assists else where
+        where = f"assistant: {self._tops[i].where}" if self.passes[i].step.assists else self._tops[i].where
         return Phase(name, None, self.persistent_bytes + self.peaks[i], where)
 
     def _fullest(self, phase: str) -> int:
@@ -201,7 +200,7 @@ class InferenceWalk(Walk):
         else:
             i = self._fullest(at.phase)
             each = self.passes[i]
-            lines = pass_lines(each, each.low(labelled=True).moments[self._moments[i]])
+            lines = pass_lines(each, each.low(labelled=True).moments[self._tops[i].moment])
             out += [workspace_line(self.gpu), *(map(_assistants, lines) if each.step.assists else lines)]
             out += self._held_lines(each.step)
         return largest_first(line for line in out if line.bytes)

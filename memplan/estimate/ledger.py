@@ -68,7 +68,7 @@ def _side_task_lines(
         yield from _between_steps(walked, states="optimizer" not in aside.moved)
         for held in sharding.gradients() if p.buffered else ():
             yield held_line(held, axes, "in gradient buffers")
-        for held in sharding.held_in("forward") if aside.phase == "eval" else ():
+        for held in sharding.held_in("forward") if any(each.phase == "eval" for each in aside.passes) else ():
             yield held_line(held, axes, "between ranks")
     else:
         numbers = operations_of(aside.own_process_graph)[1]
@@ -316,7 +316,7 @@ def _resident(walked: TrainingPeaks, decided: ResolvedRun, axes: Mapping[str, in
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
             converting = tuple(sharding.gradient_conversion())
-            yield from (held_line(held, axes, "converted to the fp32 gradient of the partition") for held in converting)
+            yield from (held_line(held, axes, "between backward and the update") for held in converting)
             if not converting:
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in sharding.held_in(phase.phase) if phase.phase in PHASES else ():

@@ -11,6 +11,7 @@ accelerate 1.15 accelerator.py prepare_model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
@@ -22,6 +23,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import evaluation, evaluation_run, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
+from memplan.models.cards import find_model
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
 from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
@@ -32,10 +34,10 @@ from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_pass
+from memplan.resolve.roles import decided_at, padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
 from memplan.spec.run import Batch, RunSpec, changed
-from memplan.spec.training import Evaluation
+from memplan.spec.training import Evaluation, Precision
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -94,19 +96,18 @@ def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTas
         wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
     scored = sized(step, scoring)
-    moving, moment = scored.peak
+    moving, moment, where = scored.peak
     held = (*_batch_before(batch.micro * batch.accumulation, batch.tokens), *sharding.held_in("reward"))
-    where = scored.low().moments[moment].where
     standing = walked.program.between_steps(walked.workspace)
     return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
 
 
 def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
-    structure, batch = decided.structure, with_new_tokens(run).batch
+    structure, batch = decided.structure, decided.batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
     wraps = graph.recipe.kind not in ADAPTERS
     sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
-    held = tuple(_batch_before(rows, batch.tokens))
+    held = _batch_before(rows, batch.tokens)
     if run.rollout != "transformers":
         gathered = tuple(sharding.pushed(merges=not wraps))
         pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
@@ -118,9 +119,8 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
-        one = Batch(micro=batch.micro, sequence=batch.tokens)
-        alone = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
-        graph = decide(run.model_copy(update=alone)).structure.graph
+        one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
+        graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
@@ -141,11 +141,10 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
 
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
-    batch, standing = with_new_tokens(run).batch, walked.program.between_steps(walked.workspace)
-    precision = run.precision.model_copy(update={"autocast": False, "compute": None})
-    alone = decide(run.model_copy(update={"precision": precision}))
+    batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
+    alone = _decided_alone(decided.batch, run, precision=_without_autocast(run.precision))
     graph, rows = alone.structure.graph, batch.micro * batch.accumulation
-    chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
+    chunk, held = rollout_chunk(rows), _batch_before(rows, batch.tokens)
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     prompted = _of_rows(alone, graph._replace(trainer=None, roles=()), chunk)
     gathered = tuple(sharding.held_in("generate"))
@@ -159,8 +158,8 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
         other = other._replace(inference=Pass(role, cache, last_only=False), trainer=reference.trainer, wiring=wiring)
         step = InferenceStep(other, chunk, batch.sequence)
         passed = sized(step, _of_rows(resolved, other, chunk, batch.new_tokens))
-        moving, moment = passed.peak
-        where, phase = passed.low().moments[moment].where, "reward" if role == "reward" else "rollout"
+        moving, moment, where = passed.peak
+        phase = "reward" if role == "reward" else "rollout"
         gathered = tuple(sharding.held_in(role))
         return SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), (passed,), (0, moment), moving)
 
@@ -169,6 +168,22 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     yield max(policy, values, key=lambda task: task.peak)
     if "reward" in others:
         yield scored("reward", scoring_pass(run, "reward", decide), others["reward"])
+
+
+def _decided_alone(batch: Batch, run: RunSpec, **changes: object) -> ResolvedRun:
+    """Return the run with another batch, and with changes."""
+    several = _several(min(2, batch.accumulation))
+    return decided_at(batch, run.model_copy(update={**changes, "batch": several}), find_model(run.model), decide)
+
+
+@lru_cache(maxsize=2)
+def _several(accumulation: int) -> Batch:
+    return Batch(micro=2, accumulation=accumulation)
+
+
+@lru_cache(maxsize=64)
+def _without_autocast(precision: Precision) -> Precision:
+    return precision.model_copy(update={"autocast": False, "compute": None})
 
 
 def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:
@@ -191,8 +206,8 @@ def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: i
     before = (rows // chunk - 1) * chunk
     earlier = (*task.held, *((logits("logits of earlier rows", before, tokens),) if before else ()))
     for at, made in ((0, 0), (len(task.passes) - 1, tokens - 1)):
-        moving, moment = task.passes[at].peak
-        where = f"{task.passes[at].phase}: {task.passes[at].low().moments[moment].where}"
+        moving, moment, where = task.passes[at].peak
+        where = f"{task.passes[at].phase}: {where}"
         held = (*earlier, logits("logits of a pass", chunk, 1, made)) if made else earlier
         yield task._replace(where=where, held=held, top=(at, moment), moving=moving)
     passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
@@ -222,8 +237,9 @@ def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, sleeps: bool) ->
 
 
 def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:
-    names = ("tokens of the generation before", "their masks")
-    return tuple(tensor_group("activation", name, f"{rows} {tokens}", "int64", _BATCH, "generate") for name in names)
+    what = "tokens of the generation before"
+    ids = tensor_group("activation", what, f"{rows} {tokens}", "int64", _BATCH, "generate")
+    return ids, ids._replace(what="their masks")
 
 
 class ColocatedUsage(Usage):

@@ -10,7 +10,7 @@ memplan.program.training.saving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from memplan.catalogue.inference.decoding import returned_by
@@ -99,13 +99,13 @@ def evaluation(
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
     step = InferenceStep(graph, e.micro, decided_.batch.sequence, division=division)
     batch = sized(step, decided_)
-    moving, moment = batch.peak
+    moving, moment, where = batch.peak
     standing += walked.program.passing["forward"]
     kept = _kept(e, graph, batch.axes, run.parallelism.dp)
     loss = TensorGroup("activation", "loss of a batch, referenced by the loop", "evaluation", "", "fp32", 1, 512, _LOOP)
     referenced = () if e.batch_metrics else (loss,)  # with batch_metrics the loop drops its references
     during, joined = (*kept.during, *referenced), (*kept.joined, *referenced)
-    where, batches = batch.low().moments[moment].where, batches_on_gpu(e) if kept.each else 1
+    batches = batches_on_gpu(e) if kept.each else 1
     task = SideTask(
         "eval", where, standing, during, (batch,), (0, moment), moving, kept.each, batches, e.concatenates, kept.host
     )
@@ -166,7 +166,7 @@ def batches_on_gpu(e: Evaluation) -> int:
     return min(e.kept_batches, e.accumulation or e.kept_batches)
 
 
-def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kept:
+def _kept(e: Evaluation, graph: Graph, axes: Mapping[str, int], ranks: int) -> _Kept:
     """Return what is kept of predictions and labels, gathered from all `ranks`."""
     logits = _batch_logits(graph) if e.kept_batches else None
     if logits is None:
@@ -208,7 +208,7 @@ def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kep
     return _Kept((*previous, *last), while_joining, bytes_of_each, host)
 
 
-def _numbers(t: Tensor, axes: dict[str, int]) -> int:
+def _numbers(t: Tensor, axes: Mapping[str, int]) -> int:
     out = 1
     for token in t.shape.split():
         out *= int(token) if token.isdigit() else axes[token]
@@ -250,39 +250,48 @@ def generation(
     samples  tokens are sampled, from all of them
     division how weights are divided among ranks, and gathered in each pass
     """
-    graph = decided_.structure.graph
+    graph = _generating_graph(decided_.structure.graph, library, wide, samples)
+    batch = with_lengths(decided_.batch, graph.model, generates=True)
+    prompted = decided_._replace(structure=decided_.structure._replace(graph=graph), batch=batch)
+    steps = steps_of(prompted)
+    if division is not None:
+        left = division._replace(whole=left_whole(division))
+        steps = (steps[0]._replace(division=division), *(step._replace(division=left) for step in steps[1:]))
+    passes = tuple(sized(step, prompted) for step in steps)
+    peaks = [each.peak for each in passes]
+    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
+    moving, moment, where = peaks[top]
+    return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
+
+
+@lru_cache(maxsize=256)
+def _generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, samples: bool) -> Graph:
+    """Return the graph of a generation's first pass; see `generation`. Raises SpecError or UnsupportedModelError."""
     kind, facts = graph.model.model_type, graph.model.family.generation
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
     cache: Cache = "legacy" if library.generation.cache == "legacy" else "dynamic"
     crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
-    last_only, few_rows, switches = (
-        library.generation.last_logits and not crosses,
-        library.weights.few_rows,
-        library.model.experts == "stacked",
-    )
     one_pass = Pass(
-        "prefill", cache, last_only, wide, few_rows=few_rows, has_encoder=crosses, batches_later_passes=switches
+        "prefill",
+        cache,
+        library.generation.last_logits and not crosses,
+        wide,
+        few_rows=library.weights.few_rows,
+        samples=samples,
+        has_encoder=crosses,
+        suppresses=facts.suppresses,
+        batches_later_passes=library.model.experts == "stacked",
+        warps=not samples,
+        has_row_positions=samples,
     )
-    one_pass = one_pass._replace(suppresses=facts.suppresses, samples=samples)
-    one_pass = one_pass._replace(warps=not samples, has_row_positions=samples)
     evaluation_graph = _evaluation_graph(graph, one_pass, caching=True)
     if not keeps_every_cache(evaluation_graph):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    batch = with_lengths(decided_.batch, graph.model, generates=True)
-    prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
-    first, *later = steps_of(prompted)
-    left = None if division is None else division._replace(whole=left_whole(division))
-    parts = (first._replace(division=division), *(step._replace(division=left) for step in later))
-    passes = tuple(sized(step, prompted) for step in parts)
-    peaks = [each.peak for each in passes]
-    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
-    moving, moment = peaks[top]
-    where = f"{passes[top].phase}: {passes[top].low().moments[moment].where}"
-    return SideTask("generate", where, standing, held, passes, (top, moment), moving)
+    return evaluation_graph
 
 
 def _merge(

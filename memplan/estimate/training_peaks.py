@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import mul
 
@@ -18,7 +19,7 @@ from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
 from memplan.program.structure import Structure
 from memplan.program.training.passes import PHASES
-from memplan.program.training.program import Program, phase_offsets, program
+from memplan.program.training.program import PhaseOffset, Program, phase_offsets, program
 
 
 class TrainingPeaks(NamedTuple):
@@ -43,8 +44,9 @@ class TrainingPeaks(NamedTuple):
     def followed_by(self, side_tasks: tuple[SideTask, ...]) -> TrainingPeaks:
         """Return the peaks with those of the run's side tasks appended."""
         phases = [*self.phases, *(Phase(task.phase, None, task.peak, task.where) for task in side_tasks)]
-        moments = [*self.moments, *((False, -1) for _ in side_tasks)]
-        peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+        moments = [*self.moments, *[(False, -1)] * len(side_tasks)]
+        last = max(range(len(self.phases), len(phases)), key=lambda i: (phases[i].peak, i))
+        peak = last if phases[last].peak >= self.top.peak else self.peak
         return self._replace(phases=phases, moments=moments, peak=peak, side_tasks=side_tasks)
 
     def at(self, phase: Phase) -> TrainingPeaks:
@@ -67,7 +69,7 @@ def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
     """Return the peak of every phase, of the first and of later steps, for the run's batch and sequence."""
     b = decided.batch
     sizes = b.micro, b.sequence, decided.half, decided.large_tiles, decided.pictures, b.target_sequence
-    return _step_program(decided.structure, workspace_of(decided)).peaks(sizes)
+    return _step_program(decided.structure).peaks(sizes, workspace_of(decided))
 
 
 def workspace_of(decided: ResolvedRun) -> int:
@@ -75,13 +77,29 @@ def workspace_of(decided: ResolvedRun) -> int:
     return cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
 
 
+class _Moments(NamedTuple):
+    """The largest moments at the sizes of a run, whatever its GPU.
+
+    axes, numbers  as of `TrainingPeaks`
+    largest        per phase, whether it peaks in a later micro-batch, its most bytes, and the moment's index
+    names          by the moment, the operation, in the first pass and in a later one
+    peaks          the peaks by the bytes of a workspace, as one run is asked for on many GPUs
+    """
+
+    axes: dict[str, int]
+    numbers: list[int]
+    largest: dict[str, tuple[bool, int, int]]
+    names: Sequence[Mapping[int, str]]
+    peaks: dict[int, TrainingPeaks]
+
+
 class _StepProgram:
     """A program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
 
-    def __init__(self, p: Program, workspace: int) -> None:
-        self._program, self._workspace = p, workspace
-        self._offsets = phase_offsets(p.structure, workspace)
-        self._last: tuple[_Sizes, TrainingPeaks] | None = None
+    def __init__(self, structure: Structure) -> None:
+        self._program = program(structure)
+        self._offsets: dict[int, tuple[PhaseOffset, ...]] = {}  # by the bytes of a workspace
+        self._last: tuple[_Sizes, _Moments] | None = None
 
     @cached_property
     def _terms(self) -> PhaseTerms:
@@ -89,14 +107,15 @@ class _StepProgram:
         passes = (moments.terms.first, moments.terms.later)[: 1 + self._program.structure.accumulates]
         return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
 
-    def peaks(self, sizes: _Sizes) -> TrainingPeaks:
-        """Return the peaks of all phases. Those of the last sizes are kept, as one run is asked for on many GPUs."""
+    def peaks(self, sizes: _Sizes, workspace: int) -> TrainingPeaks:
+        """Return the peaks of all phases. Those of the last sizes are kept."""
         last = self._last
         if last is None or last[0] != sizes:
-            last = self._last = sizes, self._peaks(sizes)
-        return last[1]
+            last = self._last = sizes, self._moments(sizes)
+        by_workspace = last[1].peaks
+        return by_workspace.get(workspace) or by_workspace.setdefault(workspace, self._peaks(last[1], workspace))
 
-    def _peaks(self, sizes: _Sizes) -> TrainingPeaks:
+    def _moments(self, sizes: _Sizes) -> _Moments:
         p, (micro, sequence, half, large_tiles, pictures, target) = self._program, sizes
         axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
         numbers = values(p.moments.variables, axes)
@@ -106,11 +125,17 @@ class _StepProgram:
             if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:
                 best[phase] = True, bytes_ + p.accumulated[phase], index
         best["step"] = False, sum(map(mul, p.moments.held, numbers)), -1
+        return _Moments(axes, numbers, best, names, {})
+
+    def _peaks(self, at: _Moments, workspace: int) -> TrainingPeaks:
+        p = self._program
         phases = [Phase("load", None, p.loading, "")]
         moments = [(False, -1)]
         peak, most = 0, p.loading
-        for phase, step, offset, where in self._offsets:
-            later, moving, index = best[phase]
+        if workspace not in self._offsets:
+            self._offsets[workspace] = phase_offsets(p.structure, workspace)
+        for phase, step, offset, where in self._offsets[workspace]:
+            later, moving, index = at.largest[phase]
             bytes_ = offset + moving
             if bytes_ < p.parameters:
                 raise InternalError(f"{phase} takes {bytes_} bytes, less than the {p.parameters} of the weights")
@@ -118,14 +143,14 @@ class _StepProgram:
                 continue
             if bytes_ >= most:
                 peak, most = len(phases), bytes_
-            phases.append(Phase(phase, step, bytes_, where or names[later][index]))
+            phases.append(Phase(phase, step, bytes_, where or at.names[later][index]))
             moments.append((later, index))
-        return TrainingPeaks(p, axes, numbers, self._workspace, phases, moments, peak)
+        return TrainingPeaks(p, at.axes, at.numbers, workspace, phases, moments, peak)
 
 
 _Sizes = tuple[int, int, bool, bool, tuple[tuple[str, int], ...], int | None]  # as of `run_axes`
 
 
 @lru_cache(maxsize=1024)
-def _step_program(structure: Structure, workspace: int) -> _StepProgram:
-    return _StepProgram(program(structure), workspace)
+def _step_program(structure: Structure) -> _StepProgram:
+    return _StepProgram(structure)

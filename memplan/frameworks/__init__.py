@@ -9,12 +9,14 @@ from memplan.frameworks.axolotl import AXOLOTL
 from memplan.frameworks.change_table import Framework, Lines, change_lines
 from memplan.frameworks.command import option_lines, options
 from memplan.frameworks.llamafactory import LLAMAFACTORY
+from memplan.frameworks.swift import SWIFT
 from memplan.frameworks.trl import TRL
 from memplan.spec.run import RunSpec
 
-__all__ = ["FRAMEWORKS", "Framework", "Lines", "lines", "options"]
+__all__ = ["FRAMEWORKS", "WRITERS", "Framework", "Lines", "lines", "options"]
 
-FRAMEWORKS = (TRL, AXOLOTL, LLAMAFACTORY)
+FRAMEWORKS = (TRL, AXOLOTL, LLAMAFACTORY)  # whose keys every plan shows
+WRITERS = (*FRAMEWORKS, SWIFT)  # whose own files are patched by their tables
 
 
 def lines(asked: RunSpec, changed: RunSpec) -> tuple[Lines, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, nested, yaml_lines
@@ -108,7 +109,7 @@ ACCELERATE = FileFormat(
     "accelerate",
     "accelerate",
     "accelerate 1.15.0 commands/config/config_args.py, commands/config/cluster.py, commands/launch.py",
-    ("ddp", "fsdp", "fsdp2", "zero1", "zero2", "zero3"),
+    ("ddp", "fsdp", "fsdp2", *STAGES),
     ("pp", "ep", "etp"),
     _keys,
     _remarks,

@@ -72,7 +72,7 @@ _OPTIMIZERS = {"adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adagr
 
 def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the parts of a run that a DeepSpeed config sets, by name. Raises SpecError with the key."""
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, dict[str, Any]] = {"parallelism": {"strategy": "zero0"}}
     for key, value in config.items():
         if value == "auto" or key in _IGNORED_AT_TOP:
             continue
@@ -99,6 +99,8 @@ def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                         raise _refused(f"{key}.{name}", "is not supported yet; supported: false")
             case _:
                 _check_default(key, value, _TOP_DEFAULTS, "")
+    if out["parallelism"]["strategy"] == "zero0" and "optimizer" in out:  # FP16_Optimizer flattens the gradients again
+        raise _refused("optimizer", "without ZeRO, only the trainer's is supported yet; leave it out, or set a stage")
     return out
 
 
@@ -113,7 +115,7 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
         if key == "stage" or key in _IGNORED or plain in _IGNORED:
             continue
         if plain in SIZES:
-            if stage == 3 or SIZES[plain] not in STAGE_3:  # accepted at every stage, used only at 3
+            if stage == 3 or (stage and SIZES[plain] not in STAGE_3):  # accepted at every stage
                 each_its_own = plain == "sub_group_size" and value == 0  # groups of one parameter, as 1 makes them
                 zero[SIZES[plain]] = 1 if each_its_own else value
         elif key in ("offload_optimizer", "offload_param"):
@@ -127,8 +129,6 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
             raise _refused(f"zero_optimization.{key}", "is not supported yet; leave it out")
         else:
             _check_default(plain if plain in _DEFAULTS else key, value, _DEFAULTS, "zero_optimization.")
-    if not stage:
-        return {}
     return {"strategy": f"zero{stage}", "zero": zero, "offload": offload}
 
 

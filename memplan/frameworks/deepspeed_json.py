@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, nested, sequences
@@ -22,7 +23,7 @@ _STAGE_3 = (
 
 def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
     stage, zero, offload = shared_keys.stage(run), run.parallelism.zero, run.parallelism.offload
-    names = (*_EVERY_STAGE, *(_STAGE_3 if stage == 3 else ("round_robin_gradients",)))
+    names = (*_EVERY_STAGE, *(_STAGE_3 if stage == 3 else ("round_robin_gradients",))) if stage else ()
     keys: dict[str, Value] = {
         "train_batch_size": sequences(run),
         "train_micro_batch_size_per_gpu": run.batch.micro,
@@ -59,7 +60,7 @@ DEEPSPEED = FileFormat(
     "deepspeed",
     "DeepSpeed",
     "DeepSpeed 0.19.8 runtime/config.py, runtime/constants.py, runtime/zero/config.py",
-    ("zero1", "zero2", "zero3"),
+    tuple(STAGES),
     ("tp", "pp", "cp", "ep", "etp"),
     _keys,
     _remarks,

@@ -8,6 +8,7 @@ from typing import Any, cast
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
 from memplan.catalogue.methods.methods import LORA
+from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.core.errors import MemplanError
 from memplan.frameworks.change_table import Key, Remark, Value, field, value_of
 from memplan.models.cards import find_model
@@ -127,7 +128,7 @@ def attention(run: RunSpec) -> str:
 
 def stage(run: RunSpec) -> int | None:
     """DeepSpeed's ZeRO stage, if the run uses one."""
-    return {"zero1": 1, "zero2": 2, "zero3": 3}.get(run.parallelism.strategy)
+    return STAGES.get(run.parallelism.strategy)
 
 
 def deepspeed(run: RunSpec) -> Value:

@@ -164,6 +164,11 @@ class Family(NamedTuple):
         return self.acts or (ONE_KERNEL if self.gated else WRITTEN_OUT)
 
 
+def flash_width(d: int) -> int:
+    """Return the width that flash attention's backward rounds heads up to: multiples of 32, above 128 of 64."""
+    return -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64
+
+
 def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = config.get(key)
     if value is None:
@@ -426,6 +431,10 @@ class ModelFacts:
         `L1`, `L2` and so on are the repetitions of its runs. A width of only some layers has its size in its name:
         `k8`, `f512`.
         """
+        return {**self._axes}
+
+    @cached_property
+    def _axes(self) -> dict[str, int]:
         d, a, k = self.head_dim, self.num_attention_heads, self.num_key_value_heads
         p = self.config_int("word_embed_proj_dim", self.hidden_size)
         return {
@@ -442,7 +451,7 @@ class ModelFacts:
             "L": self.num_hidden_layers,
             "rot": self.rotary_width,
             "rot2": self.rotary_width // 2,
-            "d32": -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64,
+            "d32": flash_width(d),
             "d_flash_3": next((width for width in (64, 96, 128, 192) if d <= width), 256),
             "h32": -(-self.hidden_size // 32) * 32,
             "qkv": (a + 2 * k) * d,

@@ -24,6 +24,7 @@ Cache = Literal[
     "latent",
     "mamba-1",
     "mamba-2",
+    "side_by_side",
     "two_widths",
 ]
 # The cache of the code published with the weights: always tuples, never of fixed size, or any of transformers'.
@@ -54,7 +55,7 @@ class AttentionFacts(NamedTuple):
     no_flash_2       why it does not run with flash_attention_2; "" if it does
     rotary           queries and keys are rotated in a serving engine
     single_sequence  what a batch of one sequence changes: views, if a view of the heads takes the place of a copy; or
-                     layers, if only its own layers differ
+                     layers, if only its own layers or loss do
     """
 
     unsupported: tuple[str, ...] = ()
@@ -158,7 +159,7 @@ class ParallelFacts(NamedTuple):
     experts         transformers has an expert-parallel plan
     context         context parallelism works: attention is one call on the heads of the projections
     wraps_twice     accelerate wraps its embeddings for FSDP2, and then the table inside them
-    wrapped_stem    prefix of the weights outside of blocks that FSDP2 wraps as a separate unit
+    wrapped_stem    prefix of the weights outside of blocks that FSDP wraps as a separate unit
     gpt             what Megatron-Bridge sets of Megatron-core's GPT for it, in addition to its sizes, in the keys of
                     `megatron_gpt`; None if Megatron-core does not have it or it was not read
     """

@@ -262,6 +262,13 @@ def has_rank(method: str) -> bool:
     return method not in PEFT_METHODS or bool(PEFT_METHODS[method].rank)
 
 
+# Methods that leave out modules by their config's `exclude_modules`.
+EXCLUDING = (
+    *("adalora", "boft", "deft", "delora", "fourierft", "hira", "hra", "ia3", "lily", "loha", "lokr", "miss", "oft"),
+    *("peanut", "psoft", "vblora", "waveft"),
+)
+
+
 def adapts_modules(method: str) -> bool:
     """Whether a method is told which modules to adapt."""
     return method not in PEFT_METHODS or PEFT_METHODS[method].on in ("linear", "norms")

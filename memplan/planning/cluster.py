@@ -353,7 +353,8 @@ def _grids(
 def _strategies(replicas: int, pinned: FixedDegrees) -> tuple[str, ...]:
     if replicas == 1:
         return ("none",)
-    return tuple(name for name in STRATEGIES if pinned.strategies is None or name in pinned.strategies)
+    proposed = pinned.strategies or [name for name in STRATEGIES if name != "zero0"]
+    return tuple(name for name in STRATEGIES if name in proposed)
 
 
 def _no_grid(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: FixedDegrees, sequences: int) -> SpecError:

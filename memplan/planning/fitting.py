@@ -10,16 +10,21 @@ from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.hardware.overhead import cuda_context
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.core.records import NamedTuple
+from memplan.core.several import several
 from memplan.estimate.answer import Estimate
-from memplan.estimate.estimate import estimate
+from memplan.estimate.estimate import estimate, estimate_of
+from memplan.estimate.training_peaks import workspace_of
 from memplan.estimate.usage import Answer
+from memplan.resolve.decide import decide
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.pool import listed
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, is_default
 
 
 class Fit(NamedTuple):
@@ -43,7 +48,8 @@ class CardAnswers:
     """The answers of one run on any GPU, each walked once.
 
     GPUs of one compute capability run the same kernels, so they share a walk, unless the run divides its GPU's memory:
-    a serving engine's, also next to training, DeepSpeed's, and a device map.
+    a serving engine's, also next to training, DeepSpeed's, and a device map. So do capabilities that a run which only
+    trains is resolved alike for.
     """
 
     def __init__(self, run: RunSpec) -> None:
@@ -51,7 +57,10 @@ class CardAnswers:
         p = run.parallelism
         divides = find_engine(run.profile) is not None or run.rollout == "colocate" or p.strategy in ZERO
         self._is_shared = not divides and p.device_map is None
+        trains = run.task == "train" and run.trainer not in GENERATING and is_default(run, "also")
+        self._only_trains = self._is_shared and trains  # without tasks that are resolved by themselves
         self._on: dict[object, Estimate | MemplanError] = {}
+        self._alike: dict[Hashable, Estimate] = {}
         self._refused: dict[str, MemplanError | None] = {}  # by vendor
         self._fits: dict[str, Fit] = {}
 
@@ -65,10 +74,21 @@ class CardAnswers:
         key = gpu.compute_capability if self._is_shared else gpu.name
         if key not in self._on:
             try:
-                self._on[key] = estimate(self.run.model_copy(update={"gpu": gpu.name}))
+                self._on[key] = self._estimate(gpu)
             except MemplanError as error:
                 self._on[key] = error
         return self._on[key]
+
+    def _estimate(self, gpu: GPU) -> Estimate:
+        """Return the estimate on this GPU, or one that differs from it only in its notes, as all capabilities for which
+        the run is resolved alike have equal memory."""
+        run = self.run.model_copy(update={"gpu": gpu.name})
+        if not self._only_trains:
+            return estimate(run)
+        d, context = decide(run), cuda_context(gpu.compute_capability)
+        alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
+        found = self._alike.get(alike)
+        return found or self._alike.setdefault(alike, estimate_of(run, d))
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
@@ -92,11 +112,9 @@ class CardAnswers:
                 self._fits |= {gpu.name: Fit(gpu, None, str(found)) for _, gpu in alike}
                 continue
             ample, least = (found.ample, found.least) if self._is_shared else (inf, 0)
-            for usable, gpu in alike:
-                if least <= usable < ample:
-                    edge.append((usable, gpu, found))
-                else:
-                    self._fits[gpu.name] = Fit(gpu, "fits" if usable >= ample else "does not fit")
+            edge += [(usable, gpu, found) for usable, gpu in alike if least <= usable < ample]
+            self._fits |= {gpu.name: Fit(gpu, "fits") for usable, gpu in alike if usable >= ample}
+            self._fits |= {gpu.name: Fit(gpu, "does not fit") for usable, gpu in alike if usable < least}
         for usable, gpu, found in sorted(edge, key=itemgetter(0), reverse=True):  # a replay tells of smaller ones, too
             self._fits[gpu.name] = Fit(gpu, found.answer_on(usable) if self._is_shared else found.verdict.answer)
 
@@ -107,6 +125,12 @@ def card_answers(run: RunSpec) -> CardAnswers:
     return CardAnswers(run)
 
 
+def _kind(name: str) -> GPU:
+    if several(name)[0] is not None:
+        raise refused("pool", f"{name!r:.80} is a number of GPUs; name the kind alone, as the run says how many")
+    return find_gpu(name)
+
+
 def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
     """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
 
@@ -115,7 +139,7 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     """
     run, named = RunSpec.model_validate(run), () if pool is None else listed("pool", pool)
     with errors_about("pool", "gpu"):
-        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
+        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else _kind(str(g)) for g in named]
     if not gpus:
         raise refused("pool", "has no GPU; give one, as in ['a100']")
     answers = card_answers(run.model_copy(update={"gpu": None}))

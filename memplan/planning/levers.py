@@ -21,7 +21,7 @@ from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import NEWEST, RunSpec, changed
 from memplan.spec.serving import Serving
-from memplan.spec.training import Method, Precision
+from memplan.spec.training import Method, Precision, precision_of
 
 Fields = tuple[tuple[str, Any], ...]  # (path of a run's field, new value)
 
@@ -302,20 +302,28 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
         yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
-    p, host = run.parallelism, Offload(optimizer=True, parameters=True)
-    if p.strategy in ("none", *_WHOLE) and p.dp == p.world:
-        fields = (*spread(run, p.world, "zero3"), ("parallelism.strategy", "zero3"), ("parallelism.offload", host))
-        group = "gpus" if p.world == 1 else "sharding"
-        yield _lever("offload_all", "DeepSpeed ZeRO 3 with optimizer and weights on the host", group, *fields)
+    p = run.parallelism
+    if p.world == 1 and p.strategy in ("none", *_WHOLE):
+        yield _all_on_the_host(run, "gpus")
     elif p.strategy in ROWS and ROWS[p.strategy].parameters and not offload.parameters:
-        yield _lever("offload_all", "optimizer and weights on the host", "offload", ("parallelism.offload", host))
+        yield _lever("offload_all", "optimizer and weights on the host", "offload", ("parallelism.offload", _HOST))
+
+
+_HOST = Offload(optimizer=True, parameters=True)
+
+
+def _all_on_the_host(run: RunSpec, group: str) -> Lever:
+    world = run.parallelism.world
+    fields = {**dict(spread(run, world, "zero3")), "parallelism.strategy": "zero3", "parallelism.offload": _HOST}
+    title = "DeepSpeed ZeRO 3 with optimizer and weights on the host"
+    return _lever("offload_all", title, group, *fields.items())
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
 # in every pass.
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 _SHARDING = "fsdp2"
-_WHOLE = ("ddp", "zero1", "zero2")  # strategies under which a rank holds all weights
+_WHOLE = ("ddp", "zero0", "zero1", "zero2")  # strategies under which a rank holds all weights
 
 
 def spread(run: RunSpec, world: int, strategy: str) -> Fields:
@@ -328,6 +336,9 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
     for name, strategies in SETTINGS_OF_STRATEGIES.items():
         if strategy not in strategies and name in run.parallelism.model_fields_set:
             fields.append((f"parallelism.{name}", getattr(ONE_GPU, name)))
+    if strategy in STAGES and run.precision.autocast:  # DeepSpeed casts the model itself, and keeps fp32 masters
+        cast = {**precision_of("mixed", run.precision.compute or "bf16"), "compute": None, "autocast": False}
+        fields += [(f"precision.{name}", value) for name, value in cast.items()]
     q = run.method.quantization
     if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})
@@ -338,10 +349,11 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
 def _sharding(run: RunSpec) -> Iterator[Lever]:
     """Yield the strategies that shard what each of the run's replicas holds completely."""
     p = run.parallelism
-    if p.strategy in _WHOLE and p.dp == p.world:
+    if p.strategy in _WHOLE and p.dp == p.world > 1:
         stage = STAGES.get(p.strategy, 0)
-        for strategy in STRATEGIES[1:] if not stage else [name for name in STAGES if STAGES[name] > stage]:
+        for strategy in (name for name in STRATEGIES[1:] if not stage or STAGES.get(name, 0) > stage):
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
+        yield _all_on_the_host(run, "sharding")
     keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
     if keeps_whole and not run.loop.sync_each_batch:
         title = "gradients reduced in every pass"

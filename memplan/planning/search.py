@@ -38,17 +38,18 @@ class Trials:
         self.run = run
         self.demand = demand
         self._calibration = calibration
-        self._answers: dict[frozenset[Lever], Estimate | None] = {}
+        self._answers: dict[frozenset[Lever], tuple[Set, Estimate | None]] = {}
 
     def __len__(self) -> int:
         return len(self._answers)
 
     def answer(self, levers: Iterable[Lever]) -> Estimate | None:
         """Return the estimate with the levers pulled; None if the run cannot have them together."""
-        key = frozenset(levers)
+        pulled = tuple(levers)  # in their order: of two that change one setting, the later one counts
+        key = frozenset(pulled)
         if key not in self._answers:
-            self._answers[key] = attempt(lambda: pull(self.run, key), self._calibration)
-        return self._answers[key]
+            self._answers[key] = pulled, attempt(lambda: pull(self.run, pulled), self._calibration)
+        return self._answers[key][1]
 
     def fits(self, levers: Iterable[Lever]) -> bool:
         answer = self.answer(levers)
@@ -56,7 +57,7 @@ class Trials:
 
     def fitting(self) -> list[Set]:
         """Return the sets that were tried and fit, fewest levers first."""
-        return sorted((tuple(key) for key in self._answers if key and self.fits(key)), key=len)
+        return sorted((pulled for pulled, _ in self._answers.values() if pulled and self.fits(pulled)), key=len)
 
     def may_fit(self, levers: Iterable[Lever]) -> bool:
         """Whether the set may fit, judged without an estimate. Cheaper than `fits`."""

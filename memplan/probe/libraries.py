@@ -127,6 +127,8 @@ def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm
     is_listed = objective == "causal_lm" and model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # Mistral 4
     if (sees or is_listed) and model_type in images:
         return "AutoModelForImageTextToText"
+    if is_listed and model_type in getattr(auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}):  # with an audio tower
+        return "AutoModelForMultimodalLM"
     if objective == "seq2seq_lm" and model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return "AutoModelForSpeechSeq2Seq"
     key, name, described = _CLASSES[objective]

@@ -101,6 +101,9 @@ def axes_of(
         b, sequence, joined = by.least(b, 1), b * sequence, b
     prefix = graph.recipe.prefix
     s = -(-sequence // degrees.cp) + graph.recipe.virtual_tokens - prefix
+    axes: dict[str, Any] = {**more, "b": b, "s": s}
+    if graph.inference is not None and needs.issubset(axes):
+        return axes
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
@@ -261,11 +264,14 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     }
 
 
-_SCANNED = frozenset(chunked({}, 1, ONE_RUN))
+_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned"))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
-    return {} if _SCANNED.isdisjoint(run.needs) else chunked(run.fixed, run.s, run.by)
+    """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes."""
+    step = 256 if run.half else 128
+    tokens = run.s * -(-run.b * run.fixed.get("inner", 0) // step) * step
+    return {} if _SCANNED.isdisjoint(run.needs) else {**chunked(run.fixed, run.s, run.by), "scanned": tokens}
 
 
 def _experts(run: _Run) -> Iterator[tuple[str, Any]]:

@@ -441,7 +441,6 @@ def lower_training(graph: Graph, options: TrainingPass = TrainingPass()) -> Lowe
 
 
 @lru_cache(maxsize=128)
-@without_collection
 def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
     if options.division is not None:
         division, numbers = options.division.with_axes()
@@ -497,7 +496,6 @@ def _on_first_gpu(graph: Graph) -> Graph:
 
 
 @lru_cache(maxsize=128)
-@without_collection
 def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""

@@ -64,7 +64,7 @@ def _trainer(run: RunSpec) -> Iterator[str]:
     """Yield the trainer, its reference and the other models of its step."""
     yield run.trainer
     yield _REFERENCES[run.reference or "none"]
-    for role, other in models_of(run):
+    for role, other in models_of(run).items():
         name = other.model if isinstance(other.model, str) else other.model.config["model_type"]
         stored = other.quantization.format if other.quantization else other.dtype or run.precision.weights
         yield f"{role} {printable(str(name))} in {stored}" + " on a server" * (other.location == "server")

@@ -185,7 +185,7 @@ def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     def of_role(line: Line, role: str) -> bool:
         return line.what.startswith(f"{role}.") or line.where.startswith(f"{role}.")
 
-    roles = [role for role, _ in models_of(answer.run)]
+    roles = [*models_of(answer.run)]
     others = {role: sum(line.bytes for line in lines if of_role(line, role)) for role in roles}
     if any(others.values()):
         own = sum(line.bytes for line in lines) - sum(others.values())
@@ -196,6 +196,7 @@ def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     for line in lines:
         names = sizes.setdefault(packed if "/" in line.dtype else line.dtype or packed, {})
         name = "adapters" if ".lora_" in line.what else "layers" if line.count > 1 else _short(line.what)
+        name = "masters" if line.what.endswith(" master") else name
         names[name] = names.get(name, 0) + line.bytes
     total = {dtype: sum(names.values()) for dtype, names in sizes.items()}
     largest = sorted(total, key=lambda dtype: -total[dtype])

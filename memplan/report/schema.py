@@ -163,10 +163,10 @@ def plan_schema() -> dict[str, Any]:
     return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=QuietSchema)}
 
 
+@cache
 def plan_model() -> TypeAdapter[BaseModel]:
     """Return a model that reads a plan from its JSON."""
-    verdict = _verdict()
-    figures = {"run": RunSpec, "bytes": _from_properties(Bytes), "verdict": verdict}
+    figures = {"run": RunSpec, "bytes": _from_properties(Bytes), "verdict": _verdict()}
     at = _model("Figures", "A decided run, its bytes and its verdict.", figures)
     lines = _model("Lines", "Lines to write in each framework's config.", {f.name: list[str] for f in FRAMEWORKS})
     change = {"options": str, "lines": lines, "notes": dict[str, str]}

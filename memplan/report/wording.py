@@ -142,7 +142,7 @@ def asked(answer: Estimate) -> str:
         return f"serving {model(answer)} with {run.profile}"
     word = run.method.kind if run.task == "train" else run.task
     trainer = {"reward": "reward modelling", "distill": "distillation", "simpo": "SimPO"}.get(
-        run.trainer, run.trainer.upper()
+        run.trainer, "PPO" if run.roles.value is not None else run.trainer.upper()
     )
     return f"{f'{trainer} with ' if run.trainer != 'sft' else ''}{_METHODS.get(word, word)} of {model(answer)}"
 

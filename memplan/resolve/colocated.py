@@ -8,12 +8,17 @@ Source: trl 1.16.0 generation/vllm_generation.py _init_vllm, generate; vllm 0.33
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.graph import TensorGroup, tensor_group
 from memplan.program.serving.budget import Budget, budget
+from memplan.program.serving.settings import Settings
 from memplan.resolve.serving import resolve_serving
+from memplan.spec.generation import InlineModel
 from memplan.spec.run import Batch, RunSpec
+from memplan.spec.serving import Serving
 
 ENGINE = "vllm-0.33"
 _SOURCE = "trl 1.16.0 generation/vllm_generation.py _init_vllm"
@@ -40,18 +45,38 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
         **dict.fromkeys(("sleep", "tensor_parallel", "trainer_offload")),
     }
     quantization = run.method.quantization  # bitsandbytes' 4 bits, in vLLM too
-    engine_run = RunSpec(
-        model=run.model,
+    form = None if quantization is None else quantization.format
+    fixed = run.model, model, run.gpu, form, s.model_copy(update=serving), requests, ranks
+    settings = _settings(*fixed)
+    if settings.draft is not None or settings.longest < batch.tokens:
+        settings = _settings(*fixed, batch.sequence, batch.new_tokens)
+    settings = settings._replace(context=batch.tokens, prompt=batch.sequence)
+    return budget(settings, settings.gpu.usable if settings.gpu else None)
+
+
+@lru_cache(maxsize=256)
+def _settings(
+    name: str | InlineModel,
+    model: ModelSpec,
+    gpu: str,
+    quantization: str | None,
+    serving: Serving,
+    requests: int,
+    ranks: int,
+    sequence: int = 1,
+    new_tokens: int = 1,
+) -> Settings:
+    run = RunSpec(
+        model=name,
         task="generate",
         profile=ENGINE,
-        gpu=run.gpu,
-        method={"quantization": None if quantization is None else {"format": quantization.format}},
-        batch={"micro": requests, "sequence": batch.sequence, "new_tokens": batch.new_tokens},
-        serving=s.model_copy(update=serving),
+        gpu=gpu,
+        method={"quantization": None if quantization is None else {"format": quantization}},
+        batch={"micro": requests, "sequence": sequence, "new_tokens": new_tokens},
+        serving=serving,
         parallelism={"world": ranks, "tp": ranks},
     )
-    settings = resolve_serving(engine_run, model)
-    return budget(settings, settings.gpu.usable if settings.gpu else None)
+    return resolve_serving(run, model)
 
 
 def awake(b: Budget) -> tuple[TensorGroup, ...]:

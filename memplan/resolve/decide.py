@@ -62,8 +62,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
         return with_assistant(run, model, decide_inference(run, model, run.task == "generate"), decide)
     window = model.sliding_window
-    pictures = image_axes(model, run)
-    batch = with_lengths(with_new_tokens(run).batch, model)
+    pictures, filled = image_axes(model, run), with_new_tokens(run)
+    batch = with_lengths(filled.batch, model)
     length = batch.tokens + run.method.virtual_tokens
     is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
     packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer == "sft" else None
@@ -86,7 +86,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     )
     others: tuple[tuple[str, Graph], ...] = ()
     if not is_default(run, "roles"):
-        others = graphs_of_roles(with_new_tokens(run), model, length, facts, card, decide_training, decide)
+        others = graphs_of_roles(filled, model, length, facts, card, decide_training, decide)
     decided = decide_training(model, Parts.of(run), card, facts, others)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:
@@ -112,7 +112,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}
         parts["serving"] = engine.settings.serving.model_copy(update=update)
-    update = critic_run(with_new_tokens(run))
+    update = critic_run(filled)
     if update is not None:
         with errors_about("roles.value.model"):
             critic = decide(update)

@@ -15,7 +15,7 @@ from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import HEADS, modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, filled_options, has_targets, refuses_layers
+from memplan.models.peft_methods import EXCLUDING, PEFT_METHODS, filled_options, has_targets, refuses_layers
 from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
@@ -44,8 +44,8 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
         return ()
     if not model.has_tower:
         raise refused("method.frozen", f"{model.model_type} only has a language model, with no other parts to freeze")
-    if method.kind in PEFT_METHODS:
-        raise refused("method.frozen", f"is for full training and LoRA; name the targets of {method.kind} instead")
+    if method.kind in PEFT_METHODS and method.kind not in EXCLUDING:
+        raise refused("method.frozen", f"{method.kind} has no exclude_modules in peft; name its targets instead")
     if set(method.frozen) == set(PARTS):
         raise refused("method.frozen", "nothing is left to train")
     return tuple(part for part in PARTS if part in method.frozen)

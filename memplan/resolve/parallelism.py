@@ -7,9 +7,10 @@ from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
 from memplan.core.errors import SpecError, refused
 from memplan.spec.parallelism import Parallelism
 
-# Strategies of FSDP and of DeepSpeed.
+# Strategies of FSDP and of DeepSpeed, which begin with that without ZeRO, and those whose ranks hold all weights.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
 ZERO = tuple(STAGES)
+WHOLE_WEIGHTS = ("ddp", *ZERO[:3])
 
 
 def degrees_of(p: Parallelism, style: str) -> Degrees:

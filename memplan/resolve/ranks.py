@@ -11,7 +11,7 @@ from memplan.resolve.parallelism import FSDP, ZERO, degrees_of
 from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.training import Method
 
-_DEEPSPEED_NOTE = (
+_ZERO_NOTE = (
     "DeepSpeed: fp32 masters, and DeepSpeed's own defaults (reduce_bucket_size 5e8, sub_group_size 1e9, overlap_comm "
     "by stage, stage3_prefetch_bucket_size 5e7, stage3_max_reuse_distance 1e9), not transformers' auto"
 )
@@ -54,7 +54,8 @@ def set_sharded_dtypes(run: OpenRun) -> None:
     if run.under_deepspeed:
         run.precision = run.precision.model_copy(update=master)
         if run.parallelism.zero == Zero():
-            run.notes.append(_DEEPSPEED_NOTE)
+            is_zero = run.parallelism.strategy != "zero0"
+            run.notes.append(_ZERO_NOTE if is_zero else "DeepSpeed without ZeRO: fp32 masters on every rank")
     if run.copies > 1 and run.parallelism.strategy == MEGATRON:
         run.precision = run.precision.model_copy(update={"grads": "fp32", **master})
         run.notes.append(_MEGATRON_NOTE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -36,7 +36,8 @@ def step_precision(trainer: str, loss: str | None, precision: Precision) -> Prec
     return precision
 
 
-def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
+@lru_cache(maxsize=256)
+def fields_of_role(precision: Precision, other: RoleModel) -> Mapping[str, Any]:
     """Return the fields in which the run of another model differs from the run whose step it is in.
 
     It is loaded in the dtype of that run's weights, unless it has its own, and computes as that run does.
@@ -70,7 +71,7 @@ def graphs_of_roles(
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
     facts_of_trainer = TRAINERS[run.trainer]
-    for role, other in models_of(run):
+    for role, other in models_of(run).items():
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
@@ -81,15 +82,16 @@ def graphs_of_roles(
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
+        parts = _parts(Parts.of(run), other)
         try:
             if role == "reward":
                 graph = scoring_pass(run, role, decide_forward).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
-                graph = decide(scalar, _parts(run, other)._replace(profile=alone.profile), card, own).structure.graph
+                graph = decide(scalar, parts._replace(profile=alone.profile), card, own).structure.graph
             else:
-                graph = _teacher(run, decide(found, _parts(run, other), card, own).structure.graph)
+                graph = _teacher(run, decide(found, parts, card, own).structure.graph)
         except MemplanError as error:
             raise refused(field, f"{error}") from None
         graphs.append((role, graph))
@@ -119,19 +121,26 @@ def _with_score(model: ModelSpec) -> InlineModel:
     return InlineModel(config={**model.config, "num_labels": 1})
 
 
-def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
-    """Yield the other models of the run's step by role. A value model in it is like the reward model unless named."""
-    yield from run.roles.named
-    if "value" in TRAINERS[run.trainer].models and run.roles.value is None and run.roles.reward is not None:
-        yield "value", run.roles.reward.model_copy(update={"location": "gpu", "quantization": None})
+def models_of(run: RunSpec) -> Mapping[str, RoleModel]:
+    """Return the other models of the run's step by role. A value model in it is like the reward model unless named."""
+    return _models_of(run.roles, run.trainer)
 
 
-def _parts(run: RunSpec, other: RoleModel) -> Parts:
-    precision = step_precision(run.trainer, run.kernels.loss, run.precision)
-    kernels = (
-        run.kernels.model_copy(update={"checkpointing": "none"}) if TRAINERS[run.trainer].own_loop else run.kernels
-    )
-    return Parts.of(run)._replace(kernels=kernels, **fields_of_role(precision, other))
+@lru_cache(maxsize=256)
+def _models_of(roles: Roles, trainer: str) -> Mapping[str, RoleModel]:
+    models = dict(roles.named)
+    if "value" in TRAINERS[trainer].models and roles.value is None and roles.reward is not None:
+        models["value"] = roles.reward.model_copy(update={"location": "gpu", "quantization": None})
+    return models
+
+
+@lru_cache(maxsize=256)
+def _parts(parts: Parts, other: RoleModel) -> Parts:
+    """Return the parts of another model's run, given those of the run whose step it is in."""
+    precision, kernels = step_precision(parts.trainer, parts.kernels.loss, parts.precision), parts.kernels
+    if TRAINERS[parts.trainer].own_loop:
+        kernels = kernels.model_copy(update={"checkpointing": "none"})
+    return parts._replace(kernels=kernels, **fields_of_role(precision, other))
 
 
 def _teacher(run: RunSpec, graph: Graph) -> Graph:
@@ -149,7 +158,7 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
 
 def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     """Return the pass of the reward model, or of PPO's value model, over any completions."""
-    other = dict(models_of(run))[role]
+    other = models_of(run)[role]
     model = _with_score(find_model(other.model)) if TRAINERS[run.trainer].own_loop else other.model
     return _scoring_run(model, other, run.precision, run.gpu)
 
@@ -161,20 +170,25 @@ def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> Reso
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
-    other, batch = dict(models_of(run))[role], run.batch
+    other, batch = models_of(run)[role], run.batch
     rows = batch.micro * batch.accumulation
     alone = scoring_run(run, role)
     lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
-    scored = find_model(alone.model)
-    depends = scored.sliding_window is not None or scored.scan_chunk or scored.is_encoder_decoder
-    if lengths.micro == 1 or depends:
-        return decide_forward(alone.model_copy(update={"batch": lengths}), scored)
-    return _decided_once(alone, scored, decide_forward)._replace(batch=lengths)
+    return decided_at(lengths, alone, find_model(alone.model), decide_forward)
+
+
+def decided_at(batch: Batch, run: RunSpec, model: ModelSpec, decide: DecideForward) -> ResolvedRun:
+    """Return the decided run with another batch: decided once for all whose operations are those of `run`, a batch of
+    several sequences."""
+    depends = model.sliding_window is not None or model.scan_chunk or model.is_encoder_decoder
+    if batch.micro == 1 or depends:
+        return decide(run.model_copy(update={"batch": batch}), model)
+    return _decided_once(run, model, decide)._replace(batch=batch)
 
 
 @lru_cache(maxsize=256)
-def _decided_once(alone: RunSpec, scored: ModelSpec, decide_forward: DecideForward) -> ResolvedRun:
-    return decide_forward(alone, scored)
+def _decided_once(run: RunSpec, model: ModelSpec, decide: DecideForward) -> ResolvedRun:
+    return decide(run, model)
 
 
 @lru_cache(maxsize=256)

@@ -68,7 +68,7 @@ def retold(name: str, text: str) -> tuple[str, str]:
     word = text.lower()
     if name == "gpus" and not word.isdecimal():
         return "gpu", text
-    if name == "deepspeed" and word[:4] == "zero" and word[-1:] in ("0", "1", "2", "3") and len(word) <= len("zero-3"):
+    if name == "deepspeed" and word[:4] == "zero" and word[-1:] in ("1", "2", "3") and len(word) <= len("zero-3"):
         return "zero", word[-1]
     if name == "method" and word in TRAINERS[1:]:
         return "trainer", word

@@ -511,7 +511,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "zero": Option(
             "parallelism.strategy",
-            "DeepSpeed's ZeRO stage, 0 to 3.",
+            "DeepSpeed's ZeRO stage, 1 to 3; 0 for DDP.",
             type=int,
             combined=True,
             aliases=("zero_stage",),

@@ -96,7 +96,8 @@ class Parallelism(Part):
     expert_imbalance           tokens sent to the busiest `ep` rank, as a multiple of the mean, if no tokens are dropped
     virtual_stages             chunks of layers per stage, for interleaved 1F1B
     sequence_parallel          whether `tp` ranks also divide the tokens outside attention and MLP
-    strategy                   how replicas divide weights, gradients and optimizer states
+    strategy                   how replicas divide weights, gradients and optimizer states; `zero0` is DeepSpeed
+                               without ZeRO
     shard_group                FSDP: ranks that share one copy of the weights (hybrid sharding); None for all ranks, 1
                                for NO_SHARD
     reshard_after_forward      FSDP: false keeps weights whole from forward to backward (SHARD_GRAD_OP). None for true,
@@ -130,7 +131,7 @@ class Parallelism(Part):
     expert_imbalance: Annotated[Number, Strict(ge=1, le=2**20)] = 1.0
     virtual_stages: GPUs = 1
     sequence_parallel: Flag = False
-    strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
+    strategy: Literal["none", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     shard_group: GPUs | None = None
     reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False

@@ -200,8 +200,10 @@ class RunSpec(Part):
         loop: Any = values.get("loop", {})
         if isinstance(loop, (Mapping, Loop)):
             loop = {**dict(cast(Mapping[str, Any], loop)), "trainer": True}
-        scores = {"objective": "sequence_classification"} if values["trainer"] == "reward" else {}
-        return {"profile": "trl", **scores, **values, "loop": loop}
+        values = {"profile": "trl", **values, "loop": loop}
+        if values["trainer"] != "reward" or str(values["profile"]).startswith("llamafactory"):
+            return values  # LLaMA-Factory scores next to the language model's head
+        return {"objective": "sequence_classification", **values}
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only a trainer of TRL has, if the run has none."""

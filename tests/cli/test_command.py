@@ -732,10 +732,10 @@ def test_models_are_listed_and_searched(memplan_: Memplan) -> None:
     everything = memplan_("models").out.splitlines()
     assert len(everything) == 1 + len(memplan.card_names())
     found = json.loads(memplan_("models", "qwen2-7", "--json").out)
-    assert [model["name"] for model in found] == ["qwen2-72b", "qwen2-7b"]
-    assert found[1]["parameters"] == 7_615_616_512
-    assert found[1]["layers"] == 28
-    assert found[1]["licence"] == "apache-2.0"
+    assert [model["name"] for model in found] == ["llava-onevision-qwen2-7b", "qwen2-72b", "qwen2-7b"]
+    assert found[2]["parameters"] == 7_615_616_512
+    assert found[2]["layers"] == 28
+    assert found[2]["licence"] == "apache-2.0"
     assert "qwen2-7b" in memplan_("models", "Qwen/Qwen2-7B").out
 
 

@@ -712,7 +712,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "2",
     ): "parallelism.pp (--pp): accelerate has",
     (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
-    "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
+    "DeepSpeed has no fsdp2; it has zero0, zero1, zero2, zero3",
     (*CARD, "--ladder", "--method", "generate"): "ladder (--ladder): only applies to training, not to task generate",
     (
         *CARD,

@@ -48,6 +48,10 @@ QUESTIONS = {
     "qwen3-4b --method qlora --profile llama-factory --gpu 3060": (0, "FITS  QLoRA of qwen3-4b"),
     "qwen3-4b-instruct-2507 --method qlora --gpu 4090": (0, "FITS  QLoRA of qwen3-4b-instruct-2507"),
     "https://huggingface.co/unsloth/Qwen3-8B-bnb-4bit --method QLoRA --gpu 3090": (0, "FITS  QLoRA of qwen3-8b"),
+    "qwen3-0.6b --trainer grpo --value-model qwen3-0.6b --gpu 3090": (
+        0,
+        "FITS  PPO with full fine-tuning of qwen3-0.6b",
+    ),
     "qwen3-0.6b --method lora --trainer kto --gpu 3090": (0, "FITS  KTO with LoRA of qwen3-0.6b"),
     "qwen3-0.6b --method GRPO --gpu 3090": (0, "FITS  GRPO with full fine-tuning of qwen3-0.6b"),
     "qwen3-0.6b --method DPO --gpu 3090": (0, "FITS  DPO with full fine-tuning of qwen3-0.6b"),

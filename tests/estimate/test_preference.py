@@ -37,7 +37,8 @@ def test_trainers_are_held_to_traces() -> None:
     assert counts["gkd", "trl-1.15"] >= 7
     assert len({profile for name, profile in counts if name == "gkd"}) >= 4
     assert counts["dpo", "llamafactory-0.9.5"] >= 13
-    assert min(counts[trainer, "llamafactory-0.9.5"] for trainer in ("kto", "orpo")) >= 5
+    assert min(counts[trainer, "llamafactory-0.9.5"] for trainer in ("kto", "orpo", "reward")) >= 5
+    assert min(counts["kto", profile] for profile in ("ms-swift-4.6", "trl-1.14")) >= 7
     assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 4

@@ -87,8 +87,10 @@ def test_settings_of_stage_three_are_dropped_for_other_stages() -> None:
 
 
 def test_settings_that_are_auto_or_off_get_no_note() -> None:
-    config = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 0}}
-    assert read(config) == {"parallelism": {}}
+    config = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}
+    without = {"strategy": "zero0", "zero": {}, "offload": {}}
+    assert read({**config, "zero_optimization": {"stage": 0, "reduce_bucket_size": 5}}) == {"parallelism": without}
+    assert read(config) == {"parallelism": {"strategy": "zero0"}}
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -99,6 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
     ({"zero_optimization": [2]}, "mapping"),
     ({"optimizer": {"type": "OneBitAdam"}}, "AdamW"),
+    ({"optimizer": {"type": "AdamW"}}, "without ZeRO"),
     ({"train_batch_size": 64}, "train_micro_batch_size_per_gpu"),
     ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations"),
     ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),

@@ -66,7 +66,7 @@ MEGATRON_FLAGS = {
 def runs(draw: st.DrawFn) -> RunSpec:
     """Draw a complete run on sixteen GPUs."""
     dp, tp, pp, cp = draw(st.sampled_from([(16, 1, 1, 1), (2, 8, 1, 1), (4, 1, 1, 4), (2, 4, 2, 1), (4, 2, 2, 1)]))
-    strategy = draw(st.sampled_from(["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]))
+    strategy = draw(st.sampled_from(["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]))
     return fill_defaults(
         RunSpec.model_validate(
             {
@@ -122,7 +122,7 @@ def test_accelerates_file_describes_the_run(run: RunSpec) -> None:
     assert (read["num_machines"], read["num_processes"]) == (2, 16)
     sharded = p.strategy.startswith("fsdp") or p.tp * p.cp > 1
     zero = int(p.strategy[-1]) if p.strategy.startswith("zero") else None
-    kind = "FSDP" if sharded else ("DEEPSPEED" if zero else "MULTI_GPU")
+    kind = "FSDP" if sharded else ("MULTI_GPU" if zero is None else "DEEPSPEED")
     assert read["distributed_type"] == kind
     assert read.get("deepspeed_config", {}).get("zero_stage") == (zero if kind == "DEEPSPEED" else None)
     if kind == "FSDP":

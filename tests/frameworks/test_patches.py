@@ -214,6 +214,21 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
             "bf16": [True],
         },
     ),
+    "ms-swift": (
+        {"model": MODEL, "max_length": 768, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {
+            "tuner_type": ["lora", "full"],
+            "quant_method": [None, "bnb"],
+            "quant_bits": [None, 4],
+            "torch_dtype": ["bfloat16"],
+            "target_modules": [None, "all-linear"],
+            "attn_impl": [None, "flash_attn", "sdpa"],
+            "packing": [None, True],
+            "gradient_checkpointing": [None, False],
+            "use_liger_kernel": [None, True],
+            "optim": [None, "adamw_torch"],
+        },
+    ),
     "trl": (
         TRL,
         {
@@ -254,7 +269,7 @@ def written(values: dict[str, Any], kind: str, framework: str) -> str:
     if kind == "json":
         return json.dumps(values, indent=2)
     if kind == "sh":
-        program = {"trl": "trl sft", "llamafactory": "llamafactory-cli train"}[framework]
+        program = {"trl": "trl sft", "llamafactory": "llamafactory-cli train", "ms-swift": "swift sft"}[framework]
         return f"# a script\n{program} {flags(values)}\necho done\n"
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=len(values) % 2 == 0 and None)
     return "# a run\n" + text.replace("\n", "   # said\n", 1) + "# end\n"
@@ -269,7 +284,7 @@ def files(draw: st.DrawFn) -> tuple[str, str, str]:
     values = {**always, **{key: value for key, value in drawn.items() if value is not None}}
     if values.get("attn_implementation") is not None:
         values.pop("sdp_attention", None)
-    kinds = ["yaml", "json", "sh"] if framework in ("trl", "llamafactory") else ["yaml", "json"]
+    kinds = ["yaml", "json", "sh"] if framework in ("trl", "llamafactory", "ms-swift") else ["yaml", "json"]
     kind = draw(st.sampled_from(kinds))
     return framework, kind, written(values, kind, framework)
 
@@ -328,13 +343,23 @@ SAID: dict[str, tuple[str, str]] = {
     "expandable_segments": ("trl", ""),
     "rank": ("trl", "lora_r"),
     "optimizer_8bit": ("llamafactory", "optim"),
+    "method_qlora": ("ms-swift", "quant_bits"),
+    "attention_flash": ("ms-swift", "attn_impl"),
+    "fused_loss": ("ms-swift", "use_liger_kernel"),
+    "offload_all": ("ms-swift", "deepspeed"),
+    "targets": ("ms-swift", "target_modules"),
 }
 
 
 @pytest.mark.parametrize(("key", "where"), SAID.items(), ids=SAID.keys())
 def test_a_file_says_some_levers_and_not_others(tmp_path: Path, key: str, where: tuple[str, str]) -> None:
     framework, name = where
-    wanted = {"axolotl": AXOLOTL, "trl": {**TRL, "use_peft": True}, "llamafactory": {**LLAMAFACTORY, "stage": "sft"}}
+    wanted = {
+        "axolotl": AXOLOTL,
+        "trl": {**TRL, "use_peft": True},
+        "llamafactory": {**LLAMAFACTORY, "stage": "sft"},
+        "ms-swift": {**FORMS["ms-swift"][0], "tuner_type": "lora", "target_modules": "all-linear"},
+    }
     extra = {"optim": "adamw_torch"} if framework != "axolotl" else {"optimizer": "adamw_torch"}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**wanted[framework], **extra, "gradient_accumulation_steps": 1}))

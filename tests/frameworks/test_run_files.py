@@ -114,7 +114,8 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
-        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto\nper_device_train_batch_size: 2", "kto", None),
+        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto", "kto", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: rm", "reward", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
         ("model_name_or_path: a\ndataset_name: b\nmax_length: 512\ndesirable_weight: 1.0", "kto", None),
@@ -122,6 +123,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: kto", "kto", None),
         (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
@@ -166,6 +168,9 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
     assert {each.key for each in read(tmp_path, text).unread} == named
     assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
     assert values(read(tmp_path, text))["serving.tensor_parallel"] == 2
+    bonus = f"{GENERATING['trl']}\nentropy_coef: 0.01\nuse_adaptive_entropy: false\n"
+    for version, named in (("1.13", {"entropy_coef"}), ("1.15", set[str]())):
+        assert {each.key for each in read(tmp_path, bonus, f"trl-{version}").unread} == named
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
@@ -614,7 +619,9 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
 
 
 REFUSED: dict[str, str] = {
-    "model_name_or_path: a\nfinetuning_type: lora\nstage: rm": "run.yaml:3: stage: rm is not supported yet: its value",
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
+    "model_name_or_path: a\ntemplate: llama3\ninfer_backend: vllm": "run.yaml:3: infer_backend: nothing trains without",
+    "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
@@ -664,6 +671,9 @@ NOT_COUNTED = {
     "base_model: a\nqat: {a: 1}\nmicro_batch_size: 1\n\n\n\n\n\n\ntiled_mlp: true": (
         "qat.a (run.yaml:2): not counted, not supported yet",
         "tiled_mlp (run.yaml:10): not counted, not supported yet",
+    ),
+    f"{SWIFT_LORA}target_modules: [all-linear, lm_head]\nmax_length: 8\nnum_iterations: 1": (
+        "target_modules (run.yaml:3): 'lm_head' next to all-linear: not counted",
     ),
     "base_model: a\nmicro_batch_size: 1\ntiled-mlp: true": ("tiled_mlp (run.yaml:3): not counted, not supported yet",),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (

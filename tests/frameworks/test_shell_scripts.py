@@ -346,6 +346,8 @@ QUOTED = {
     "before its log": "nohup trl sft --config trl.yaml --max_length 32 > a.log 2>&1 &",
     "before a pipe": "trl sft --config trl.yaml --max_length 32 2>&1|tee a.log",
     "between files": 'trl sft --config trl.yaml < in &>> out --max_length 32 "$@"',
+    "after a hash in a word": "trl sft --dataset_name a#500 'b#1' \\\n  --config trl.yaml --max_length 32",
+    "after a comment that ends in a backslash": "# trl sft \\\ntrl sft --config trl.yaml --max_length 32",
     "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
 }
 
@@ -361,7 +363,8 @@ def test_a_quote_that_is_never_closed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
-    file = read(tmp_path, "# a comment\ntrl sft --config trl.yaml --per_device_train_batch_size 3 --lora_r $RANK\n")
+    flags = "--per_device_train_batch_size 3 --lora_r $RANK --output_dir $OUT --dataset_name $DATA"
+    file = read(tmp_path, f"# a comment\ntrl sft --config trl.yaml {flags}\n")
     reasons = {origin.field: origin.why for origin in file.origins}
     assert reasons["batch.micro"] == "train.sh:2 --per_device_train_batch_size"
     assert reasons["batch.sequence"] == "trl.yaml:3 max_length"

@@ -23,6 +23,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 Config = dict[str, Any]
 Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of elements
@@ -43,9 +44,9 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
 MIXER |= {"attn_hc", "ffn_hc", "hc_head"}
 ROUTER = {"gate", "router"}  # of experts; within an MLP, unlike gate_proj
-ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of streams
+ROUTER |= {"expert_bias", "modality_router", "prediction_coefs", "correction_coefs"}  # of streams
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
-VISION |= {"mm_projector", "connector"}
+VISION |= {"mm_projector", "connector", "image_newline"}
 AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {
     "project_in",
@@ -106,11 +107,12 @@ def build(config: Config) -> PreTrainedModel:
             return Whole(config)  # pyright: ignore[reportReturnType]
     keys = {key: value for key, value in config.items() if key != "model_type"}
     named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         described = AutoConfig.for_model(config["model_type"], **keys)
         decodes = type(described) in AutoModelForCausalLM._model_mapping  # not Mistral 4's, by transformers' tables
         auto = AutoModelForCausalLM if decodes else AutoModelForImageTextToText
         model = named(described) if named is not None else auto.from_config(described)
+        model.tie_weights()  # which is a part of their initialisation
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if config.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not by its checkpoint

@@ -93,8 +93,8 @@ def trace_adapted(axolotl: Path) -> None:
     fake_device.load()
     for name in ("transformers", "transformers.modeling_utils", "peft", "bitsandbytes"):
         library(name)  # before the patches, which their imports do not survive
+    from memplan.catalogue.quantization.fused_4bit import card_of
     from memplan.probe.fake import fake_tensor_patches
-    from memplan.probe.fake.kernels import card_of
 
     fake_tensor_patches.apply(card_of(None))
     patch(axolotl)

@@ -191,7 +191,8 @@ DENSE = {"step3p7": {**STEP, "text_config": {**STEP["text_config"], "mlp_layer_t
 
 
 def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
-    known = {**TINY, **TOWERS, **DENSE}
+    resting = {name: config for name, config in OWN.items() if name == config["model_type"]}
+    known = {**resting, **TINY, **TOWERS, **DENSE}
     for name in [name for name in names if name in known] or (() if names else known):
         config = {"config": {"model_type": name, **known[name]}}
         plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}

@@ -30,8 +30,8 @@ import transformers.core_model_loading as loading
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
+from memplan.catalogue.quantization.fused_4bit import card_of
 from memplan.probe.fake import tracker
-from memplan.probe.fake.kernels import card_of
 from memplan.probe.script import script
 from memplan.spec.run import RunSpec
 

@@ -7,8 +7,8 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
-`llamafactory-0.9.5` and dpo, kto, orpo or simpo LLaMA-Factory's, with the packages that trace_trainers.py names.
+makes it, and steps. With `ms-swift-4.6` and dpo, kto, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
+`llamafactory-0.9.5` and dpo, kto, orpo, simpo or reward LLaMA-Factory's, with the packages of trace_trainers.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from tests.golden.trace_runs import line
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32, SCRIPTS, prepare, traced
 
 SWIFT, FACTORY = "ms-swift-4.6", "llamafactory-0.9.5"
-_STEPS = dict.fromkeys(((name, "dpo") for name in ("trl-1.15", "trl-1.13", "trl-0.24", SWIFT)), 1)
+_STEPS = dict.fromkeys(
+    (*((name, "dpo") for name in ("trl-1.15", "trl-1.13", "trl-0.24", SWIFT)), (FACTORY, "reward")), 1
+)
 WITH_REFERENCE = ("dpo", "kto")
 # Family, method, precision, examples and tokens; then the reference and what differs from the trainer's defaults.
 CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
@@ -128,13 +130,15 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
-        micro = max(examples, 2) if (profile, trainer) == (FACTORY, "kto") else examples
+        micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
         if trainer in DISTILLING and said == "precomputed":
             continue
         if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
             continue  # it casts trained weights to fp32, and runs gemma2 with other attention
+        if (profile, trainer, method, precision) == (FACTORY, "reward", "lora", FP32):
+            continue  # it loads frozen weights in bf16, and the graph of unread logits keeps no cast of their head
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}

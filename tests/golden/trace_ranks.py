@@ -143,6 +143,25 @@ UNEQUAL: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("opt-1.3b", {**ON_TEXT, "method": "lora"}, {}),
     ("gpt2", ON_TEXT, {}),
 )
+# Towers whose weights are flattened with others, trained or frozen, by FSDP1.
+ON_IMAGE = {"batch": {"sequence": 600, "images": 1}}
+TOWERS: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("qwen3-vl-2b", ON_TEXT, 2),
+    ("qwen3-vl-2b", {**ON_TEXT, **PLAIN}, 2),
+    ("gemma-3-4b", ON_TEXT, 2),
+    ("gemma-3-4b", {**ON_TEXT, **PLAIN}, 2),
+    ("qwen3-vl-2b", {**ON_TEXT, "method": {"kind": "full", **LANGUAGE}}, 2),
+    ("gemma-3-4b", {**ON_TEXT, "method": {"kind": "full", **LANGUAGE}}, 4),
+    ("gemma-3-4b", ON_IMAGE, 2),
+    ("ministral-3-3b", ON_TEXT, 4),
+    ("qwen2.5-vl-3b", WITH_IMAGE, 2),
+    ("qwen3-vl-2b", {**ON_TEXT, "precision": "amp"}, 4),
+    ("gemma-3-4b", {**ON_IMAGE, "method": {"kind": "full", **LANGUAGE}}, 2),
+    ("qwen3-vl-2b", {**ON_TEXT, "method": "lora"}, 2),
+    ("qwen2.5-vl-3b", {**ON_TEXT, "method": "lora"}, 2),
+    ("qwen2-vl-2b", {**ON_TEXT, "method": "lora"}, 2),
+    ("ministral-3-3b", {**ON_TEXT, "method": "lora"}, 2),
+)
 
 
 def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch for each case)
@@ -216,6 +235,8 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch f
             fields = divided("fsdp2", world)
             parallelism = {**fields["parallelism"], **knob}
             yield f"unequal-{model}", {"model": model, **run, **fields, "parallelism": parallelism}
+    for model, run, world in TOWERS:
+        yield f"tower-{model}", {"model": model, **run, **divided("fsdp", world)}
     yield from alone()
 
 

@@ -120,10 +120,10 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one ste
     from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
     from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.catalogue.quantization.fused_4bit import card_of
     from memplan.probe.fake import fake_process_group as group
     from memplan.probe.fake import fake_tensor_patches as patches
     from memplan.probe.fake import recording
-    from memplan.probe.fake.kernels import card_of
     from memplan.probe.fake.tracker import Tracker, new_operation_cache
 
     card = card_of(find_gpu("a100-sxm-80gb").compute_capability)

@@ -227,8 +227,8 @@ def prepare(trainer: type[TrainerScript]) -> None:
     for module in trainer.imported:
         library(module)  # before the patches, some of which these imports do not survive
 
+    from memplan.catalogue.quantization.fused_4bit import card_of
     from memplan.probe.fake import fake_tensor_patches as patches
-    from memplan.probe.fake.kernels import card_of
     from memplan.probe.script import script
 
     patches.apply(card_of(None))

@@ -32,8 +32,17 @@ class _Packed(TrainerScript):
         return inputs
 
 
-_STAGES = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "kto": "kto"}
-_TRAINERS = ("CustomDPOTrainer", "CustomKTOTrainer")
+_STAGES = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "kto": "kto", "reward": "rm"}
+_TRAINERS = ("CustomDPOTrainer", "CustomKTOTrainer", "PairwiseTrainer")
+
+
+class _Tags(list[int]):
+    """The desirable examples, the first half of a batch: a mask's length is not known on fake tensors."""
+
+    rows = 0
+
+    def __invert__(self) -> list[int]:
+        return [*range(len(self), self.rows)]
 
 
 class LlamaFactoryScript(_Packed):
@@ -44,16 +53,14 @@ class LlamaFactoryScript(_Packed):
 
     @staticmethod
     def patch() -> None:
-        """Have KTO ask which examples are desirable of their indices, half of them, as a mask's length is not known."""
+        """Have KTO count the examples of a batch by all of its tags."""
         without_extras()
         library("transformers.masking_utils")._ignore_causal_mask_sdpa = (
             lambda mask, queries, keys, start, window=None: window is None or keys < window
         )
-        for stage in ("dpo", "kto"):
+        for stage in ("dpo", "kto", "rm"):
             library(f"llamafactory.train.{stage}.trainer")
-        vars(library("llamafactory.train.kto.trainer"))["len"] = lambda value: (
-            value.shape[0] * (2 if value.shape[1:] == () and str(value.dtype) == "torch.int64" else 1)
-        )
+        vars(library("llamafactory.train.kto.trainer"))["len"] = lambda value: getattr(value, "rows", 0) or len(value)
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
@@ -80,6 +87,12 @@ class LlamaFactoryScript(_Packed):
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
         adapter: Any = library("llamafactory.model.adapter")
         model = adapter.init_adapter(model.config, model, arguments, tuning, is_trainable=True)
+        if run.trainer == "reward":
+            model = library("trl").AutoModelForCausalLMWithValueHead.from_pretrained(model)
+            library("llamafactory.model.patcher").patch_valuehead_model(model)
+            model.v_head.to(self.device)
+            scores = sum(weight.numel() for weight in model.v_head.parameters())
+            self.counted = tuple(count + scores for count in self.counted)
         copy = None
         if run.trainer in ("dpo", "kto") and method.kind == "full":
             copy = self._copied(run)().requires_grad_(False).to(library("torch").bfloat16)
@@ -88,7 +101,8 @@ class LlamaFactoryScript(_Packed):
             stage: Any = vars(library(f"llamafactory.train.{tuning.stage}.trainer"))
             trainer = next(stage[name] for name in _TRAINERS if name in stage)
         tokenizer = self._tokenizer()
-        own = {"tokenizer": tokenizer, "finetuning_args": tuning, "processor": None, "ref_model": copy}
+        own = {"tokenizer": tokenizer, "finetuning_args": tuning, "processor": None}
+        own |= {} if run.trainer == "reward" else {"ref_model": copy}
         return trainer(
             model=model,
             args=self._arguments(
@@ -99,18 +113,18 @@ class LlamaFactoryScript(_Packed):
         )
 
     def _batch(self) -> tuple[dict[str, Any], int]:
-        """Return a batch of TRL's SFT; of other stages, as LLaMA-Factory collates them."""
-        if self.run.trainer == "sft":
+        """Return a batch of TRL's SFT or of pairs; of other stages, as LLaMA-Factory collates them."""
+        if self.run.trainer in ("sft", "reward"):
             return super()._batch()
         import torch
 
         rows = self.run.batch.micro * (1 if self.run.trainer == "kto" else 2)
         ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs["labels"] = ids.clone()
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if self.run.trainer == "kto":
             inputs |= {f"kl_{name}": value.clone() for name, value in inputs.items()}
-            inputs["kto_tags"] = torch.zeros(rows // 2, dtype=torch.int64, device=self.device)
+            tags = _Tags(range(-(-rows // 2)))
+            _Tags.rows, inputs["kto_tags"] = rows, tags
         return inputs, rows
 
 
@@ -232,7 +246,7 @@ class SwiftScript(_Packed):
         self._tokenizer().save_pretrained(folder)
         register: Any = library("swift.model.register")
         is_sft = run.trainer == "sft"
-        has_copy = run.trainer == "dpo" and method.kind == "full"
+        has_copy = run.trainer in ("dpo", "kto") and method.kind == "full"
         models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
         register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
@@ -278,15 +292,21 @@ class SwiftScript(_Packed):
         )
 
     def _batch(self) -> tuple[dict[str, Any], int]:
-        """Return a batch of TRL's SFT; of pairs, as ms-swift's template collates them."""
+        """Return a batch of TRL's SFT; of pairs or of KTO's examples, as ms-swift's template collates them."""
         inputs, labels = super()._batch()
         if self.run.trainer in ("sft", "reward"):
             return inputs, labels
         import torch
 
-        shape = 2 * self.run.batch.micro, self.run.batch.sequence
-        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}, labels
+        micro, is_kto = self.run.batch.micro, self.run.trainer == "kto"
+        rows = micro if is_kto else 2 * micro
+        ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if is_kto:
+            kinds = ("completion_", "KL_completion_")
+            inputs = {f"{kind}{name}": value.clone() for kind in kinds for name, value in inputs.items()}
+            inputs |= {"label": [row % 2 == 0 for row in range(rows)]}
+        return inputs, labels
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
         self.trainer._prepare_gradient_checkpointing(self.trainer.template.get_base_model(model))

@@ -26,6 +26,7 @@ from tests.cases import each, in_groups
 from tests.encoders import SMALL
 from tests.sampling import sampled
 from tests.tiny import SMALLEST, TINY
+from tests.tiny_towers import TINY as TOWERS
 
 BUILT_AS = {  # decoders that transformers builds as another family
     "exaone": "llama",
@@ -124,7 +125,7 @@ def test_every_supported_family_has_a_card_or_a_small_config_here() -> None:
     # Megatron-core's layers, which no published model uses, and the published name of minimax_m3_vl_text's config: see
     # tests/catalogue/test_megatron.py and tests/models/test_families.py.
     own = {KIND, "minimax_m3"}
-    small = {config["model_type"] for config in SMALL.values()}
+    small = {config["model_type"] for config in (*SMALL.values(), *TOWERS.values())}
     assert carded | set(TINY) | small | set(BUILT_AS) | own == set(MODULES)
     assert set(BUILT_AS.values()) <= carded
 
@@ -267,8 +268,8 @@ def test_infinity_is_allowed_in_fields_that_are_not_sizes(tmp_path: Path) -> Non
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**LLAMA, "initializer_range": float("inf")}), "utf-8")
     assert find_model(str(file)).hidden_size == 4096
-    file.write_text('{"model_type": "bamba", "n_routed_experts": 512, "time_step_limit": [0.0, Infinity]}', "utf-8")
-    with pytest.raises(UnsupportedModelError, match=r"bamba.*mixture of experts"):
+    file.write_text('{"model_type": "zamba2", "n_routed_experts": 512, "time_step_limit": [0.0, Infinity]}', "utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"zamba2.*mixture of experts"):
         find_model(str(file))
 
 
@@ -318,13 +319,13 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
         ({"model_type": "longcat_flash", "kv_lora_rank": 512, "n_routed_experts": 512}, "longcat_flash"),
         ({"model_type": "bailing_hybrid", "kv_lora_rank": 512}, "bailing_hybrid.*multi-head latent attention"),
         ({"model_type": "zamba", "state_size": 16}, "zamba.*state space"),
-        ({"model_type": "llava_next", "vision_config": {"depth": 27}}, "llava_next.*vision"),
+        ({"model_type": "vipllava", "vision_config": {"depth": 27}}, "vipllava.*vision"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "squeezebert"}, "squeezebert.*encoder"),
         ({"model_type": "blenderbot", "is_encoder_decoder": True}, "blenderbot.*encoder-decoder"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma3_text.*encoder"),
         ({"model_type": "jetmoe"}, "jetmoe.*mixture of experts"),
-        ({"model_type": "bamba", "num_experts": 16, "mamba_d_state": 16}, "bamba.*mixture of experts, state space"),
+        ({"model_type": "zamba2", "num_experts": 16, "mamba_d_state": 16}, "zamba2.*mixture of experts, state space"),
         ({"model_type": "gemma5n", "hidden_size_per_layer_input": 256}, "gemma5n.*embeddings in every layer"),
         ({"model_type": "qwen", "visual": {"layers": 48}}, "qwen.*vision"),
         ({"model_type": "qwen", "audio": {"n_layer": 32}}, "qwen.*audio"),
@@ -368,7 +369,7 @@ def test_an_unknown_family_is_not_taken_for_another() -> None:
         ("deepseek_v5", {"kv_lora_rank": 512, "n_routed_experts": 64}, "deepseek_v4 or deepseek_v3 or "),
         ("gemma5", {}, "gemma4_text or "),
         ("gpt_oss2", {"num_local_experts": 64}, "gpt_oss or "),
-        ("bamba", {"mamba_d_state": 16}, "mamba or |jamba or "),
+        ("zamba2", {"mamba_d_state": 16}, "mamba2 or bamba or "),
         ("bertx", {}, "bert or "),
         ("llama", {"num_local_experts": 8}, "llama4_text or "),
     ],

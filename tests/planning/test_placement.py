@@ -250,6 +250,7 @@ def test_a_run_that_no_gpu_allows_is_an_error() -> None:
         ("qwen2-7b", None, "run: must be a mapping"),
         (RUN, "3090", "pool: must be a list"),
         (RUN, [3], "pool: unknown name '3'"),
+        (RUN, ["2x4090"], "pool: '2x4090' is a number of GPUs; name the kind alone, as the run says how many"),
         (RUN, [], "pool: has no GPU; give one"),
     ]
     for run, gpus, line in wrong:

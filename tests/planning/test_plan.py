@@ -26,7 +26,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import Proposal, plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.search import Trials, answer_with_one_lever
+from memplan.planning.search import Trials, answer_with_one_lever, strongest
 from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
@@ -144,6 +144,14 @@ SPACES = [
     for method in ("full", "lora", "qlora")
     for share in (30, 45, 60)
 ]
+
+
+def test_a_set_is_pulled_and_kept_in_its_levers_order() -> None:
+    run = RunSpec(model="tinyllama-1.1b", gpu="rtx-4090")
+    trials, tried = Trials(run, Demand(), None), strongest(Trials(run, Demand(), None), levers_of(run))[::-1]
+    assert len(tried) > 4
+    assert trials.answer(tried) == estimate(pull(run, tried))
+    assert trials.fitting() == [tried]
 
 
 def exhaustive(run: RunSpec, demand: Demand) -> list[int]:
@@ -285,6 +293,18 @@ def test_what_ranks_hold_whole_is_divided_or_moved_to_the_host(
         (after.parallelism.offload.optimizer, after.parallelism.offload.parameters) == (True, True) for after in moved
     )
     assert all(after.parallelism.world == run.parallelism.world for after in (*divided, *moved))
+
+
+def test_deepspeed_divides_a_run_under_autocast_with_fp32_masters() -> None:
+    autocast = {"weights": "bf16", "compute": "bf16", "autocast": True}
+    run = estimate(RunSpec(model="qwen3-8b", gpu="4090", parallelism={"world": 2}, precision=autocast)).run
+    divided = [estimate(pull(run, [lever])).run for lever in levers_of(run) if lever.group == "sharding"]
+    assert [(after.parallelism.strategy, after.precision.autocast, after.precision.master) for after in divided] == [
+        ("zero2", False, "fp32"),
+        ("fsdp2", True, None),
+        ("zero3", False, "fp32"),
+        ("zero3", False, "fp32"),
+    ]
 
 
 def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:

@@ -613,7 +613,7 @@ def test_runs_without_an_estimate_are_still_measured(
     probe: Probing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**SMALLEST, "model_type": "falcon_h1", "num_experts": 8}))
+    path.write_text(json.dumps({**SMALLEST, "model_type": "longcat_flash"}))
     on_card(monkeypatch, Card3090())
     ran = probe(str(path), "--cuda")
     assert ran.code == 0

@@ -398,7 +398,7 @@ def test_a_pass_leaves_only_its_cache(fields: dict[str, Any]) -> None:
         kept, axes = left(each), each.axes
         assert {what for what, _ in kept if "length" not in what} == {"key cache", "value cache"}
         heads, width = axes["k"] * axes["d"], ITEMSIZE[fields["precision"]]
-        tokens = axes["past"] + each.step.fed
+        tokens = each.step.past + each.step.fed
         most = 2 * walked.decided.structure.graph.model.num_hidden_layers * rounded(axes["b"] * tokens * heads * width)
         assert most // 2 <= sum(n for what, n in kept if "length" not in what) <= most
 

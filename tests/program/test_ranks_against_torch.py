@@ -1,4 +1,4 @@
-"""One rank's estimate against torch's DDP and FSDP, run on the CPU with all storages counted."""
+"""One rank's estimate against torch's DDP, FSDP and tensor parallelism, run on the CPU with all storages counted."""
 
 from __future__ import annotations
 
@@ -26,17 +26,29 @@ CONFIG = {
     "vocab_size": 1000,
     "max_position_embeddings": 128,
 }
+# Grouped heads, for tensor-parallel ranks.
+DIVIDED = {
+    **CONFIG,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
-def case(strategy: str, world: int, lora: bool = False, checkpoint: bool = True, tied: bool = False) -> dict[str, Any]:
-    config = {**CONFIG, "tie_word_embeddings": tied}
+def case(
+    strategy: str, world: int, lora: bool = False, checkpoint: bool = True, tied: bool = False, tp: int = 1
+) -> dict[str, Any]:
+    config = {**(DIVIDED if tp > 1 else CONFIG), "tie_word_embeddings": tied}
     return {
         "strategy": strategy,
         "world": world,
+        "tp": tp,
         "config": config,
         "lora": lora,
         "checkpoint": checkpoint,
-        "tokens": 16,
+        "tokens": 32 if tp > 1 else 16,
     }
 
 
@@ -46,6 +58,8 @@ CASES = (
     case("fsdp2", 3, checkpoint=False),
     case("fsdp2", 4, tied=True),
     case("fsdp2", 2, lora=True),
+    case("fsdp2", 4, tp=2, checkpoint=False),
+    case("fsdp2", 16, tp=4),
     case("fsdp", 2),
     case("fsdp", 3, checkpoint=False),
     case("fsdp", 4, tied=True),
@@ -80,7 +94,7 @@ def test_a_ranks_estimate_equals_torchs_allocations(pair: tuple[dict[str, Any], 
         batch={"sequence": c["tokens"]},
         kernels={"checkpointing": "full" if c["checkpoint"] else "none"},
         loop={"clip_grad_norm": None},
-        parallelism={"world": c["world"], "dp": c["world"], "strategy": c["strategy"]},
+        parallelism={"world": c["world"], "dp": c["world"] // c["tp"], "tp": c["tp"], "strategy": c["strategy"]},
     )
     mine: dict[str, int] = {}
     for p in estimate(run).phases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from math import prod
 from statistics import mean
@@ -271,8 +272,10 @@ def test_strategies_shard_what_their_rows_state(row: Strategy) -> None:
     structure = decide(RunSpec(**divided(run, row.name, 4))).structure
     parameters = program(structure).counts.total
     gradients = kept(structure, row.name, 4)
-    weights = sum(h.bytes * h.copies for h in sharding_of(structure).weights() if "fp32 partition" not in h.what)
-    masters = sum(h.bytes for h in sharding_of(structure).weights() if "fp32 partition" in h.what)
+    held = Counter[bool]()
+    for h in sharding_of(structure).weights():
+        held["fp32 partition" in h.what or h.what.endswith(" master")] += h.bytes * h.copies
+    weights, masters = held[False], held[True]
     whole = 4 if row.gathers else 12
     for divides, found, each in (
         (row.parameters, weights, 2),

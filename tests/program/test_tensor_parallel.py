@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -14,7 +9,6 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.errors import SpecError
 from memplan.core.ir import operations
 from memplan.core.units import rounded
@@ -60,6 +54,15 @@ def test_ranks_divide_fp8_weights() -> None:
         layers = 3 * (512 * (512 + 256 + 256 + 512) + 3 * 512 * 1536) // tp
         rest = 2 * 2 * 4096 * 512 // tp + 2 * (2 * 3 + 1) * 512
         assert estimate(stored(tp)).categories["parameter"] == layers + 3 * 7 * 512 + rest
+
+
+def test_ranks_divide_the_embeddings_and_the_head_of_gpt_oss_in_mxfp4() -> None:
+    """Both are of 201,088 x 2,880 in bf16. Four ranks would not divide its blocks of 32."""
+    one, four = (
+        estimate(RunSpec(model="gpt-oss-20b", task="generate", parallelism={"world": tp, "tp": tp}, gpu="h100"))
+        for tp in (1, 4)
+    )
+    assert one.categories["parameter"] - four.categories["parameter"] == 2 * 201_088 * 2_880 * 2 * 3 // 4
 
 
 def label(case: dict[str, Any]) -> str:
@@ -174,44 +177,6 @@ def test_inputs_of_sharded_matrices_are_gathered_into_one_buffer() -> None:
     assert (line.count, line.bytes) == (1, 2 * 4096 * 512)
     kept = next(line for line in answer.ledger if line.what == "n1")
     assert kept.dims == (1, 1024, 512)
-
-
-CHILD = Path(__file__).parents[1] / "divided_child.py"
-SMALL = {**LLAMA, "vocab_size": 1000, "max_position_embeddings": 256}
-UNDER_FSDP2 = (
-    {"config": SMALL, "dp": 2, "tp": 2, "checkpoint": False, "tokens": 32},
-    {"config": SMALL, "dp": 4, "tp": 4, "checkpoint": True, "tokens": 32},
-)
-
-
-@pytest.mark.torch
-def test_an_fsdp2_ranks_estimate_equals_torchs_allocations() -> None:
-    """Within a hundredth in every phase. The rest is torch's: scalars, and the CPU's kernels."""
-    lines = "".join(json.dumps(asked) + "\n" for asked in UNDER_FSDP2)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(CHILD.parents[1]), *sys.path))}
-    command = [sys.executable, "-W", "ignore", str(CHILD)]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for asked, line in zip(UNDER_FSDP2, done.stdout.splitlines(), strict=True):
-        dp, tp = asked["dp"], asked["tp"]
-        answer = estimate(
-            RunSpec(
-                model={"config": SMALL},
-                precision="fp32",
-                optimizer="adamw_torch",
-                batch={"sequence": asked["tokens"]},
-                kernels={"checkpointing": "full" if asked["checkpoint"] else "none"},
-                loop={"clip_grad_norm": None},
-                parallelism={"world": dp * tp, "dp": dp, "tp": tp, "strategy": "fsdp2"},
-            )
-        )
-        mine: dict[str, int] = {}
-        for p in answer.phases:
-            if p.step in (2, None) and p.phase != "load":
-                phase = "forward" if p.phase == "loss" else p.phase
-                mine[phase] = max(mine.get(phase, 0), p.peak - 2 * cublas_workspace(None).usual)
-        for phase, bytes_ in json.loads(line).items():
-            assert mine[phase] == pytest.approx(bytes_, rel=0.01), (asked, phase)
 
 
 REFUSED = {

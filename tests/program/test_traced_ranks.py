@@ -1,6 +1,6 @@
 """Estimates of one rank against traced steps: torch's DDP and FSDP on fake CUDA tensors, every allocation recorded.
 
-The rows are in tests/golden/traced_ranks.jsonl, which tests/golden/trace_ranks.py made.
+The rows are in tests/golden/traced_ranks.jsonl, which tests/golden/trace_ranks.py and trace_deepspeed.py made.
 """
 
 from __future__ import annotations
@@ -46,12 +46,20 @@ def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
             assert mine[int(step), "fwd"] == pytest.approx(peaks["fwd"], rel=0.04)
 
 
-UNEQUAL = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith("unequal-")]
+TOWERS = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith("tower-")]
 
 
-@in_groups(sampled(UNEQUAL, 8), label)
+@in_groups(sampled(TOWERS, 4), label)
+def test_a_tower_that_fsdp1_flattens_with_other_weights_is_traced(case: dict[str, Any]) -> None:
+    assert abs(error(case)) < 1e-3
+
+
+EXACT = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-"))]
+
+
+@in_groups(sampled(EXACT, 8), label)
 def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
-    """Every phase under FSDP2, not only the peak: towers, windows, and tables shared by several modules."""
+    """Every phase, not only the peak: FSDP2's towers, windows and shared tables, and DeepSpeed without ZeRO."""
     mine = without_workspaces(trace_figures(case["run"]))
     for step, peaks in case["steps"].items():
         wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}

@@ -327,6 +327,8 @@ REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
     ("zero2", 2, ("parameters",), {}, "parallelism.offload", "zero3"),
     ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "set parameters"),
     ("ddp", 2, ("optimizer",), {}, "parallelism.offload", "zero1"),
+    ("zero0", 1, ("optimizer",), {}, "parallelism.offload", "zero1"),
+    ("zero0", 2, (), {"reduce_bucket_size": 5}, "parallelism.zero", "zero1, zero2, zero3"),
     ("zero3", 2, (), {"offload_param": {"pin_memory": False}}, "parallelism.zero.offload_param", "offload"),
     (
         "zero2",
@@ -526,7 +528,6 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
         ("zero3", "full", None),
         ("ddp", "none", None),
         ("ddp", "full", "parallelism.find_unused_parameters"),
-        ("fsdp", "none", "parallelism.strategy"),
     ],
 )
 def test_a_tower_without_images_is_divided_but_gets_no_gradients(

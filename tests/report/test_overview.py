@@ -41,11 +41,12 @@ LINES = (
     "qwen2-7b --gpu 8xa100-40gb",
     f"{VLLM} --gpu 4xa100",
 )
+FULL = "llama-3.3-70b --method full"
 DIVIDED = {
     "qwen2-7b --gpu 8xa100-40gb": "qwen2-7b --gpu 8xa100-40gb --fsdp fsdp2",
-    "llama-3.3-70b --method full --zero 3 --gpu 8x4090": "llama-3.3-70b --method full --zero 3 --gpu 8xb100",
+    f"{FULL} --zero 3 --gpu 8x4090": f"{FULL} --zero 3 --gpu 8x4090 --offload parameters,optimizer",
     f"{VLLM} --gpu 4xa100": f"{VLLM} --gpu 4xa100 --tp 4",
-    "llama-3.3-70b --method full --gpu 8xh100": "llama-3.3-70b --gpu 8xh100 --method qlora",
+    f"{FULL} --gpu 8xh100": f"{FULL} --gpu 8xh100 --zero 3 --offload parameters,optimizer",
 }
 every_line = pytest.mark.parametrize("line", sampled(list(LINES)))
 

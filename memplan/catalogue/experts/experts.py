@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from memplan.catalogue.experts.routers import CHOSEN, HELD, PAIRS, SCORES, sigmoid
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.activations import power, relu
+from memplan.catalogue.kernels.activations import relu_squared
 from memplan.core.ir import Keep, Op, Tensor, Weight
 
 _MOE = "transformers 5.24 integrations/moe.py"
@@ -197,12 +197,7 @@ def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def squared(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """Return relu squared, which keeps the output of relu."""
-    return (*relu_squared(f"{name}.act_fn", x, y, f"{PAIRS} m"), ops.release_names(x))
-
-
-def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    return (relu(f"{name}.relu", x, f"{y}.relu", shape), power(f"{name}.square", f"{y}.relu", y, shape))
+    return relu_squared(f"{name}.act_fn", x, y, f"{PAIRS} m")
 
 
 def weighed(name: str, x: str, scores: str, y: str, shape: str = f"{PAIRS} h") -> Op:

@@ -163,8 +163,10 @@ def sigmoid_router(name: str, x: str, bias: str) -> tuple[Op, ...]:
     )
 
 
-def scaled_sigmoid_router(name: str, x: str, bias: str, normalise: bool) -> tuple[Op, ...]:
+def scaled_sigmoid_router(name: str, x: str, bias: str, normalise: bool, gates: tuple[Op, ...] = ()) -> tuple[Op, ...]:
     """Return the largest sigmoids, normalised if asked, and scaled. The buffer `bias` is used only to choose them.
+
+    `gates` compute the logits, if that is not a product in the dtype of x.
 
     Source: transformers 5.24 models/lfm2_moe/modeling_lfm2_moe.py Lfm2MoeTopKRouter.
     """
@@ -180,7 +182,7 @@ def scaled_sigmoid_router(name: str, x: str, bias: str, normalise: bool) -> tupl
         ops.divide(f"{name}.normalise", picked, "router.least", "router.normal", PAIRS),
     )
     return (
-        gate(name, x, logits),
+        *(gates or (gate(name, x, logits),)),
         sigmoid(f"{name}.sigmoid", logits, scores, "b s E"),
         *(biased if bias else (top_k(f"{name}.topk", scores, picked),)),
         *(normal if normalise else ()),

@@ -39,6 +39,9 @@ _COHERE = Decoder(
 )
 
 
+COHERE_2 = _COHERE._replace(rotate=rope_of_casts, masks=BOTH)
+
+
 def ernie4_5(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Ernie 4.5. Its attention never applies dropout, whatever the config says."""
     return decoder(m, wiring._replace(drops=False), ERNIE)
@@ -52,7 +55,7 @@ def hyperclovax(m: ModelSpec, wiring: Wiring) -> Stack:
 
 BUILDERS = {
     "cohere": _COHERE,
-    "cohere2": _COHERE._replace(rotate=rope_of_casts, masks=BOTH),
+    "cohere2": COHERE_2,
     "cwm": MISTRAL._replace(masks=BOTH),
     "ernie4_5": ernie4_5,
     "glm": _GLM,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
+from memplan.catalogue.vision.uncalled_towers import newline
 from memplan.catalogue.vision.vision import masked_text, scattered, text_with_tower
 from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
@@ -96,6 +98,12 @@ def llava(m: ModelSpec, wiring: Wiring) -> Stack:
     return text_with_tower(wiring, _text(m, wiring), Tower(_PIXELS, before, runs, after), scattered(), held)
 
 
+def llava_next(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build LLaVA-NeXT for text: LLaVA, and the embedding of the end of a row of patches."""
+    stack = llava(m, wiring)
+    return stack._replace(before=(*skipped(newline()), *stack.before))
+
+
 def paligemma(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build PaliGemma with SigLIP's tower."""
     n, act = "vision_tower", _vision(m, "hidden_act", "gelu_pytorch_tanh")
@@ -109,7 +117,7 @@ def paligemma(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     inputs = (*_PIXELS, Tensor("token_type_ids", "b s", "int64"))
     tower = Tower(inputs, t.embedded_patches(f"{n}.embeddings", _SHAPE), (Run((block,), "vL1"),), after)
-    text = masked_text(wiring, lambda masked: _text(m, masked))
+    text = masked_text(wiring.images, wiring, lambda masked: _text(m, masked))
     return text_with_tower(wiring, text, tower, scattered(joined=False), _HELD)
 
 
@@ -213,6 +221,8 @@ BUILDERS = {
     "idefics3": smolvlm,
     "internvl": internvl,
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_next_video": llava_next,
     "paligemma": paligemma,
     "smolvlm": smolvlm,
 }

@@ -58,7 +58,7 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     inputs = (Tensor("pixel_values", f"{lead} vin", "fp32"), Tensor("token_type_ids", "b s", "int64"))
     tower = Tower(inputs, before, (Run((block,), "vL1"),), after)
-    text = masked_text(wiring, lambda masked: gemma3_text(m, masked))
+    text = masked_text(wiring.images, wiring, lambda masked: gemma3_text(m, masked))
     return text_with_tower(wiring, text, tower, scattered(joined=False), ("image_embeds", "image_mask"))
 
 

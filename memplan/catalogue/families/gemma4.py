@@ -27,7 +27,8 @@ from memplan.catalogue.inference.decoding import for_last
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.catalogue.vision.uncalled_towers import gemma4_towers
+from memplan.catalogue.vision.uncalled_towers import gemma4_towers, unified_embedders
+from memplan.catalogue.vision.vision import masked_text, outlived
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.configs.gemma import REUSED, STORED
 from memplan.models.layers import Layer
@@ -391,4 +392,21 @@ def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
     return gemma4_towers(m, gemma4(m, wiring, is_multimodal=True))
 
 
-BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4}
+def unified(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build the unified model as it reads a text: no per-layer embeddings, embedders in place of towers, and masks.
+
+    Masks are made even of a text without padding, from the number of each token's image, unless images are read as text
+    is.
+    """
+    masked = m.config.get("use_bidirectional_attention", "vision") == "vision"
+    text = masked_text(masked, wiring, lambda masked: gemma4(m, masked, is_multimodal=True))
+    if masked:
+        ids = (Tensor("blocks", "b s", "int64"), Tensor("blocks.padded", "b kv" if wiring.decodes else "b s", "int64"))
+        first, *others = text.before
+        made = Op("model.block_sequence_ids", (), ids, gradient="none", source=f"{_SOURCE} Gemma4Model.forward")
+        after = outlived(text.after, tuple(t.name for t in ids))
+        text = text._replace(before=(first, made, *others), after=after)
+    return unified_embedders(m, text)
+
+
+BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4, "gemma4_unified": unified, "gemma4_unified_text": gemma4}

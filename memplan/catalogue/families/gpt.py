@@ -218,9 +218,10 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", resid),
         ops.release_names("q", "k", "v", "o"),
     )
-    block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
+    held = returned(wiring) or ("o",)  # flash attention 2 returns its output as the probabilities
+    block = gpt_block(heads, mlp(m, "n2", "mo", resid), held)
     before = learned(m, wiring, drops(m, "embed_dropout"))
-    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places", *returned(wiring))))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places", *held)))
 
 
 def gptj(m: ModelSpec, wiring: Wiring) -> Stack:

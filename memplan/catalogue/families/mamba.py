@@ -55,7 +55,11 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
         layer._replace(weights=(matrix._replace(bypasses_module=True),)),
         ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
         ops.release_names("dt.flat"),
-        ops.add_weight(f"{name}.dt_bias", "dt.channels", "dt.biased", _ROWS, bias, "=dt.channels"),
+        Op(f"{name}.bias_float", (), (Tensor("bias32", "inner", "fp32"),), (bias,), cast=True, source=_SOURCE),
+        ops.add(f"{name}.dt_bias", "dt.channels", "bias32", "dt.biased", _ROWS)._replace(
+            writes=(Tensor("dt.biased", _ROWS, "=dt.channels"),),
+            scratch=(Tensor("bias of the time steps", "inner", "=dt.channels!bias32"),),
+        ),
         ops.activation(f"{name}.softplus", "dt.biased", y, _ROWS)._replace(autocast="fp32"),
     )
 
@@ -98,7 +102,7 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
         Op(
             f"{of}.scan",
             (*operands, *states),
-            (Tensor("scanned.tokens", _ROWS, f"={x}"), Tensor("state", token, "fp32")),
+            (Tensor("scanned.tokens", "scanned", f"={x}"), Tensor("state", token, "fp32")),
             (),
             tuple(Keep(what, of_) for of_ in operands for what in (operands[0], operands[2], *states)),
             scratch=(Tensor("product", token, "fp32"), Tensor("state in the dtype of x", token, f"={x}")),
@@ -114,7 +118,7 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
         ),
         ops.release_names(*states, *late)._replace(needs_recording=True),
         *_skip(of, x, y),
-        ops.release_names("delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
+        ops.release_names("D32", "dt.plus", "delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
     )
 
 
@@ -157,9 +161,9 @@ def mamba_mixer(
         ops.split(f"{n}.chunk", "xz", (Tensor("x.part", "b s inner"), Tensor("gate.z", _ROWS))),
         *causal_conv(f"{n}.conv1d", "x.part", "mixed", "inner", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", _ROWS),
-        ops.copy(f"{n}.by_token", "mixed.real", "mixed.rows", "b s inner", gradient="same"),
-        ops.linear(f"{n}.x_proj", "mixed.rows", "dbc", "dbc", "inner", "mixer"),
-        ops.release_names("mixed.rows"),
+        ops.copy(f"{n}.by_token", "mixed.real", "mixed.tokens", "b s inner", gradient="same"),
+        ops.linear(f"{n}.x_proj", "mixed.tokens", "dbc", "dbc", "inner", "mixer"),
+        ops.release_names("mixed.tokens"),
         ops.split(f"{n}.split", "dbc", parts),
         *(
             op
@@ -177,7 +181,10 @@ def mamba_mixer(
         ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
         ops.copy(f"{n}.rows", "gated.low", "gated.rows", "b s inner", gradient="same"),
         ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
-        ops.release_names("gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "dbc", "real", x),
+        ops.release_names(
+            "gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "B.scan", "C.scan", "bias32"
+        ),
+        ops.release_names("real", x),
         *((ops.release_names("state"),) if wiring.caching else ()),
     )
 

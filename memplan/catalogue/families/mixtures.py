@@ -12,8 +12,9 @@ from memplan.catalogue.decoder.norms import layer_norm
 from memplan.catalogue.decoder.rotation import attend_heads_first, partial_rope, rope_and_norm
 from memplan.catalogue.experts import expert_loops, experts, routers
 from memplan.catalogue.experts.experts import mixture
-from memplan.catalogue.families.dense import ERNIE, GRANITE, LLAMA, QWEN_2, QWEN_3
+from memplan.catalogue.families.dense import COHERE_2, ERNIE, GRANITE, LLAMA, QWEN_2, QWEN_3
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Op, Stack
@@ -198,6 +199,64 @@ def _hunyuan(m: ModelSpec) -> tuple[Op, ...]:
     )
 
 
+def _hunyuan_3(m: ModelSpec) -> tuple[Op, ...]:
+    """Hunyuan 3's mixture, which adds shared experts in fp32 unless the config says otherwise."""
+    bias, shared = m.get("mlp_bias", False), "mlp.shared_experts"
+    routed = routers.scaled_sigmoid_router(
+        "mlp.gate", X, "mlp.e_score_correction_bias", True, routers.fp32_gate("mlp.gate", X)
+    )
+    stacks = experts.experts(X, "routed", gate_up=(), down=())
+    mixed = mixture(X, routers.without_adapter_targets(routed), stacks, leaves=False)
+    if not m.get("enable_moe_fp32_combine", True):
+        return (*mixed, *gated_mlp(X, "shared", shared, bias, width="fs"), *_added())
+    return (
+        *mixed,
+        ops.cast("mlp.routed_float", "routed", "routed32", "b s h", "fp32"),
+        *gated_mlp(X, "shared", shared, bias, width="fs"),
+        ops.cast("mlp.shared_float", "shared", "shared32", "b s h", "fp32"),
+        ops.release_names("shared"),
+        ops.add("mlp.add", "routed32", "shared32", "sum32", "b s h"),
+        ops.release_names("routed32", "shared32"),
+        ops.cast("mlp.cast", "sum32", Y, "b s h", f"={X}"),
+        ops.release_names("sum32", "routed", *routers.HELD, X),
+    )
+
+
+def _cohere_2(m: ModelSpec) -> tuple[Op, ...]:
+    """Cohere 2's mixture of the input of attention, which only weighs the largest logits; shared experts, if any."""
+    name, shared = "mlp.gate", m.config_int("num_shared_experts", 0, least=0)
+    top, scores = "router.top", "router.probs"
+    if m.config.get("expert_selection_fn", "softmax") == "sigmoid":
+        normalise = m.get("norm_topk_prob", True)
+        raw = scores if normalise else routers.SCORES
+        weighed = (
+            routers.sigmoid(f"{name}.sigmoid", top, raw, routers.PAIRS),
+            *(routers.divided(f"{name}.normalise", raw, routers.SCORES) if normalise else ()),
+        )
+    else:
+        weighed = (
+            *ops.softmax(f"{name}.softmax", top, scores, routers.PAIRS, "fp32"),
+            ops.cast(f"{name}.cast", scores, routers.SCORES, routers.PAIRS, f"={X}"),
+        )
+    gate = (routers.gate(name, X), routers.top_k(f"{name}.topk", "router.logits", top))
+    routed = (*gate, *weighed, ops.release_names(top, scores))
+    stacks = experts.experts(X, "routed" if shared else Y)
+    halves = m.config.get("shared_expert_combination_strategy", "average") == "average"
+    joined = (
+        *gated_mlp(X, "shared", "mlp.shared_experts", width="fs", flat=True),
+        ops.add("mlp.add", "routed", "shared", "halved" if halves else Y, "b s h"),
+        *((ops.scale("mlp.average", "halved", Y, "b s h"),) if halves else ()),
+        ops.release_names("halved", "shared", "routed", *routers.HELD, X),
+    )
+    return renamed(mixture(X, routed, (*stacks, *(joined if shared else ())), leaves=not shared), {X: "n1"})
+
+
+def cohere2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Cohere 2 with experts, whose norms are Llama's if the config has an epsilon for these."""
+    row = COHERE_2._replace(experts=_cohere_2)
+    return decoder(m, wiring, row if m.config.get("rms_norm_eps") is None else row._replace(norm=ops.rms_norm))
+
+
 def _deepseek(m: ModelSpec) -> tuple[Op, ...]:
     """DeepSeek-MoE's mixture, from its published code: experts as modules, and shared experts.
 
@@ -242,6 +301,7 @@ def granite_mlp(y: str, width: str = "f") -> tuple[Op, ...]:
 _LLAMA = Decoder(bias="attention_bias", out_bias="attention_bias")
 
 BUILDERS = {
+    "cohere2_moe": cohere2_moe,
     "deepseek": _LLAMA._replace(experts=_deepseek),
     "dots1": QWEN_3._replace(mlp_bias=False, experts=sigmoid_mixture),
     "ernie4_5_moe": ernie4_5_moe,
@@ -249,6 +309,7 @@ BUILDERS = {
     "granitemoe": GRANITE._replace(experts=_granite),
     "granitemoeshared": GRANITE._replace(experts=_granite),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
+    "hy_v3": QWEN_3._replace(experts=_hunyuan_3),
     "mellum": QWEN_3._replace(mlp_bias=False, experts=softmax_mixture, local_table=True),
     "minimax_m2": Decoder(qk_norm="all", rotate=partial_rope, attend=attend_heads_first, experts=_minimax_m2),
     "mixtral": Decoder(experts=_mixtral),

@@ -15,12 +15,16 @@ projected  output channels of the input projection
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.attention import llama_attention
+from memplan.catalogue.attention.attention import KEYS
+from memplan.catalogue.decoder.attention import llama_attention, rope
 from memplan.catalogue.decoder.frame import after, before, decoder_block, inputs, lm_head, masks, returned, runs
+from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.rotation import attend_heads_first, partial_rope
 from memplan.catalogue.decoder.scaling import scaled_branch, scaled_embeddings, scaled_logits
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families.mixtures import granite_mixture, granite_mlp
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.activations import relu_squared
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
     cumulate,
@@ -31,7 +35,9 @@ from memplan.catalogue.kernels.recurrent import (
     unpadded,
 )
 from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update_2
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Block, Op, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
@@ -112,7 +118,7 @@ def chunk_scan(name: str, y: str, wiring: Wiring) -> tuple[Op, ...]:
         by_head(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         any_by_head(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
         _uncounted(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
-        Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
+        Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "=states.made"),)),
         ops.cat(f"{of}.cat", ("states.zero", "states.made"), "states.all", "b borders mh mp mn", gradient="new"),
         pad(f"{of}.pad_decay", "cum", "cum.borders", "b mh borders"),
         *segment_sum(f"{of}.chunk_segments", "cum.borders", "decay.chunks", "b mh borders", "borders"),
@@ -162,19 +168,41 @@ def gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
     )
 
 
+def gated(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
+    """The scan's fp32 output times silu of the gate in its own dtype."""
+    shape = "b s mg grouped"
+    return (
+        ops.activation(f"{name}.silu", gate, f"{y}.act", shape),
+        ops.mul(f"{name}.product", x, f"{y}.act", y, shape),
+        ops.release_names(x),
+    )
+
+
 def mamba2_mixer(
-    m: ModelSpec, wiring: Wiring, y: str, name: str = "mixer", keys: tuple[str, str] = ("use_bias", "use_conv_bias")
+    m: ModelSpec,
+    wiring: Wiring,
+    y: str,
+    name: str = "mixer",
+    keys: tuple[str, ...] = ("use_bias", "use_conv_bias"),
+    *,
+    projected: tuple[Op, ...] = (),
+    normed: bool = True,
 ) -> tuple[Op, ...]:
     """One projection to gate, convolved channels and time steps; the scan; a gated norm; the output projection.
 
-    It reads `n1`. `keys` of the config say whether projections and convolution have biases.
+    It reads `n1`.
+
+    keys       keys of the config that say whether projections and convolution have biases, and the output projection,
+               if it has its own
+    projected  the projection from `real` to `zxbcdt`, if it is not only a linear layer
+    normed     the gated output is normalised
     """
     x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
     parts = (Tensor("gate.z", "b s inner"), Tensor("xbc", "b s convolved"), Tensor("dt", _STEPS))
     split = (Tensor("x.heads", _X), Tensor("B", "b s mg mn"), Tensor("C", "b s mg mn"))
     return (
         *unpadded(wiring, x, "real", "b s h"),
-        ops.linear(f"{n}.in_proj", "real", "zxbcdt", "projected", "h", "mixer", bias),
+        *(projected or (ops.linear(f"{n}.in_proj", "real", "zxbcdt", "projected", "h", "mixer", bias),)),
         *negative_exp(f"{n}.A_log", "rate", "mh"),
         ops.split(f"{n}.split", "zxbcdt", parts),
         *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias, wiring=wiring),
@@ -183,12 +211,14 @@ def mamba2_mixer(
         ops.split(f"{n}.split_xbc", "mixed.real", split),
         ops.release_names("real"),  # its variable is rebound
         *(() if wiring.decodes else chunk_scan(n, "scanned", wiring)),
-        *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
+        *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "product", "dt"),
         *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),
-        *gated_norm(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
+        *(gated_norm if normed else gated)(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
         ops.cast(f"{n}.cast", "normed", "normed.low", "b s inner", f"={x}"),
-        ops.linear(f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", bias),
+        ops.linear(
+            f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", m.get(keys[2], False) if keys[2:] else bias
+        ),
         ops.release_names("mixed.real", "scanned", "normed", "zxbcdt", "rate", x),
         *((ops.release_names("states.new"),) if wiring.caching and not wiring.decodes else ()),
     )
@@ -253,6 +283,81 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(first, runs(m, block), scaled_logits(after(m, wiring, table=table)))
 
 
+_PRE_FF = ("input_layernorm", "", "pre_ff_layernorm", "")
+_LAST = "model.final_layernorm"
+
+
+def bamba(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Bamba: Mamba 2's mixer, or attention that rotates half of each head, and a dense MLP."""
+    bias = m.get("attention_bias", False)
+    mixer = mamba2_mixer(m, wiring, "ao", "mamba", ("mamba_proj_bias", "mamba_conv_bias"))
+    heads = llama_attention(
+        m, wiring, "n1", "ao", bias=bias, out_bias=bias, rotate=partial_rope, attend=attend_heads_first
+    )
+    mlp = gated_mlp("n2", "mo", "feed_forward", m.get("mlp_bias", False))
+
+    def block(layer: Layer) -> Block:
+        attends = layer.mixer == "attention"
+        held = returned(wiring) if attends else ("cos", "sin")  # mixers get them too
+        return decoder_block(heads if attends else mixer, mlp, norms=_PRE_FF, held=held)
+
+    return Stack(before(wiring), runs(m, block), after(m, wiring, name=_LAST))
+
+
+def falcon_h1(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Falcon-H1: attention next to Mamba 2's mixer in every layer, and numbers of the config that scale each."""
+    normed, bias = m.get("mamba_rms_norm", False), m.get("attention_bias", False)
+    if normed and m.get("mamba_norm_before_gate", True):
+        raise UnsupportedModelError(
+            "mamba_norm_before_gate: true is not supported yet with mamba_rms_norm; supported: false",
+            "mamba_norm_before_gate",
+        )
+    n, shape = "mamba", "b s projected"
+    multiplier = Weight(f"{n}.mup_vector", "projected", "buffer", trains=False)
+    projected = (
+        ops.scale(f"{n}.ssm_in_multiplier", "real", "real.scaled", "b s h"),
+        ops.linear(f"{n}.in_proj", "real.scaled", "plain", "projected", "h", "mixer", m.get("mamba_proj_bias", False)),
+        ops.multiply_weight(f"{n}.mup_vector", "plain", "zxbcdt", shape, multiplier),
+        ops.release_names("plain", "real.scaled"),
+    )
+
+    def rotate(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
+        scaled = ops.scale(f"{name}.key_multiplier", k, "k.scaled", KEYS)
+        return (scaled, ops.release_names(k), *rope(m, name, q, "k.scaled"))
+
+    keys = ("mamba_proj_bias", "mamba_conv_bias", "projectors_bias")
+    mixer = renamed(  # both branches have scores
+        mamba2_mixer(m, wiring, "so.whole", n, keys, projected=projected, normed=normed), {"scores": "scan.scores"}
+    )
+    heads = llama_attention(m, wiring, "n1.scaled", "go.whole", bias=bias, out_bias=bias, rotate=rotate)
+    both = (
+        *mixer[:-1],
+        mixer[-1]._replace(reads=tuple(r for r in mixer[-1].reads if r != "n1")),
+        ops.scale("ssm_out_multiplier", "so.whole", "so", "b s h"),
+        ops.release_names("so.whole"),
+        ops.scale("attention_in_multiplier", "n1", "n1.scaled", "b s h"),
+        *heads,
+        ops.scale("attention_out_multiplier", "go.whole", "go", "b s h"),
+        ops.release_names("go.whole"),
+        ops.add("add", "so", "go", "ao", "b s h"),
+        ops.release_names("n1"),
+    )
+    name, mlp_bias = "feed_forward", m.get("mlp_bias", False)
+    mlp = (
+        ops.linear(f"{name}.up_proj", "n2", "up", "f", "h", "mlp", mlp_bias),
+        ops.linear(f"{name}.gate_proj", "n2", "gate.whole", "f", "h", "mlp", mlp_bias),
+        ops.scale(f"{name}.gate_multiplier", "gate.whole", "gate", "b s f"),
+        ops.activation(f"{name}.act_fn", "gate", "act", "b s f"),
+        ops.mul(f"{name}.product", "up", "act", "product", "b s f"),
+        ops.linear(f"{name}.down_proj", "product", "mo.whole", "h", "f", "mlp", mlp_bias),
+        ops.scale(f"{name}.down_multiplier", "mo.whole", "mo", "b s h"),
+        ops.release_names("product", "n2"),
+    )
+    block = decoder_block(both, mlp, norms=_PRE_FF, held=("so", "go", *returned(wiring)))
+    first = before(wiring, embedded=scaled_embeddings())
+    return Stack(first, runs(m, lambda _: block), scaled_logits(after(m, wiring, name=_LAST)))
+
+
 def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
     """RMSNorm that multiplies by the weight in fp32, and keeps the weight's cast."""
     *normalise, _, _, returns = ops.rms_norm(name, x, y, shape, axis)
@@ -307,8 +412,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
 def _relu2_mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.up_proj", x, "up", width, "h", "mlp", bias),
-        *experts.relu_squared(f"{name}.act_fn", "up", "act", f"b s {width}"),
-        ops.release_names("up"),
+        *relu_squared(f"{name}.act_fn", "up", "act", f"b s {width}"),
         ops.linear(f"{name}.down_proj", "act", y, "h", width, "mlp", bias),
         ops.release_names(x),
     )
@@ -334,4 +438,10 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
     )
 
 
-BUILDERS = {"granitemoehybrid": granite, "nemotron_h": nemotron, "mamba2": mamba2}
+BUILDERS = {
+    "bamba": bamba,
+    "falcon_h1": falcon_h1,
+    "granitemoehybrid": granite,
+    "mamba2": mamba2,
+    "nemotron_h": nemotron,
+}

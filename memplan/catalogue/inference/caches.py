@@ -303,6 +303,12 @@ def _mamba2(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache
     return LayerCache("state", parts, None, "transformers 5.24 models/mamba2/modeling_mamba2.py, and alike")
 
 
+def _side_by_side(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache:
+    """Falcon-H1: keys and values, and Mamba 2's states, in every layer."""
+    states = _mamba2(m, axes, layer, kept)
+    return states._replace(parts=(*_attention(m, axes, layer, kept).parts, *states.parts))
+
+
 def _convolution(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache:
     """LFM2: `kernel` columns of every channel, and no state."""
     if layer.mixer == "attention":
@@ -341,5 +347,6 @@ _KINDS: dict[Cache, _CacheOf] = {
     "latent": _latent,
     "mamba-1": _mamba1,
     "mamba-2": _mamba2,
+    "side_by_side": _side_by_side,
     "two_widths": _gemma4,
 }

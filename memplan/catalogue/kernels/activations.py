@@ -25,7 +25,7 @@ def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op,
         case "relu":
             return (relu(name, x, y, shape),)
         case "relu2":
-            return (relu(f"{name}.relu", x, f"{y}.relu", shape), power(f"{name}.square", f"{y}.relu", y, shape))
+            return relu_squared(name, x, y, shape)
         case "xielu":
             return xielu(name, x, y, shape)
         case _:
@@ -35,6 +35,12 @@ def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op,
 def relu(name: str, x: str, y: str, shape: str) -> Op:
     """Return relu, which keeps its output."""
     return ops.keeping_output(name, x, y, shape, "relu")
+
+
+def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """Return relu squared, which keeps the output of relu, and holds it and x until it returns."""
+    made = f"{y}.relu"
+    return (relu(f"{name}.relu", x, made, shape), power(f"{name}.square", made, y, shape), ops.release_names(made, x))
 
 
 def power(name: str, x: str, y: str, shape: str) -> Op:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.losses import nll
-from memplan.catalogue.kernels.rewriting import rewrite
+from memplan.catalogue.kernels.rewriting import idle, renamed, rewrite
 from memplan.catalogue.kernels.trl_losses import tiled_lm_head
 from memplan.catalogue.kernels.wiring import PAIRED, Trainer
 from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor
@@ -51,6 +51,8 @@ def attach(
     early = first_pass if trainer.log_probs != "gathered" else None
     before = tuple(new for op in stack.before for new in (_inputs(op, early) if op.name == "inputs" else (op,)))
     stack = stack._replace(before=before, loss=())
+    if trainer.name == "reward" and trainer.log_probs == "gathered":
+        return _with_value_head(stack)
     if trainer.name == "reward":
         scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
         return stack._replace(loss=(RETURNED, scores))
@@ -84,6 +86,38 @@ def attach(
     if not trainer.is_reference:
         tail = (*tail, *_shifted_log_probs("", outputs, is_fp32, trainer.log_probs))
     return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
+
+
+def _with_value_head(stack: Stack) -> Stack:
+    """Return the stack of a model that scores every token by a head of its own, next to the language model's.
+
+    TRL's wrapper asks for all states and casts the logits to fp32; the trainer reads the scores alone. The graph of the
+    logits, through which no gradient flows, keeps their input as autocast has cast it.
+    """
+    source = "llamafactory 0.9.5 train/rm/trainer.py compute_loss; trl 0.24.0 models/modeling_value_head.py"
+    stack = returning_states(stack)
+    start = next(i for i, op in enumerate(stack.after) if begins_head(op))
+    logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
+    tied = {w.name for op in stack.before for w in op.weights}
+    unread = (
+        (op if any(w.name in tied for w in op.weights) else idle(op))._replace(gradient="none")
+        for op in renamed(stack.after[start:], {"n": "unread"})
+    )
+    score = ops.linear("v_head.summary", "v_head.wide", "values", "1", "h", "head", bias=True)
+    scored = (
+        ops.dropout("v_head.dropout", "n", "v_head.dropped", "b s h"),
+        ops.cast("v_head.cast", "v_head.dropped", "v_head.wide", "b s h", "fp32"),
+        ops.release_names("v_head.dropped"),
+        score._replace(weights=tuple(w._replace(dtype="fp32") for w in score.weights)),
+        ops.release_names("v_head.wide"),
+        ops.cast("v_head.logits", logits, "wide_logits", "b s v", "fp32")._replace(gradient="none"),
+        RETURNED._replace(releases="states"),
+    )
+    loss = Op("loss.reward", ("values",), (Tensor("loss", "", "fp32"),), source=source)
+    return stack._replace(
+        after=(*stack.after[:start], ops.lowered("lm_head", "n", "unread", "b s h"), *unread, *scored),
+        loss=(loss, ops.release_names("values", "wide_logits", logits, "unread")),
+    )
 
 
 RETURNED = Op("return", releases="autocast", returns=MODEL)  # the model's own autocast context ends
@@ -223,8 +257,9 @@ def selected_log_probs(
     if is_fp32:
         exponents = Tensor("exponents of a sequence", f"{row} v", f"={x}")
         gradients = Scratch(Tensor("gradients by sequence", shape, f"={x}"))
+        inside = Scratch(Tensor("differences and exponents of a sequence", f"2 {row} v", f"={x}"), early=True)
         kept = (Keep(x, x),)
-        yield Op(name, (x, "ids"), (written,), (), kept, (exponents,), (gradients,), source=source)
+        yield Op(name, (x, "ids"), (written,), (), kept, (exponents,), (gradients, inside), source=source)
         return
     if is_reference:
         two = (Tensor("log-softmax of two sequences", f"2 {row} v", f"={x}"),)
@@ -302,5 +337,8 @@ def _metrics(trainer: Trainer) -> Iterator[Op]:
     chunk = tuple(Tensor(name, words, "=shifted") for name in names)
     if trainer.log_probs == "shifted":
         yield Op("loss.entropy", ("shifted",), gradient="none", scratch=(flat, *chunk), source=source)
-    half = Tensor("logits of one half", "half_rows v", "=shifted")
-    yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=(half,), source=source)
+    names = ("logits of one half", "logits of the other", "logits of labelled tokens")[
+        : 3 if trainer.name == "kto" else 1
+    ]
+    halves = tuple(Tensor(name, "half_rows v", "=shifted") for name in names)
+    yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=halves, source=source)

@@ -85,7 +85,7 @@ def causal_conv(
 
 def unpadded(wiring: Wiring, x: str, y: str, shape: str) -> tuple[Op, ...]:
     """Multiply `x` by the padding mask, since sequence mixers need zeros at padded positions."""
-    if not wiring.padded:
+    if not wiring.padded or wiring.decodes:  # a cache that holds tokens has no mask
         return (ops.view("unpadded", x, y, shape),)
     return (
         Op(

@@ -57,7 +57,7 @@ def selective_state_update(name: str, y: str) -> tuple[Op, ...]:
         ops.release_names("scanned"),
         Op(f"{n}.silu", ("gate.z",), (Tensor("gate.act", row, "=mixed.real"),)),
         Op(f"{n}.gate", ("with_skip", "gate.act"), (Tensor(y, row, "=mixed.real"),)),
-        ops.release_names("discrete.A", "discrete.B", "delta.B.u", "state.now"),
+        ops.release_names("dt.plus", "discrete.A", "discrete.B", "delta.B.u", "state.now"),
     )
 
 
@@ -76,7 +76,13 @@ def selective_state_update_2(name: str, y: str) -> tuple[Op, ...]:
         Op(f"{n}.discrete_B", ("dt.plus", "B.heads"), (Tensor("discrete.B", shape, low),), source=_MAMBA2),
         Op(f"{n}.delta_B_u", ("discrete.B", "x.heads"), (Tensor("delta.B.u", shape, low),), source=_MAMBA2),
         Op(f"{n}.decay", ("state", "discrete.A"), (Tensor("decayed", shape, "fp32"),), source=_MAMBA2),
-        Op(f"{n}.update", ("decayed", "delta.B.u"), (Tensor("state.now", shape, "fp32"),), source=_MAMBA2),
+        Op(
+            f"{n}.update",
+            ("decayed", "delta.B.u"),
+            (Tensor("state.now", shape, "fp32"),),
+            scratch=(Tensor("state.stored", shape, "=state!state.now"),),
+            source=_MAMBA2,
+        ),
         ops.copy(f"{n}.C_heads", "C", "C.heads", "b mh mn"),
         ops.cast(f"{n}.low", "state.now", "state.low", shape, low),
         Op(f"{n}.read", ("state.low", "C.heads"), (Tensor("scanned.read", row, low),), product="matrix"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
@@ -19,7 +20,7 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
             new = rewritten[id(op)] = tuple(o._replace(skipped=True) for o in made) if op.skipped else made
         return new
 
-    return rewrite_lists(stack, lambda operations: tuple(o for op in operations for o in changed(op)))
+    return rewrite_lists(stack, lambda operations: tuple(chain.from_iterable(map(changed, operations))))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
@@ -72,6 +73,11 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
 def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
     """Return the operations that have weights, marked as not run."""
     return tuple(op._replace(skipped=True, unit="", requires_gradient=False) for op in operations if op.weights)
+
+
+def idle(op: Op) -> Op:
+    """Return the operation with weights that get no gradient, though they would train."""
+    return op._replace(weights=tuple(w._replace(trains=False, idle=w.trains) for w in op.weights))
 
 
 def matrix(op: Op) -> Weight | None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
+from memplan.catalogue.kernels.rewriting import idle, matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
@@ -249,18 +249,16 @@ def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
             return (op,)
-        weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
         autocast = op.autocast if keeps_casts else ""
-        return (Op(op.name, weights=weights, gradient="none", autocast=autocast),) if weights else ()
+        return (Op(op.name, weights=idle(op).weights, gradient="none", autocast=autocast),) if op.weights else ()
 
+    if not any(op.skipped for op in operations(stack)):
+        return stack
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 
 
 def _idle_unread(stack: Stack) -> Stack:
     """Mark the weights of blocks as idle whose output nothing reads."""
-
-    def idle(op: Op) -> Op:
-        return op._replace(weights=tuple(w._replace(trains=False, idle=w.trains) for w in op.weights))
 
     def changed(block: Block) -> Block:
         return block._replace(ops=tuple(map(idle, block.ops))) if block.unread else block
@@ -282,8 +280,7 @@ def _idle_unreached(stack: Stack) -> Stack:
 
 def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
     """Whether a weight belongs to a frozen part of the model, which neither trains nor is adapted."""
-    part = next((part for part, groups in PARTS.items() if w.group in groups), "language")
-    return part in frozen
+    return bool(frozen) and next((part for part, groups in PARTS.items() if w.group in groups), "language") in frozen
 
 
 def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
@@ -493,6 +490,8 @@ def _idle_adapters(op: Op, adapted: tuple[Op, ...]) -> Op:
 
 
 def _with_adapter_dtype(op: Op, recipe: Recipe) -> Op:
+    if not op.weights:
+        return op
     adapters = tuple(
         w if w.dtype or w.group != "adapter" else w._replace(dtype=recipe.adapter_dtype) for w in op.weights
     )
@@ -555,7 +554,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         return w._replace(dtype=dtype, trains=False, stored=storage)
     prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only
     dtype = "fp32" if prepared else w.dtype or recipe.weights
-    return w._replace(dtype=dtype, trains=False)
+    asks = recipe.kind == "stored" and w.trains  # nothing freezes a model that only runs
+    return w._replace(dtype=dtype, trains=False, idle=asks)
 
 
 def runs_in_format(w: Weight, how: InferenceFormat, skip: tuple[str, ...]) -> bool:

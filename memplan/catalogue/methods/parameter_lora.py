@@ -19,12 +19,12 @@ _SOURCE = "peft 0.21 tuners/lora/layer.py ParamWrapper"
 
 def represented_layers(operations: Iterable[Op]) -> frozenset[str]:
     """Names of the linear layers that parameters stand for. peft adapts no real linear layer of such a name."""
-    return frozenset(name for op in operations for w in op.weights for name in w.stands_for)
+    return frozenset(name for op in operations if (w := parameter(op)) is not None for name in w.stands_for)
 
 
 def parameter(op: Op) -> Weight | None:
-    """The operation's parameter that peft can adapt, if any."""
-    return next((w for w in op.weights if w.stands_for and not w.matrix), None)
+    """The operation's parameter that peft can adapt, if any. A linear layer is one only if it is not quantised."""
+    return next((w for w in op.weights if w.stands_for and not (w.matrix and w.stored)), None)
 
 
 def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool], dtype: str) -> tuple[Op, ...]:
@@ -47,7 +47,7 @@ def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool]
             out += [op for w in reversed(stacks) for op in _entered(w, dtype)]
         if op.name in adapted:
             w = adapted[op.name]
-            adapter = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
+            adapter = (_fold(w, dtype),) if w.stacked else tuple(_add(w._replace(matrix=False), dtype))
             out += (*adapter, _with_tensor_for_weight(op, w, adapter[-1].writes[0].name))
         elif op.name == f"{module}.return":
             entries = (t.name for w in stacks for entry in _entered(w, dtype) for t in entry.writes)

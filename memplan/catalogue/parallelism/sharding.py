@@ -43,6 +43,7 @@ STRATEGIES = {
     for row in (
         Strategy("ddp", False, False, False, False, False, "torch 2.13 csrc/distributed/c10d/reducer.cpp"),
         Strategy("fsdp", True, True, True, True, True, "torch 2.13 distributed/fsdp/_flat_param.py, _runtime_utils.py"),
+        Strategy("zero0", False, False, False, False, False, "DeepSpeed 0.19.8 runtime/fp16/unfused_optimizer.py"),
         Strategy("zero1", False, False, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero2", False, True, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero3", True, True, True, False, False, "DeepSpeed 0.19.8 runtime/zero/stage3.py"),
@@ -59,7 +60,7 @@ STRATEGIES = {
     )
 }
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # DeepSpeed's ZeRO stages
+STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}  # DeepSpeed's ZeRO stages
 
 # A rank's part of a weight differs from the weight in shape, so only elementwise optimizers keep the same states of it.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")

@@ -203,10 +203,13 @@ def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, g
     few_rows  most rows of a product that may read packed weights
     """
     found: dict[str, int] = {}
+    parsed = _parsed(needs)
+    if not parsed:
+        return found
     card = card_of(gpu.compute_capability if gpu is not None else None)
     if gpu is not None and gpu.compute_capability is None:  # AMD's kernels take no more
         few_rows = min(few_rows, _ALWAYS_PACKED)
-    for axis, lengths, compute, block in _parsed(needs):
+    for axis, lengths, compute, block in parsed:
         rows, n, k = (prod(int(name) if name.isdigit() else axes[name] for name in names) for names in lengths)
         fits = reads_packed(rows, n, k, compute, card) if compute else rows <= _ALWAYS_PACKED
         found[axis] = int(not (fits and rows <= few_rows and k % block == 0))

@@ -1,6 +1,7 @@
 """Vision and audio towers that a text-only run loads but does not run.
 
-Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py.
+Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py, models/siglip, siglip2,
+voxtral and qwen2_audio.
 """
 
 from __future__ import annotations
@@ -63,6 +64,22 @@ def gemma4_towers(m: ModelSpec, made: Stack) -> Stack:
         outside = _vision_outside(bool(image.get("standardize", False)))
         made = _with_tower(made, outside, (("model.vision_tower.encoder.layers", "vL", _vision_layer(clips)),))
     return made
+
+
+def unified_embedders(m: ModelSpec, made: Stack) -> Stack:
+    """Return the stack with the layers by which the unified Gemma 4 embeds pixels and sound, if the config has them."""
+    n, name, group = "model.embed_vision", "embedding_projection", "projector"
+    pixels = (
+        _norm(f"{n}.patch_ln1", "vin", True),
+        _linear(f"{n}.patch_dense", "vh", "vin", True),
+        _norm(f"{n}.patch_ln2", "vh", True),
+        _parameters(n, ("pos_embedding", "vpositions 2 vh")),
+        _norm(f"{n}.pos_norm", "vh", True),
+        _linear(f"{n}.multimodal_embedder.{name}", "h", "vo", group=group),
+    )
+    sound = (_linear(f"model.embed_audio.{name}", "h", "uo", group="audio"),)
+    parts = (("vision_config", pixels), ("audio_config", sound))
+    return _with_tower(made, tuple(op for key, layers in parts if m.part(key) for op in layers), ())
 
 
 def _vision_outside(standardizes: bool) -> tuple[Op, ...]:
@@ -135,10 +152,13 @@ def _audio_layer(clips: bool) -> tuple[Op, ...]:
     )
 
 
-def _plain_layer(projections: tuple[str, ...], norms: tuple[str, ...]) -> tuple[Op, ...]:
+_HEADS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def _plain_layer(norms: tuple[str, ...]) -> tuple[Op, ...]:
     """Return a layer of a plain vision transformer. All linear layers and norms have biases."""
     return (
-        *(_linear(f"self_attn.{name}", "vh", "vh", True) for name in projections),
+        *(_linear(f"self_attn.{name}", "vh", "vh", True) for name in _HEADS),
         _linear("mlp.fc1", "vf", "vh", True),
         _linear("mlp.fc2", "vh", "vf", True),
         *(_norm(name, "vh", True) for name in norms),
@@ -158,7 +178,79 @@ def step_tower(m: ModelSpec, made: Stack) -> Stack:
         Op("", weights=(Weight(f"{tower}.embeddings.position_ids", "1 vpositions", "buffer", "int64", False),)),
     )
     layer = (
-        *_plain_layer(("q_proj", "k_proj", "v_proj", "out_proj"), ("layernorm_before", "layernorm_after")),
+        *_plain_layer(("layernorm_before", "layernorm_after")),
         _parameters("", ("lambda_1", "vh"), ("lambda_2", "vh")),
     )
     return _with_tower(made, outside, ((f"{tower}.layers", "vL", layer),))
+
+
+def siglip(m: ModelSpec, made: Stack, projector: tuple[Op, ...], numbered: bool = True) -> Stack:
+    """Return the stack with SigLIP's tower, which may end with a head that pools, and a projector.
+
+    `numbered`: the embeddings hold the numbers of patches, which SigLIP 2 does not need.
+    """
+    tower, n = "model.vision_tower", "model.vision_tower.head"
+    ids = Weight(f"{tower}.embeddings.position_ids", "1 vpositions", "buffer", "int64", False)
+    head = (
+        _parameters(n, ("probe", "1 1 vh")),
+        _parameters(f"{n}.attention", ("in_proj_weight", "3 vh vh"), ("in_proj_bias", "3 vh")),
+        _linear(f"{n}.attention.out_proj", "vh", "vh", True),
+        _norm(f"{n}.layernorm", "vh", True),
+        _linear(f"{n}.mlp.fc1", "vf", "vh", True),
+        _linear(f"{n}.mlp.fc2", "vh", "vf", True),
+    )
+    patches = f"{tower}.embeddings.patch_embedding"
+    outside = (
+        _parameters(patches, ("weight", "vh vin"), ("bias", "vh")) if numbered else _linear(patches, "vh", "vin", True),
+        _parameters(f"{tower}.embeddings.position_embedding", ("weight", "vpositions vh")),
+        *((Op("", weights=(ids,)),) if numbered else ()),
+        _norm(f"{tower}.post_layernorm", "vh", True),
+        *(head if m.part("vision_config").get("vision_use_head", True) else ()),
+        *projector,
+    )
+    return _with_tower(
+        made, outside, ((f"{tower}.encoder.layers", "vL1", _plain_layer(("layer_norm1", "layer_norm2"))),)
+    )
+
+
+def two_layers(name: str, out: str, into: str, between: str = "", bias: bool = True, norm: str = "") -> tuple[Op, ...]:
+    """Return a projector of two linear layers; `between` is the input of the second, and `norm` comes first."""
+    n, group = f"model.{name}", "projector"
+    return (
+        *((_norm(f"{n}.{norm}", into, True, group),) if norm else ()),
+        _linear(f"{n}.linear_1", out, into, bias, group),
+        _linear(f"{n}.linear_2", "h", between or out, bias, group),
+    )
+
+
+def one_layer(name: str, into: str) -> tuple[Op, ...]:
+    return (_linear(f"model.{name}.linear", "h", into, True, "projector"),)
+
+
+def newline() -> tuple[Op, ...]:
+    """Return the embedding of the end of a row of patches."""
+    return (_parameters("", ("model.image_newline", "h"), group="projector"),)
+
+
+def whisper(made: Stack, projector: tuple[Op, ...], wide_positions: bool = False) -> Stack:
+    """Return the stack with Whisper's encoder, whose table of positions never trains, and a projector.
+
+    `wide_positions`: the table is in fp32.
+    """
+    tower, group = "model.audio_tower", "audio"
+    dtype = "fp32" if wide_positions else ""
+    places = Weight(f"{tower}.embed_positions.weight", "upositions uh", group, trains=False, dtype=dtype)
+    outside = (
+        _parameters(f"{tower}.conv1", ("weight", "uh uin 3"), ("bias", "uh"), group=group),
+        _parameters(f"{tower}.conv2", ("weight", "uh uh 3"), ("bias", "uh"), group=group),
+        Op(f"{tower}.embed_positions", weights=(places,)),
+        _norm(f"{tower}.layer_norm", "uh", True, group),
+        *projector,
+    )
+    layer = (
+        *(_linear(f"self_attn.{name}", "uh", "uh", name != "k_proj", group) for name in _HEADS),
+        _linear("fc1", "uf", "uh", True, group),
+        _linear("fc2", "uh", "uf", True, group),
+        *(_norm(name, "uh", True, group) for name in ("self_attn_layer_norm", "final_layer_norm")),
+    )
+    return _with_tower(made, outside, ((f"{tower}.layers", "uL", layer),))

@@ -51,10 +51,10 @@ def text_with_tower(
     )
 
 
-def masked_text(wiring: Wiring, build: Callable[[Wiring], Stack]) -> Stack:
-    """Return the text's stack, in which tokens of an image attend to each other: with images all layers have a mask."""
-    text = build(wiring._replace(padded=wiring.padded or wiring.images))
-    if wiring.padded or not wiring.images:
+def masked_text(masked: bool, wiring: Wiring, build: Callable[[Wiring], Stack]) -> Stack:
+    """Return the text's stack. Tokens of an image attend to each other: if `masked`, all layers have a mask."""
+    text = build(wiring._replace(padded=wiring.padded or masked))
+    if wiring.padded or not masked:
         return text
     first = text.before[0]
     without_mask = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))

@@ -17,26 +17,30 @@ _BITSANDBYTES = ("bnb", "bitsandbytes")
 # Switch -> optimizer -> the name of it in transformers.
 _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
 _RANK = 16  # of both, unless it is set
-# Stages of trainers that are not read. Source: train/ppo/trainer.py, train/rm/trainer.py; trl 0.24 value-head models.
-_UNREAD = {
-    "ppo": (
-        "its own trainer takes trl 0.8.6 to 0.9.6 only, not the 0.18 to 0.24 that it is installed with; memplan MODEL "
-        "--trainer ppo counts TRL's of 0.24 and later"
-    ),
-    "rm": (
-        "its value head stands next to the language model's, whose logits it computes in fp32, too; memplan MODEL "
-        "--trainer reward --profile trl-0.24 counts a reward model without them"
-    ),
-}
+_STAGES = {"dpo": "dpo", "kto": "kto", "rm": "reward"}  # stages with a trainer of their own
+# Source: train/ppo/trainer.py.
+_PPO = (
+    "ppo is not supported yet: its own trainer takes trl 0.8.6 to 0.9.6 only, not the 0.18 to 0.24 that it is "
+    "installed with; memplan MODEL --trainer ppo counts TRL's of 0.24 and later; supported: sft, pt, rm, dpo, kto"
+)
+
+
+# Keys of files for llamafactory-cli chat and export, and of runs that only evaluate or predict.
+_WITHOUT_TRAINING = ("export_dir", "infer_backend", "do_predict", "do_eval")
 
 
 def _method(config: Config) -> None:
+    key = next((key for key in _WITHOUT_TRAINING if config.said(key)), None)
+    if key is not None and not config.flag("do_train"):
+        raise config.error(
+            key, "nothing trains without do_train: true; memplan MODEL --method generate counts inference"
+        )
     stage = config.get("stage")
-    if stage in _UNREAD:
-        raise config.error("stage", f"{stage} is not supported yet: {_UNREAD[stage]}; supported: sft, pt, dpo, kto")
-    if config.word("stage", "sft", "pt", "dpo", "kto") in ("dpo", "kto"):
+    if stage == "ppo":
+        raise config.error("stage", _PPO)
+    if config.word("stage", "sft", "pt", *_STAGES) in _STAGES:
         loss = config.get("pref_loss") if stage == "dpo" else None
-        trainer.preference(config, loss if loss in ("orpo", "simpo") else stage, "stage", "pref_loss")
+        trainer.preference(config, loss if loss in ("orpo", "simpo") else _STAGES[stage], "stage", "pref_loss")
         if config.text("ref_model") is not None and loss not in ("orpo", "simpo"):
             config.set("reference", "copy", "ref_model", why="counted as large as the policy")
     kind = config.word("finetuning_type", "lora", "oft", "freeze", "full") or "lora"

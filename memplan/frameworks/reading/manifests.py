@@ -15,11 +15,10 @@ from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
+from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.shell import (
     Launched,
     Programs,
-    entry_point,
-    image_version,
     launched,
     resolved,
     variables_of,

@@ -10,7 +10,7 @@ from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.core.toml import read_tables
-from memplan.frameworks import FRAMEWORKS
+from memplan.frameworks import WRITERS
 from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading.config import Rule
 
@@ -66,7 +66,7 @@ class RunFormat(NamedTuple):
 
 def _formats() -> Iterator[RunFormat]:
     tables = read_tables(Path(__file__).with_name("frameworks.toml"))
-    writers = {framework.name: framework for framework in FRAMEWORKS}
+    writers = {framework.name: framework for framework in WRITERS}
 
     def by_key(name: str, part: str) -> dict[str, str]:
         """Return each key of a framework's part, in it or in the one that it is like, with what it stands under."""

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 from memplan.core.errors import SpecError, printable
 from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
+from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.spec.file import read_text
 
@@ -53,7 +54,9 @@ _CONTINUED = "\\\n"
 _LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
 _LONGEST_ARRAY = 200  # lines
 _LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
-_QUOTES = re.compile(r"\\.|['\"]|#.*")  # and what they may not be in, as shlex has it
+_QUOTES = re.compile(r"\\.|['\"]|(?<![^\s;&|()])#.*")  # and comments, in which they are none
+# A quoted text, or a comment; a hash inside a word, such as data#500, begins none, as it does for shlex.
+_COMMENT = re.compile(r"""(\\.|'[^']*'|"(?:\\.|[^"\\])*")|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
 _QUOTES_END = re.compile(r"\\.|\"")
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _MOST_SHOWN = 60  # of a name
@@ -69,16 +72,6 @@ _WITHOUT_VALUE = frozenset(
 _CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun", "ray")
 _MPI = ("mpirun", "mpiexec", "horovodrun")
 _SHELLS = ("sh", "bash", "zsh")
-# Beginning of an image's name -> the program that its entry point runs.
-_IMAGES = {
-    "vllm/vllm-openai": ("vllm", "serve"),
-    "ghcr.io/huggingface/text-generation-inference": ("text-generation-launcher",),
-    "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
-    "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
-}
-# A key of a container's variables that no shell has: the version in the tag of its image, `v0.9.1`.
-IMAGE = "the image's version"
-_TAG = re.compile(r":v?(\d{1,9}(?:\.\d{1,9}){1,3})")
 # Beginning of a program's name -> what it is, and the nearest that is read.
 _LATER = {
     "verl.": ("verl's other runs", "verl.trainer.main_ppo or verl.trainer.sft_trainer"),
@@ -202,9 +195,14 @@ def variables_of(name: str, folder: Path | None) -> dict[str, str]:
     out: dict[str, str] = {}
     for line in _near_text(name, folder).splitlines():
         with suppress(ValueError):  # a quote that is not closed
-            for match in filter(None, map(_ASSIGNMENT.fullmatch, shlex.split(line, comments=True))):
+            for match in filter(None, map(_ASSIGNMENT.fullmatch, _words(line))):
                 out[match[1]] = " ".join(resolved(match[2], out))
     return out
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a command, without comments. Raises ValueError for a quote that is not closed."""
+    return shlex.split(_COMMENT.sub(lambda match: match[1] or "", text))
 
 
 def _near_text(name: str, folder: Path | None) -> str:
@@ -228,7 +226,7 @@ def _commands(
         array = _ARRAY.fullmatch(joined)
         try:
             text = array[3] if array is not None else joined
-            words = shlex.split(_ARITHMETIC.sub(partial(_computed, variables), text), comments=True)
+            words = _words(_ARITHMETIC.sub(partial(_computed, variables), text))
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
         if array is not None:  # NAME=(a b), NAME+=(c)
@@ -275,7 +273,7 @@ def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
             continue
         start = start if joined else number
         quote = _open_quote(line, quote)
-        if line.rstrip().endswith("\\"):
+        if line.rstrip().endswith("\\") and (joined or not line.lstrip().startswith("#")):
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
@@ -464,17 +462,6 @@ def _inside(words: list[str], programs: Programs) -> tuple[list[str], list[str]]
     return words, []
 
 
-def image_version(image: str) -> dict[str, str]:
-    """Return the version in the tag of a known image, as a container's variable; none if it has none."""
-    tag = _TAG.search(image) if entry_point(image) else None
-    return {IMAGE: tag[1]} if tag is not None else {}
-
-
-def entry_point(image: str) -> tuple[str, ...]:
-    """Return the program that an image runs, and its subcommand; empty if that is not known."""
-    return next((program for start, program in _IMAGES.items() if image.startswith(start)), ())
-
-
 def _partition(words: list[str], end: str) -> tuple[list[str], list[str], list[str]]:
     index = words.index(end) if end in words else len(words)
     return words[:index], words[index : index + 1], words[index + 1 :]
@@ -583,9 +570,16 @@ def engines_command(command: Launched, engines: Mapping[str, str]) -> Launched:
     return command._replace(program=engine, subcommand="", flags=flags)
 
 
+# Flags of data, outputs and logs, on whose values memory does not depend.
+_ASIDE = re.compile(
+    r"(?:.*\.)?(?:(?:output|logging|log|cache|save|tensorboard|data|dataset)_dir|(?:train|validation|test|eval|data)_file"
+    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed)"
+)
+
+
 def unresolved(flags: Mapping[str, Any]) -> Iterator[str]:
     """Yield the flags whose value holds a variable that the script does not set, or another command's output."""
     for key, value in flags.items():
         text = " ".join(cast("list[str]", value)) if isinstance(value, list) else str(value)
-        if "$" in text or "`" in text:
+        if ("$" in text or "`" in text) and not _ASIDE.fullmatch(key):
             yield printable(key, 60)

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, Typed
+from memplan.frameworks.reading.config import Config, Rule, Typed, shown
 from memplan.frameworks.reading.document import Document
 
 _BUCKETS = {"overlap_comm": False, "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8}
@@ -34,7 +34,7 @@ _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpoi
 
 
 _GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
-_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "cpo", "simpo", "orpo", "grpo")}}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo")}}
 
 
 def _program(config: Config) -> None:
@@ -92,7 +92,10 @@ def _method(config: Config) -> None:
 
 def _adapters(config: Config) -> None:
     targets = config.names("target_modules") or ["all-linear"]
-    config.set("method.targets", "all-linear" if targets == ["all-linear"] else targets, "target_modules")
+    others = [name for name in targets if name != "all-linear"]
+    if len(others) not in (0, len(targets)):
+        config.leave("target_modules", f"{shown(' '.join(others))} next to all-linear: not counted")
+    config.set("method.targets", "all-linear" if "all-linear" in targets else targets, "target_modules")
     if config.names("modules_to_save"):
         config.set("method.modules_to_save", config.names("modules_to_save"), "modules_to_save")
     if config.flag("use_rslora"):

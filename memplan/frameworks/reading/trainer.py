@@ -110,9 +110,11 @@ def generation(
     beta = config.number(named.get("beta", "beta"))
     if beta is not None:
         config.set("reference", ("adapters" if adapts else "copy") if beta else "none", named.get("beta", "beta"))
-    for key in ("steps_per_generation", "generation_batch_size", "num_iterations"):
-        if config.said(named.get(key, key)) is not None:
-            config.leave(named.get(key, key), "one batch is counted as generated for each step")
+    default = {"steps_per_generation": config.value("batch.accumulation"), "num_iterations": 1}
+    for key in (*default, "generation_batch_size"):
+        own = named.get(key, key)
+        if config.said(own) is not None and config.whole(own) != default.get(key):
+            config.leave(own, "one batch is counted as generated for each step")
     engine, places = (named.get(key, key) for key in ("use_vllm", "vllm_mode"))
     if not config.flag(engine):
         return
@@ -320,8 +322,6 @@ def deepspeed(config: Config, document: Document) -> None:
     except SpecError as error:
         key = str(error).removeprefix("deepspeed: ").partition(":")[0]
         raise SpecError(f"{document.where(key)}: {error}", error.field) from None
-    if not parts.get("parallelism"):
-        config.leave("zero_optimization.stage", "stage 0: DeepSpeed without ZeRO is counted as DDP", document)
     for field, value in paths(parts):
         config.set(field, value, why=_deepspeed_source(document, field))
 

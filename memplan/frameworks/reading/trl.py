@@ -89,7 +89,8 @@ def trainer_of(config: Config) -> None:
 
 
 def _generation(config: Config, name: str, *keys: str, why: str) -> None:
-    mode = "server" if version_number(config.title.rpartition(" ")[2]) < (1,) else "colocate"
+    version = version_number(config.title.rpartition(" ")[2])
+    mode = "server" if version < (1,) else "colocate"
     trainer.generation(config, name, *keys, adapts=config.flag("use_peft"), mode=mode, why=why)
     role, key = ("teacher", _TEACHER) if name == "distill" else ("reward", _REWARD)
     model = config.text(key)
@@ -97,6 +98,9 @@ def _generation(config: Config, name: str, *keys: str, why: str) -> None:
         trainer.role(config, role, model, key)
     if name == "distill":
         config.found.pop("reference", None)  # its beta chooses a divergence
+    for bonus in ("entropy_coef", "use_adaptive_entropy"):  # later kernels keep nothing for its gradient
+        if version < (1, 14) and config.said(bonus):
+            config.leave(bonus, "the probabilities of all tokens that the entropy's gradient keeps are not counted")
 
 
 def method(config: Config) -> None:

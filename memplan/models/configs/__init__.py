@@ -29,21 +29,22 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe "
-        "mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open",
+        "afmoe cohere2_moe dbrx deepseek dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe granitemoeshared "
+        "hunyuan_v1_moe hy_v3 mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open",
     ),
     "vision": (
         "vision-language",
-        "gemma3 idefics3 internvl llava mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl "
-        "qwen3_vl_moe smolvlm",
+        "aya_vision cohere2_vision gemma3 idefics3 internvl lfm2_vl llava llava_next llava_next_video llava_onevision "
+        "mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm",
     ),
+    "audio": ("audio-language", "qwen2_audio voxtral"),
     "ssm": (
         "state space, recurrent, linear attention",
-        "falcon_mamba granitemoehybrid jamba lfm2 lfm2_moe mamba mamba2 nemotron_h qwen3_5_moe_text "
+        "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 lfm2_moe mamba mamba2 nemotron_h qwen3_5_moe_text "
         "qwen3_5_text qwen3_next",
     ),
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
-    "gemma": ("", "gemma3n_text gemma4 gemma4_text"),
+    "gemma": ("", "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
     "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
@@ -80,15 +81,19 @@ def around(model_type: str, wrapped: str) -> Family:
         return {**(decoder.axes(m) if decoder.axes else {}), **(row.axes(m) if row.axes else {})}
 
     return decoder._replace(
-        defaults={**row.defaults, **decoder.defaults},
+        defaults={**decoder.defaults, **row.defaults},
         keys=decoder.keys._replace(decoder=row.keys.decoder),
         axes=axes,
         built_as="",
         wraps=decoder.built_as or wrapped,
         objectives=row.objectives,
         stack=row.stack,
+        attention=decoder.attention._replace(
+            single_sequence=decoder.attention.single_sequence or row.attention.single_sequence
+        ),
         checkpoint=row.checkpoint,
         parallel=row.parallel,
+        serving=decoder.serving if row.serving.is_modelled else row.serving,
         images=row.images,
     )
 

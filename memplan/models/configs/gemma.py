@@ -8,8 +8,8 @@ from typing import Any
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
-from memplan.models.configs.uncalled_towers import gemma4_towers
-from memplan.models.facts import Family, ImageFacts, ModelFacts
+from memplan.models.configs.uncalled_towers import gemma4_towers, unified_embedders
+from memplan.models.facts import Family, ImageFacts, ModelFacts, flash_width
 from memplan.models.family_facts import (
     AttentionFacts,
     ConfigKeys,
@@ -117,7 +117,7 @@ def _gemma4_axes(m: ModelFacts) -> Mapping[str, int]:
         **dict(_per_layer(m)),
         "dg": wide,
         "dg2": wide // 2,
-        "dg32": -(-wide // 64) * 64,
+        "dg32": flash_width(wide),
         "kg": _full_heads(m),
         **({axis: m.config_int(key) for axis, key in expert_keys.items()} if m.get("enable_moe_block", False) else {}),
     }
@@ -125,6 +125,10 @@ def _gemma4_axes(m: ModelFacts) -> Mapping[str, int]:
 
 def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **gemma4_towers(m)}
+
+
+def _unified_axes(m: ModelFacts) -> Mapping[str, int]:
+    return {**_gemma4_axes(m), **unified_embedders(m)}
 
 
 # Source: transformers 5.24 models/gemma3n/configuration_gemma3n.py, models/gemma4/configuration_gemma4.py.
@@ -148,6 +152,10 @@ _GEMMA4 = Family(
     stack="gemma4",
     attention=AttentionFacts(no_flash_2="its widest heads are wider than 256"),
     generation=GenerationFacts(cache="two_widths"),
+)
+_UNIFIED = _GEMMA4._replace(
+    defaults={**_GEMMA4.defaults, "sliding_window": 1024},
+    keys=_GEMMA4.keys._replace(fixed={"hidden_size_per_layer_input": 0, "enable_moe_block": False}),
 )
 FAMILIES = {
     "gemma3n_text": Family(
@@ -179,4 +187,11 @@ FAMILIES = {
         parallel=ParallelFacts(wrapped_stem="model.vision_tower.patch_embedder."),
         images=ImageFacts(is_called=False),
     ),
+    "gemma4_unified": _UNIFIED._replace(
+        keys=_UNIFIED.keys._replace(decoder="text_config"),
+        axes=_unified_axes,
+        attention=AttentionFacts(no_flash_2="it drops the mask over image tokens"),
+        images=ImageFacts(is_called=False),
+    ),
+    "gemma4_unified_text": _UNIFIED,
 }

@@ -461,6 +461,28 @@ INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=
 PALIGEMMA = CLIP._replace(
     defaults={**CLIP.defaults, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 224}, picture=_fixed
 )
+SIGLIP = CLIP._replace(
+    defaults={
+        **CLIP.defaults,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "image_size": 384,
+    },
+    picture=None,
+    is_called=False,
+)
+COHERE2 = SIGLIP._replace(
+    defaults={
+        **SIGLIP.defaults,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 27,
+        "patch_size": 16,
+        "image_size": 512,
+    }
+)
+SIGLIP_2 = SIGLIP._replace(defaults={**GEMMA3.defaults, "num_patches": 256})
 IDEFICS3 = CLIP._replace(
     defaults={
         **CLIP.defaults,

@@ -14,7 +14,14 @@ from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import SLIDING, kinds
 from memplan.models.configs.windows import all_but_every, windows_after
 from memplan.models.facts import Family, ModelFacts
-from memplan.models.family_facts import CheckpointFacts, ConfigKeys, ParallelFacts, ServingFacts, TrainingFacts
+from memplan.models.family_facts import (
+    CheckpointFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer, as_json
 from memplan.models.tensor_plans import TensorParallelPlan
 
@@ -183,6 +190,32 @@ def _exaone_layers(m: ModelFacts) -> tuple[Layer, ...]:
     return tuple(a._replace(ffn=b.ffn) for a, b in zip(_exaone_windows(m), dense_or_sparse(m), strict=True))
 
 
+_afmoe_windows = all_but_every(4, unrotated="always", key="global_attn_every_n_layers")
+_AFMOE_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
+
+
+def _afmoe_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers with windows, except every fourth, and with experts in all but the first."""
+    return tuple(a._replace(ffn=b.ffn) for a, b in zip(_afmoe_windows(m), after_first(m), strict=True))
+
+
+def _cohere_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return Cohere 2's layers. The first few are dense, with windows of their own pattern; without any they rotate."""
+    first = m.config_int("first_k_dense_replace", 0, least=0)
+    own, period = m.config_int("prefix_dense_sliding_window_pattern", 1), m.config_int("sliding_window_pattern", 4)
+    default = [(i + 1) % own != 0 if i < first else (i - first + 1) % period != 0 for i in range(m.num_hidden_layers)]
+    return tuple(
+        layer._replace(sliding=s, rotary=s or (layer.ffn == DENSE and own == 1))
+        for layer, s in zip(dense_or_sparse(m), kinds(m, "layer_types", SLIDING, default), strict=True)
+    )
+
+
+def _cohere(m: ModelFacts) -> Mapping[str, int]:
+    axes = expert_axes(width="intermediate_size")(m)
+    shared = axes["m"] * m.config_int("num_shared_experts", 0, least=0)
+    return {**axes, "fs": shared, "f": m.config_int("prefix_dense_intermediate_size", m.intermediate_size)}
+
+
 def _mellum_layers(m: ModelFacts) -> tuple[Layer, ...]:
     """Return layers with windows and dense layers only where `layer_types` and `mlp_layer_types` say so."""
     windows = kinds(m, "layer_types", SLIDING, [False] * m.num_hidden_layers)
@@ -254,6 +287,42 @@ _GLM_MOE = _MOE._replace(
 )
 
 FAMILIES: dict[str, Family] = {
+    "afmoe": _MOE._replace(
+        defaults={
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 1408,
+            "num_experts": 64,
+            "num_experts_per_tok": 6,
+            "num_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "sliding_window": 1024,
+        },
+        keys=ConfigKeys(renamed={"num_dense_layers": "first_k_dense_replace"}),
+        layers=_afmoe_layers,
+        axes=_exaone,
+        stack="afmoe",
+        training=TrainingFacts(never_quantised=(*_AFMOE_NORMS, "q_norm", "k_norm", "norm")),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
+    "cohere2_moe": _MOE._replace(
+        defaults={
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "intermediate_size": 22528,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 0,
+            "sliding_window": 4096,
+        },
+        layers=_cohere_layers,
+        axes=_cohere,
+        generation=GenerationFacts(ignores_early_exit=True),
+        checkpoint=CheckpointFacts(),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "dbrx": Family(
         {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 32000, "kv_n_heads": 1, "max_seq_len": 2048},
         keys=ConfigKeys(
@@ -357,6 +426,22 @@ FAMILIES: dict[str, Family] = {
         defaults={"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
         axes=_hunyuan,
         parallel=ParallelFacts(plans.EXPERTS, experts=True, context=True),
+    ),
+    "hy_v3": _MOE._replace(
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 13312,
+            "moe_intermediate_size": 1536,
+            "num_experts": 192,
+            "num_experts_per_tok": 8,
+            "num_shared_experts": 1,
+        },
+        keys=ConfigKeys(renamed={"num_local_experts": "num_experts"}),
+        layers=dense_or_sparse,
+        axes=_exaone,
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
     ),
     "mellum": _MOE._replace(
         defaults={

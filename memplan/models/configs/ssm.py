@@ -191,8 +191,17 @@ def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _granite_axes(m: ModelFacts) -> dict[str, int]:
-    heads, inner = m.config_int("mamba_n_heads"), m.config_int("mamba_expand") * m.hidden_size
-    width = m.config.get("mamba_d_head")
+    count = m.config_int("num_local_experts", least=0)
+    experts = {"E": count, "e": m.config_int("num_experts_per_tok"), "m": m.intermediate_size} if count else {}
+    return {**_bamba_axes(m), **experts, "f": m.config_int("shared_intermediate_size")}
+
+
+def _bamba_axes(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of Mamba 2's mixer in a hybrid, whose inner width a config may state as `mamba_d_ssm`."""
+    inner = m.config_int("mamba_expand") * m.hidden_size
+    if m.config.get("mamba_d_ssm") is not None:
+        inner = m.config_int("mamba_d_ssm")
+    heads, width = m.config_int("mamba_n_heads"), m.config.get("mamba_d_head")
     width = inner // heads if width == "auto" else m.config_int("mamba_d_head")
     if heads * width != inner:
         raise ConfigError(
@@ -200,13 +209,13 @@ def _granite_axes(m: ModelFacts) -> dict[str, int]:
             "mamba_n_heads",
         )
     sizes = (m.config_int(f"mamba_{name}") for name in ("d_state", "n_groups", "d_conv", "chunk_size"))
-    count = m.config_int("num_local_experts", least=0)
-    experts = {"E": count, "e": m.config_int("num_experts_per_tok"), "m": m.intermediate_size} if count else {}
-    return {
-        **_scan_axes(("mamba_n_heads", "mamba_n_groups"), (heads, width, *sizes)),
-        **experts,
-        "f": m.config_int("shared_intermediate_size"),
-    }
+    return _scan_axes(("mamba_n_heads", "mamba_n_groups"), (heads, width, *sizes))
+
+
+def _bamba_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    attends = numbers(m, "attn_layer_indices")
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size, _MAMBA)
+    return tuple(layer._replace(mixer=_ATTENTION) if i in attends else layer for i in range(m.num_hidden_layers))
 
 
 _NEMOTRON_WORDS = {
@@ -340,7 +349,35 @@ _QWEN3_NEXT = Family(
     parallel=ParallelFacts(plans.MIXTURE_DELTA, experts=True),
 )
 
+_SCAN: dict[str, Any] = {
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_head": "auto",
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+}
+_BAMBA = Family(
+    {"num_key_value_heads": 8, "intermediate_size": 14336, "partial_rotary_factor": 0.5, **_SCAN},
+    keys=ConfigKeys(fixed={"partial_rotary_factor": 0.5}),
+    layers=_bamba_layers,
+    axes=_bamba_axes,
+    stack="ssm",
+    attention=AttentionFacts(single_sequence="layers"),
+    generation=GenerationFacts(cache="mamba-2"),
+    serving=ServingFacts(is_modelled=False),
+)
+
 FAMILIES: dict[str, Family] = {
+    "bamba": _BAMBA,
+    "falcon_h1": _BAMBA._replace(
+        defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "mamba_d_ssm": 1024, **_SCAN},
+        keys=ConfigKeys(),
+        training=TrainingFacts(fused_mixers=True),
+        generation=GenerationFacts(cache="side_by_side"),
+    ),
     "falcon_mamba": _MAMBA_ROW,
     "jamba": Family(
         {
@@ -444,14 +481,7 @@ FAMILIES: dict[str, Family] = {
             "shared_intermediate_size": 1024,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "mamba_n_heads": 128,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 256,
-            "mamba_d_head": "auto",
-            "mamba_d_conv": 4,
-            "mamba_expand": 2,
-            "mamba_chunk_size": 256,
-            "mamba_conv_bias": True,
+            **_SCAN,
         },
         keys=ConfigKeys({"head_dim": ()}),
         layers=_granite_layers,

@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.facts import ModelFacts
+from memplan.models.facts import ModelFacts, flash_width
 from memplan.models.family_facts import EMPTY
 from memplan.models.layers import MOST_LAYERS, as_json
 
@@ -88,7 +88,7 @@ def _tower(
         "vh": h,
         "va": a,
         "vd": d,
-        "vd32": -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64,
+        "vd32": flash_width(d),
         "vd2": d // 2,
         "vd4": d // 4,
         "vf": h * size(m, ratio) if ratio else size(m, "intermediate_size"),
@@ -198,6 +198,27 @@ def merged_patches(m: ModelFacts) -> int:
 def smolvlm(m: ModelFacts) -> dict[str, int]:
     axes = _patched(m, size(m, "num_hidden_layers"))
     return {**axes, "vm": axes["vh"] * m.config_int("scale_factor", 2) ** 2}
+
+
+def aya_vision(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of Aya Vision's tower; `valigned` is the width of its projector."""
+    width = m.config_int("alignment_intermediate_size", m.hidden_size)
+    return _aligned(m, rows(m) ** 2, width)
+
+
+def cohere2_vision(m: ModelFacts) -> dict[str, int]:
+    return _aligned(m, rows(m) ** 2, m.config_int("alignment_intermediate_size", 36864))
+
+
+def lfm2_vl(m: ModelFacts) -> dict[str, int]:
+    return _aligned(m, size(m, "num_patches"), m.config_int("projector_hidden_size", 2560))
+
+
+def _aligned(m: ModelFacts, positions: int, width: int) -> dict[str, int]:
+    """Return the axes of SigLIP's tower with a projector of merged patches that is `width` wide inside."""
+    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
+    merged = axes["vh"] * m.config_int("downsample_factor", 2) ** 2
+    return {**axes, "vpositions": positions, "vm": merged, "valigned": width, "valigned2": max(1, width // 2)}
 
 
 def mistral3(m: ModelFacts) -> dict[str, int]:

@@ -52,6 +52,18 @@ def gemma4_towers(m: ModelFacts) -> Mapping[str, int]:
     }
 
 
+def unified_embedders(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of the unified Gemma 4's embedders of pixels and of sound."""
+    pixels = size(m, "patch_size", 16) * size(m, "pooling_kernel_size", 3)
+    return {
+        "vh": size(m, "mm_embed_dim", 3840),
+        "vo": size(m, "output_proj_dims", 3840),
+        "vin": 3 * pixels**2,
+        "vpositions": size(m, "mm_posemb_size", 1120),
+        "uo": _audio(m.part("audio_config"), "audio_embed_dim", 640),
+    }
+
+
 def _audio(part: Mapping[str, object], key: str, default: int) -> int:
     value = part.get(key)
     return default if value is None else _number(key, value)

@@ -65,7 +65,7 @@ _QWEN2_VL: dict[str, Any] = {
 _TEXT = ConfigKeys(decoder="text_config")
 # Defaults of the decoders' config classes, which published configs leave out.
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-_LLAVA = Family(
+LLAVA = Family(
     {**_SIZES, "vocab_size": 32000}, _TEXT, axes=towers.llava, wraps="llama", stack="fixed_images", images=images.CLIP
 )
 _QWEN2 = Family(
@@ -77,9 +77,19 @@ _QWEN2 = Family(
     checkpoint=CheckpointFacts(gguf="qwen2vl"),
     images=images.QWEN2_VL,
 )
-_SMOLVLM = _LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
+_LLAVA_NEXT = LLAVA._replace(
+    serving=ServingFacts(is_modelled=False), images=images.CLIP._replace(picture=None, is_called=False)
+)
+_SIGLIP = _LLAVA_NEXT._replace(wraps="cohere2", stack="text_only")
+_SMOLVLM = LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
 
 FAMILIES: dict[str, Family] = {
+    "aya_vision": _SIGLIP._replace(
+        defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.aya_vision, images=images.SIGLIP
+    ),
+    "cohere2_vision": _SIGLIP._replace(
+        defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.cohere2_vision, images=images.COHERE2
+    ),
     "gemma3": DENSE["gemma3_text"]._replace(
         keys=DENSE["gemma3_text"].keys._replace(decoder="text_config"),
         axes=towers.gemma3,
@@ -89,13 +99,21 @@ FAMILIES: dict[str, Family] = {
         images=images.GEMMA3,
     ),
     "idefics3": _SMOLVLM,
-    "internvl": _LLAVA._replace(
+    "internvl": LLAVA._replace(
         defaults={**_SIZES, "vocab_size": 151936, "tie_word_embeddings": True},
         axes=towers.internvl,
         wraps="qwen2",
         images=images.INTERNVL,
     ),
-    "llava": _LLAVA,
+    "lfm2_vl": _SIGLIP._replace(
+        defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.lfm2_vl, wraps="lfm2", images=images.SIGLIP_2
+    ),
+    "llava": LLAVA,
+    "llava_next": _LLAVA_NEXT,
+    "llava_next_video": _LLAVA_NEXT,
+    "llava_onevision": _SIGLIP._replace(
+        defaults={**_SIZES, "vocab_size": 151936}, axes=towers.gemma3, wraps="qwen2", images=images.SIGLIP
+    ),
     "mistral3": Family(
         {"tie_word_embeddings": True},
         _TEXT,
@@ -117,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(is_modelled=False),
         images=images.MLLAMA,
     ),
-    "paligemma": _LLAVA._replace(
+    "paligemma": LLAVA._replace(
         defaults={"vocab_size": 257152},
         axes=towers.gemma3,
         wraps="gemma",

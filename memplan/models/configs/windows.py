@@ -47,11 +47,15 @@ def some_rotary(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def all_but_every(
-    period: int, fixed: bool = False, unrotated: Literal["", "always", "among windows"] = "", first: bool = False
+    period: int,
+    fixed: bool = False,
+    unrotated: Literal["", "always", "among windows"] = "",
+    first: bool = False,
+    key: str = "sliding_window_pattern",
 ) -> Callable[[ModelFacts], tuple[Layer, ...]]:
     """Return a function for layers with a window, except every `period`-th.
 
-    fixed      no `sliding_window_pattern` of a config overrides the period
+    fixed      no `key` of a config overrides the period
     unrotated  whether layers without a window have no rotary positions: always, or only if other layers have a window
     first      a period begins with the layer without a window, instead of ending with it
     """
@@ -59,23 +63,23 @@ def all_but_every(
     def layers(m: ModelFacts) -> tuple[Layer, ...]:
         if m.sliding_window is None:
             return (m.equal_layer._replace(rotary=unrotated != "always"),) * m.num_hidden_layers
-        sliding = _windows(m, _pattern(m, period, fixed, 0 if first else 1))
+        sliding = _windows(m, _pattern(m, period, fixed, 0 if first else 1, key))
         return _layers(m, sliding, sliding if unrotated else [True] * len(sliding))
 
     return layers
 
 
-def _pattern(m: ModelFacts, period: int, fixed: bool, start: int) -> list[bool]:
+def _pattern(m: ModelFacts, period: int, fixed: bool, start: int, key: str) -> list[bool]:
     """Return whether each layer has a window. In a pattern of letters, L has one and G has none; nor has the last."""
-    count, letters = m.num_hidden_layers, m.config.get("sliding_window_pattern")
+    count, letters = m.num_hidden_layers, m.config.get(key)
     if not fixed and letters is not None and not isinstance(letters, str):
-        period = max(1, _whole(m, "sliding_window_pattern", period))
+        period = max(1, _whole(m, key, period))
     if fixed or not isinstance(letters, str):
         return [(i + start) % period != 0 for i in range(count)]
     if not letters or not set(letters) <= {"L", "G"}:
         raise ConfigError(
-            f"config: sliding_window_pattern must be a number or the letters L and G, not {as_json(letters)}",
-            "sliding_window_pattern",
+            f"config: {key} must be a number or the letters L and G, not {as_json(letters)}",
+            key,
         )
     return [letters[i % len(letters)] == "L" and i < count - 1 for i in range(count)]
 

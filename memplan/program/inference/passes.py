@@ -8,9 +8,10 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from operator import mul
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import offloaded_caches, quantized_caches
@@ -19,7 +20,6 @@ from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.fused_4bit import copied_axes
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
-from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
@@ -113,10 +113,11 @@ class InferenceStep(NamedTuple):
 
 
 class PassPeak(NamedTuple):
-    """The peak bytes of a pass without the weights, and the index of the peak's moment."""
+    """The peak bytes of a pass without the weights, and the index and the operation of the peak's moment."""
 
     bytes: int
     moment: int
+    where: str
 
 
 def encoder_step(decided: ResolvedRun) -> InferenceStep:
@@ -231,49 +232,74 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     prompt, rows, pass_ = _length(decided), decided.batch.micro * decided.beams, graph.inference
     assert pass_ is not None
     window, min_rows = graph.model.sliding_window or 0, MANY_ROWS.get(pass_.loaded.backend, 0)
-
-    crosses = bool(graph.wiring.encoder_decoder_half)
-    longer = bool(window) and past + 1 > window
-    static = pass_.static
-    wiring = graph.wiring._replace(
-        decodes=True,
-        images=False,
-        tower="",
-        windowed=bool(window) and past + 1 >= window,
-        has_cross_cache=crosses or cross_attends_to_images(graph),
-        keeps_cache_layout=False,
-        static=static,
-    )
-    if static and not crosses and wiring.backend == "flash_2":  # a mask selects the filled keys, which are gathered
-        wiring = wiring._replace(padded=True)
-    if compresses(graph):
-        begins, fills = compressed_tokens.first_and_last(graph.model.axes(), past)
-        wiring = wiring._replace(opened_windows=begins, filled_windows=fills)
-    lingers = past == prompt and not (pass_.last_only or crosses)
-    unpacks = bool(min_rows) and rows >= min_rows
-    is_first = past == prompt and _caches_without_copy(graph)
-    token = pass_._replace(phase="decode", longer=longer, holds_prompt_logits=lingers, first=is_first, unpacks=unpacks)
-    token = token._replace(
-        batches=pass_.batches_later_passes,
-        keeps_skipped_casts=pass_.spans_autocast and (crosses or graph.wiring.images),
-    )
-    if crosses:
-        token = token._replace(reads_capacity=pass_.reads_capacity or (static and prompt == 1))
-    quantized = 0
+    compressed = compressed_tokens.first_and_last(graph.model.axes(), past) if compresses(graph) else ((), ())
+    quantized, requantises = 0, False
     if pass_.stored is not None:
         before, waiting = _quantised_prompt(decided, pass_.stored)
         quantized = _quantised_after(before, waiting, past - prompt, pass_.stored)
-        requantises = pass_.stored.after(quantized, past - quantized, 1)[0] != quantized
-        token = token._replace(requantises_cache=requantises and pass_.stored.grouped)
-    decoding = graph._replace(wiring=wiring, inference=token)
+        requantises = pass_.stored.grouped and pass_.stored.after(quantized, past - quantized, 1)[0] != quantized
+    windowed, longer = bool(window) and past + 1 >= window, bool(window) and past + 1 > window
+    unpacks, first = bool(min_rows) and rows >= min_rows, past == prompt
+    decoding = _decoding_graph(graph, first, prompt == 1, windowed, longer, unpacks, requantises, *compressed)
     # the prompt's pass leaves the window as a view of all its tokens
-    kept = _tokens_behind_view(decided, window) if past == prompt else within(past, window)
+    kept = _tokens_behind_view(decided, window) if first else within(past, window)
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
         kept = min(past, window - 1)
     seen = within(past + 1, window)
     return InferenceStep(
         decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
     )
+
+
+@lru_cache(maxsize=512)
+def _decoding_graph(
+    graph: Graph,
+    first: bool,
+    single: bool,
+    windowed: bool,
+    longer: bool,
+    unpacks: bool,
+    requantises: bool,
+    begins: tuple[str, ...],
+    fills: tuple[str, ...],
+) -> Graph:
+    """Return the graph of a decoding pass.
+
+    first     it follows the prompt's pass
+    single    the prompt is one token
+    windowed  its tokens fill the window of a sliding layer
+    begins    kinds of windows of compressed keys that it begins
+    fills     kinds of these windows that it completes
+
+    The others are as of `memplan.catalogue.inference.one_pass.Pass`.
+    """
+    pass_, crosses = graph.inference, bool(graph.wiring.encoder_decoder_half)
+    assert pass_ is not None
+    wiring = graph.wiring._replace(
+        decodes=True,
+        images=False,
+        tower="",
+        windowed=windowed,
+        has_cross_cache=crosses or cross_attends_to_images(graph),
+        keeps_cache_layout=False,
+        static=pass_.static,
+        opened_windows=begins,
+        filled_windows=fills,
+    )
+    if pass_.static and not crosses and wiring.backend == "flash_2":  # a mask selects the filled keys: gathered
+        wiring = wiring._replace(padded=True)
+    token = pass_._replace(
+        phase="decode",
+        longer=longer,
+        holds_prompt_logits=first and not (pass_.last_only or crosses),
+        first=first and _caches_without_copy(graph),
+        unpacks=unpacks,
+        batches=pass_.batches_later_passes,
+        keeps_skipped_casts=pass_.spans_autocast and (crosses or graph.wiring.images),
+        reads_capacity=pass_.reads_capacity or (crosses and pass_.static and single),
+        requantises_cache=requantises,
+    )
+    return graph._replace(wiring=wiring, inference=token)
 
 
 @lru_cache(maxsize=512)
@@ -332,50 +358,66 @@ def _quantised_after(quantized: int, waiting: int, tokens: int, stored: CacheQua
     return quantized + (unquantised // stored.residual * stored.residual if stored.grouped else unquantised)
 
 
+def _kept_offloaded(step: InferenceStep) -> int:
+    window, tokens = step.graph.model.sliding_window, step.past + step.fed
+    return min(tokens, max(1, window) - 1) if window else tokens
+
+
+# Lengths of a pass by the axis that stands for them.
+_LENGTHS: Mapping[str, Callable[[InferenceStep, ResolvedRun], int]] = {
+    "kv": lambda step, _: step.past - step.cropped + step.fed,
+    "past": lambda step, _: step.past,
+    "kv_window": lambda step, _: step.window,
+    "past_window": lambda step, _: step.past_window,
+    "kv_static": lambda step, _: step.room,
+    "kv_window_static": lambda step, _: within(step.room, step.graph.model.sliding_window or 0),
+    "prompt": lambda _, decided: decided.batch.sequence,
+    offloaded_caches.KEPT: lambda step, _: _kept_offloaded(step),
+    quantized_caches.QUANTIZED: lambda step, _: step.quantized,
+    quantized_caches.RESIDUAL: lambda step, _: step.residual,
+    quantized_caches.AFTER: lambda step, _: step.residual_after,
+    quantized_caches.RANKED: lambda step, _: int(step.phase == "decode"),
+    "kv_window_grown": lambda step, _: step.grown,
+    "verified": lambda step, _: step.rows,
+    "verified_before": lambda step, _: step.before,
+    "outputs_before": lambda step, _: step.outputs,
+    "proposed": lambda step, _: step.proposed,
+    "source": lambda step, _: step.source,
+    "prompts": lambda step, _: step.prompts,
+    "rows": lambda step, decided: step.prompts * decided.beams,
+}
+_ROUNDED = ("kv", "kv_window", "kv_static", "kv_window_static", "source")
+
+
+@lru_cache(maxsize=256)
+def _needed(needs: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the lengths that are needed, and those of which rounded values are."""
+    rounded = tuple(name for name in _ROUNDED if not needs.isdisjoint(rounded_axes(name, 0, ONE_RUN)))
+    return tuple(name for name in _LENGTHS if name in needs or name in rounded or name == "kv"), rounded
+
+
 def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
-    """Return the sizes of every axis of a pass."""
+    """Return the sizes of every axis that a pass needs and no model decides."""
     if step.assists:
         assert decided.assistant is not None
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
-    fixed = operations_of(step.graph)[1]
-    window = step.graph.model.sliding_window
-    sizes = {
-        "kv": step.past - step.cropped + step.fed,
-        "past": step.past,
-        "kv_window": step.window,
-        "past_window": step.past_window,
-        "kv_static": step.room,
-        "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
-        "prompt": decided.batch.sequence,
-        offloaded_caches.KEPT: min(step.past + step.fed, max(1, window) - 1) if window else step.past + step.fed,
-        quantized_caches.QUANTIZED: step.quantized,
-        quantized_caches.RESIDUAL: step.residual,
-        quantized_caches.AFTER: step.residual_after,
-        quantized_caches.RANKED: int(step.phase == "decode"),
-        "kv_window_grown": step.grown,
-        "verified": step.rows,
-        "verified_before": step.before,
-        "outputs_before": step.outputs,
-        "proposed": step.proposed,
-        "kernel1": fixed.get("kernel", 0) + 1,
-        "source": step.source,
-        "prompts": step.prompts,
-        "rows": step.prompts * decided.beams,
-    }
-    if step.graph.model.config.get("index_topk"):
-        sizes["chosen_keys"] = min(sizes["kv"], step.graph.model.config_int("index_topk"))
-    if step.phase == "decode" and compresses(step.graph):
-        top = step.graph.model.config_int("index_topk")
+    graph, moments = step.graph, contenders(step.graph, step.division)
+    needs, fixed = moments.needs, moments.fixed
+    lengths, rounded = _needed(needs)
+    sizes = {name: _LENGTHS[name](step, decided) for name in lengths}
+    if "chosen_keys" in needs:
+        sizes["chosen_keys"] = min(sizes["kv"], graph.model.config_int("index_topk"))
+    if compresses(graph) and step.phase == "decode":
+        top = graph.model.config_int("index_topk")
         sizes |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
     if "key_block" in fixed:
-        static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
+        static = graph.inference is not None and graph.inference.keys("kv") == "kv_static"
         sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
-    for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
+    for name in rounded:
         sizes |= rounded_axes(name, sizes[name], ONE_RUN)
-    needs = contenders(step.graph, step.division).needs
     axes = axes_of(
-        step.graph,
+        graph,
         needs.difference(sizes),
         step.batch,
         step.fed,
@@ -385,16 +427,23 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
         decided.pictures,
         decided.batch.target_sequence,
     )
-    numbers = {**fixed, **axes, **sizes}
-    few_rows = step.graph.inference.few_rows if step.graph.inference is not None else 0
-    return numbers | copied_axes(needs, numbers, few_rows, decided.gpu)
+    sizes = axes | sizes
+    few_rows = graph.inference.few_rows if graph.inference is not None else 0
+    return sizes | copied_axes(needs, ChainMap(sizes, fixed), few_rows, decided.gpu)
 
 
 class SizedPass(NamedTuple):
-    """A pass with a number for each of its axes. Bytes are without the weights."""
+    """A pass with a number for each of its axes. Bytes are without the weights.
+
+    sizes  of the axes that no model decides
+    """
 
     step: InferenceStep
-    axes: FrozenDict
+    sizes: FrozenDict
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        return {**fixed_axes(self.step.graph), **self.sizes}
 
     @property
     def phase(self) -> str:
@@ -402,7 +451,7 @@ class SizedPass(NamedTuple):
 
     @property
     def peak(self) -> PassPeak:
-        return pass_peak(self.step.graph, self.axes, self.step.division)
+        return pass_peak(self.step.graph, self.sizes, self.step.division)
 
     def low(self, labelled: bool = False) -> Lowered:
         """Return the lowered moments of the pass; its tensors have names if `labelled`."""
@@ -410,7 +459,8 @@ class SizedPass(NamedTuple):
 
     def bytes_of_sizes(self) -> list[int]:
         """Return the bytes of one storage of each size of the pass."""
-        return [size(key[0], key[1], self.axes)[1] for key in self.low().sizes]
+        axes = self.axes
+        return [size(key[0], key[1], axes)[1] for key in self.low().sizes]
 
     def counts(self) -> Iterator[dict[int, int]]:
         """Yield how many storages of each size in bytes are alive at every moment."""
@@ -419,8 +469,8 @@ class SizedPass(NamedTuple):
 
     def bytes_left(self) -> int:
         """Return the bytes that the pass leaves."""
-        low = self.low()
-        return next(bytes_at_each((low.left,), low.runs, self.axes, self.bytes_of_sizes()))
+        moments = contenders(self.step.graph, self.step.division)
+        return sum(map(mul, moments.left, values(moments.variables, self.sizes)))
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Yield where each moment of the pass is, and the bytes alive at it."""
@@ -430,10 +480,10 @@ class SizedPass(NamedTuple):
 
     def kinds(self, moments: Iterable[Moment] | None = None) -> Iterator[Counter[str]]:
         """Yield the bytes of each kind alive at every moment of the pass, or at those of `moments`."""
-        low = self.low(labelled=True)
-        sizes = [size(key[0], key[1], self.axes)[1] for key in low.sizes]
+        low, axes = self.low(labelled=True), self.axes
+        sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
         every = low.moments.unnamed if moments is None else moments
-        return kinds_at_each(every, low.runs, self.axes, sizes, low.kinds)
+        return kinds_at_each(every, low.runs, axes, sizes, low.kinds)
 
 
 def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:
@@ -447,11 +497,17 @@ class Contenders(NamedTuple):
     variables  sizes that the run decides
     terms      the moments, linear in `variables`
     needs      axes of `variables` that are not the model's
+    where      name of the operation of each moment that has been a peak
+    left       bytes that the pass leaves, as coefficients of `variables`
+    fixed      sizes of the model's axes
     """
 
     variables: tuple[Variable, ...]
     terms: PhaseTerms
     needs: frozenset[str]
+    where: dict[int, str]
+    left: tuple[int, ...]
+    fixed: dict[str, int]
 
 
 _AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv8", "kv32", "kv128", "kv_static"))
@@ -466,22 +522,23 @@ def fixed_axes(graph: Graph) -> dict[str, int]:
 
 @lru_cache(maxsize=512)
 @once
-@without_collection
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
     low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
     sizes = [size(key[0], key[1], fixed) for key in low.sizes]
     variables = tuple(sorted({variable for variable, _ in sizes}))
     along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
-    coefficients = rows(low.moments.unnamed, low.runs, fixed, sizes, variables)
+    *coefficients, left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
     of_pass = PhaseTerms([terms], [*map(Variable, along)])
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
-    return Contenders(variables, of_pass, needs.difference(fixed))
+    return Contenders(variables, of_pass, needs.difference(fixed), {}, left, operations_of(graph)[1])
 
 
 def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
     """Return the peak bytes of a pass, and its moment."""
     moments = contenders(graph, division)
-    [top] = moments.terms.largest(values(moments.variables, axes), axes)
-    return PassPeak(*top)
+    [(bytes_, moment)] = moments.terms.largest(values(moments.variables, axes), axes)
+    if moment not in moments.where:
+        moments.where[moment] = lower_inference(graph, division=division).moments[moment].where
+    return PassPeak(bytes_, moment, moments.where[moment])

@@ -111,7 +111,7 @@ NOTHING = LeftTensors(Storages((), ()), [], [])
 def replay_pass(each: SizedPass, allocator: Allocator, left: LeftTensors) -> LeftTensors:
     """Replay a pass that begins with the tensors `left` by the previous one. Return the tensors it leaves itself."""
     one = _recorded(each.step.graph, each.step.division)
-    sizes = one.sizes.in_run(each.axes)
+    sizes = one.sizes.in_run(each.sizes)
     live = allocator.live_blocks(one.recording.storages)
     first = one.first(len(left.blocks))
     alike: dict[int, int] = {}  # bytes -> a number in place of them

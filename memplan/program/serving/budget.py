@@ -105,8 +105,15 @@ def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
     return min(budgets, key=lambda b: (b.pool.blocks, -b.taken if total is None else b.room))
 
 
-@lru_cache(maxsize=1024)
 def _stage_budget(s: Settings, total: int | None, level: str) -> Budget:
+    """Return how the engine divides a GPU among the layers of one stage, which its requests do not change."""
+    if total is None or s.serving.max_model_len is None:
+        return _divided(s, total, level)
+    return _divided(s._replace(context=1, prompt=1, batch=1), total, level)._replace(settings=s)
+
+
+@lru_cache(maxsize=1024)
+def _divided(s: Settings, total: int | None, level: str) -> Budget:
     graphs, kernels, context, ranks = _overheads(s)
     weights = rank_weights(s)
     step = largest(s, s.steps, s.requests, profiled=True)

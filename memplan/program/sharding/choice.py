@@ -16,6 +16,10 @@ def sharding_of(run: Structure) -> Sharding:
             from memplan.program.sharding.zero3 import Zero3Sharding
 
             return Zero3Sharding(run)
+        case "zero0":
+            from memplan.program.sharding.zero0 import UndividedSharding
+
+            return UndividedSharding(run)
         case "zero1" | "zero2":
             from memplan.program.sharding.zero import ZeroSharding
 

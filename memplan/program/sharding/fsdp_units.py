@@ -93,14 +93,15 @@ def _expert_modules(graph: Graph) -> tuple[str, ...]:
 def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[Weight]]]:
     """Yield every FSDP unit: its name, the name of its block, the number of blocks like it, and its weights.
 
-    FSDP1 puts all weights outside of blocks into one unit. FSDP2 makes one unit of the embedding table and one of the
-    last norm and the head, or a single unit of all three if they are tied. Other weights belong to the root.
+    FSDP1 puts all weights outside of blocks into one unit, but for a tower's stem that it wraps. FSDP2 makes one unit
+    of the embedding table and one of the last norm and the head, or a single unit of all three if they are tied. Other
+    weights belong to the root.
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, torchtitan 0.3 models/llama3/parallelize.py.
     """
     stack, axes = operations_of(graph)
     outer = _weights((*(op for ops in outside(stack) for op in ops), *stack.loss))
     units: dict[str, list[Weight]] = {unit: [] for unit in OUTSIDE}
-    unit_of_weight = {} if ranks.row.flat or ranks.has_one_unit else _outside_root(graph, ranks)
+    unit_of_weight = {} if ranks.has_one_unit else _outside_root(graph, ranks)
     for name, w in outer.items():
         units[unit_of_weight.get(name, ROOT)].append(w)
     for unit in (BEFORE, TIED, ROOT):
@@ -138,11 +139,11 @@ def _outside_root(graph: Graph, ranks: Ranks) -> dict[str, str]:
     tail = [w.name for op in (*stack.after, *stack.loss) for w in op.weights if w.group in groups]
     stem = graph.model.family.parallel.wrapped_stem if ranks.wraps else ""
     before = (w.name for ops in outside(stack)[:-1] for op in ops for w in op.weights)
-    return {
-        **{name: BEFORE for name in before if stem and name.startswith(stem)},
-        **dict.fromkeys(tail, TIED if tied else AFTER),
-        **dict.fromkeys(table, TIED if tied or shared_tables(graph) else BEFORE),
-    }
+    stems = {name: BEFORE for name in before if stem and name.startswith(stem)}
+    if ranks.row.flat:
+        return stems
+    tail_unit, table_unit = TIED if tied else AFTER, TIED if tied or shared_tables(graph) else BEFORE
+    return {**stems, **dict.fromkeys(tail, tail_unit), **dict.fromkeys(table, table_unit)}
 
 
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
@@ -169,7 +170,7 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
     whole = prod(shape) * ranks.shard_count
     slices = tuple(_slices(graph, weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
     gradients = max(unpadded, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
-    trains, pads = first.trains, whole != flat
+    trains, pads = any(w.trains for w in weights), whole != flat
     return Piece(name, unit, where, copies, shape, kept, whole, unpadded, gradients, sent, trains, pads, slices)
 
 
@@ -181,7 +182,7 @@ def _slices(
     start = 0
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
-        if start < mine and (is_optimized(w, graph) or not w.trains):
+        if start < mine and (w.idle or is_optimized(w, graph)):
             yield w.name, min(numbers, mine - start), w.name in looked_up_weights(graph)
         start += aligned(numbers, dtype)
 
@@ -279,7 +280,7 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
     if modules:
         outer = _merged([p for p in group if not p.module], ranks)
         return outer._replace(modules=tuple((m, _module([p for p in group if p.module == m], ranks)) for m in modules))
-    alone = [p for p in group if p.alone]
+    alone = [p for p in group if p.alone and p.trains]  # others are never called
     nested = tuple((p.name, _merged([p], ranks)) for p in alone)
     unit = _merged([p for p in group if not p.alone], ranks)
     if not ranks.keeps:

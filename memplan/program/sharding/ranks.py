@@ -18,7 +18,7 @@ class Ranks(NamedTuple):
 
     It is one flat record, though long, because it is part of the key of every cached lowering of a sharded run.
 
-    strategy         none, ddp, fsdp, fsdp2, zero1, zero2, zero3 or megatron_dist_opt
+    strategy         none, ddp, fsdp, fsdp2, zero0 to zero3, or megatron_dist_opt
     world            ranks that shard the model
     trained          dtype of the rank's part of trained weights, empty if it is the dtype they are gathered in
     frozen           dtype of the rank's part of frozen weights, empty if it is the dtype they are gathered in

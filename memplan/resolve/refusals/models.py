@@ -106,11 +106,7 @@ def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecEr
             f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
             "would wait for; use lora, or one GPU",
         )
-    if idle is not None and ranks.strategy == "fsdp":
-        yield not_yet_with(
-            "parallelism.strategy", "fsdp and a vision tower that trains without images", "fsdp2, zero2, zero3"
-        )
-    elif idle is not None and ranks.strategy == "ddp" and graph.checkpoint and not finds_unused:
+    if idle is not None and ranks.strategy == "ddp" and graph.checkpoint and not finds_unused:
         yield refused(
             "parallelism.find_unused_parameters",
             "without images the vision tower gets no gradients, which DDP would wait for; set it to true, set images, "

@@ -35,8 +35,9 @@ def parallelism(p: Parallelism) -> Iterator[SpecError]:
         yield refused(
             "parallelism.offload", "FSDP offloads parameters, gradients and states together; set parameters too"
         )
-    elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
-        yield not_yet("parallelism.offload", "optimizer", f"none with {p.world} GPUs, except with {', '.join(ZERO)}")
+    elif p.offload.optimizer and (p.world > 1 or p.strategy == ZERO[0]) and p.strategy not in (*FSDP, *ZERO[1:]):
+        shards = ", ".join(ZERO[1:])
+        yield not_yet("parallelism.offload", "optimizer", f"none with {p.world} GPUs, except with {shards}")
     yield from _zero(p)
     if p.gpus_per_node is not None and p.world == 1:
         yield refused("parallelism.gpus_per_node", "only applies to several GPUs")
@@ -55,7 +56,7 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         stages = "use 0" if count == 1 else f"choose 0 to {count - 1}"
         what = f"pp {count}" if p.device_map is None else f"{p.device_map} on {count} GPUs"
         yield refused("parallelism.stage", f"{what} has no stage {p.stage}; {stages}")
-    if p.pp > 1 and p.strategy in ("zero2", "zero3"):
+    if p.pp > 1 and p.strategy in ("zero0", "zero2", "zero3"):
         yield refused(
             "parallelism.strategy", f"DeepSpeed only supports ZeRO 1 with pp {p.pp}, not {p.strategy}; use zero1"
         )
@@ -108,10 +109,9 @@ def _strategy_settings(p: Parallelism) -> Iterator[SpecError]:
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:
     """Yield errors for DeepSpeed settings without DeepSpeed, or that it rejects."""
-    if p.zero != ONE_GPU.zero and p.strategy not in ZERO:
-        yield refused(
-            "parallelism.zero", f"configures DeepSpeed, whose strategies are {', '.join(ZERO)}, not {p.strategy}"
-        )
+    if p.zero != ONE_GPU.zero and p.strategy not in ZERO[1:]:
+        strategies = ", ".join(ZERO[1:])
+        yield refused("parallelism.zero", f"configures ZeRO, whose strategies are {strategies}, not {p.strategy}")
     for part, moved in (("offload_optimizer", p.offload.optimizer), ("offload_param", p.offload.parameters)):
         field = f"parallelism.zero.{part}"
         if getattr(p.zero, part) != getattr(ONE_GPU.zero, part) and not moved:

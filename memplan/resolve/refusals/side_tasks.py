@@ -9,13 +9,12 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.core.errors import SpecError, refused
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
-from memplan.resolve.parallelism import replicas
+from memplan.resolve.parallelism import WHOLE_WEIGHTS, replicas
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Evaluation
 
 KEPT_BATCHES = 32_768  # whose logits are on the GPU at once: each is a separate allocation to replay
-_WHOLE_WEIGHTS = ("ddp", "zero1", "zero2")  # strategies whose ranks each hold all weights and generate alone
 
 
 def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
@@ -76,7 +75,7 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
     if e.new_tokens and e.kept_batches:
         yield refused("also.evaluation.kept_batches", "with new_tokens tokens are kept, not logits; leave it out")
     p = run.parallelism
-    if e.new_tokens and replicas(p) > 1 and p.strategy not in _WHOLE_WEIGHTS:
+    if e.new_tokens and replicas(p) > 1 and p.strategy not in WHOLE_WEIGHTS:
         yield not_yet(
             "also.evaluation.new_tokens",
             e.new_tokens,

@@ -11,11 +11,12 @@ from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
-from memplan.resolve.parallelism import FSDP, ZERO
+from memplan.resolve.parallelism import FSDP, WHOLE_WEIGHTS, ZERO
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
-_LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
+# Ways of computing them that were read.
+_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -26,12 +27,13 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if name not in run.library.trainer.trainers:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
-    if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
+    log_probs = run.library.trainer.log_probs
+    if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
-    if facts.least > 1 and run.batch_facts.is_single_sequence:
+    if facts.least > 1 and run.batch_facts.is_single_sequence and log_probs not in ("gathered", "rolled"):
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
     towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
-    if towers and run.library.trainer.log_probs == "joined" and facts.reference:
+    if towers and ((log_probs == "joined" and facts.reference) or (log_probs == "gathered" and name == "reward")):
         yield not_yet_with("trainer", f"{name}, {run.profile} and a vision or audio tower", "trl-1.15")
     if not facts.reference and run.reference not in (None, "none"):
         yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
@@ -133,7 +135,8 @@ def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
 def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that are not supported yet with the trainer."""
     name = run.trainer
-    objective = "sequence_classification" if name == "reward" else "causal_lm"
+    scores_alone = name == "reward" and run.library.trainer.log_probs != "gathered"
+    objective = "sequence_classification" if scores_alone else "causal_lm"
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
@@ -146,7 +149,7 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
-    strategies = ("ddp", "zero1", "zero2", *(() if run.method.kind in ADAPTERS else FSDP))
+    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS else FSDP))
     if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:

@@ -27,7 +27,7 @@ _CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCP
 _METHODS_OF = {
     "fsdp": ("full", "freeze", "lora", "qlora"),  # peft 0.21's DoRA reads the shape of weights that FSDP1 has flattened
     "fsdp2": ("full", "freeze", "lora", "qlora", "dora"),
-    **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
+    **dict.fromkeys(ZERO[:3], ("full", "freeze", "lora", "qlora", "dora", "qdora")),
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA takes norms of weights that another module gathers
     MEGATRON: ("full", "lora"),
 }
@@ -360,16 +360,19 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
 
 def _divided_format(r: OpenRun, q: Quantization) -> Iterator[SpecError]:
     """Yield errors for quantised weights that ranks cannot divide; fp8 layers multiply each rank's part and its scales.
+    Of gpt-oss in mxfp4, ranks divide the embeddings and the head.
 
-    Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py.
+    Source: transformers 5.24 integrations/finegrained_fp8.py replace_with_fp8_linear, distributed/tensor_parallel.py,
+    models/gpt_oss/configuration_gpt_oss.py base_model_tp_plan.
     """
     tp, axes, block = r.parallelism.tp, r.model.axes(), max(q.block_size, 1)
-    field, others = "method.quantization.format", "fp8, and weights in 16 or 32 bits, with transformers' tp"
+    field, others = "method.quantization.format", "fp8, mxfp4, and weights in 16 or 32 bits, with transformers' tp"
     if q.format in BITSANDBYTES and r.style == "transformers":
         yield refused(field, f"{_CANNOT.format(q.format)}; use fp8, or weights in 16 or 32 bits")
-    elif q.format != "fp8" or r.style != "transformers":
+    elif q.format not in ("fp8", "mxfp4") or r.style != "transformers":
         yield not_yet(field, q.format, others)
-    uneven = next((axes[name] for name in ("kd", "ad", "f", "m") if axes.get(name, 0) % (tp * block)), None)
+    divided = ("kd", "ad", "f", "m") if q.format == "fp8" else ()
+    uneven = next((axes[name] for name in divided if axes.get(name, 0) % (tp * block)), None)
     if uneven is not None:
         yield refused(
             "parallelism.tp",

@@ -1,0 +1,59 @@
+"""Models whose vision or audio tower is loaded in front of any decoder, but not run: only text is estimated.
+
+Source: transformers 5.24 models/llava_onevision, aya_vision, cohere2_vision, lfm2_vl, qwen2_audio and voxtral.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from memplan.catalogue.decoder.decoder import stack_of
+from memplan.catalogue.kernels.losses import cross_entropy
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.vision.uncalled_towers import newline, one_layer, siglip, two_layers, whisper
+from memplan.core.ir import Stack
+from memplan.models.configs import family
+from memplan.models.model import ModelSpec
+
+_PROJECTOR = "multi_modal_projector"
+
+
+def _text(m: ModelSpec, wiring: Wiring) -> Stack:
+    return stack_of(m, wiring, family(m.family.wraps).stack, m.family.wraps)
+
+
+def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
+    projector = two_layers(_PROJECTOR, "h", "vh", bias=m.get("multimodal_projector_bias", True))
+    return siglip(m, _text(m, wiring), (*newline(), *projector))
+
+
+def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
+    """Build Command A Vision, or Aya Vision, which has a `norm` of merged patches."""
+    return siglip(m, _text(m, wiring), two_layers(_PROJECTOR, "valigned", "vm", "valigned2", norm=norm))
+
+
+def lfm2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    norm = "layer_norm" if m.get("projector_use_layernorm", True) else ""
+    projector = two_layers(_PROJECTOR, "valigned", "vm", bias=m.get("projector_bias", True), norm=norm)
+    return siglip(m, _text(m, wiring), projector, numbered=False)
+
+
+def qwen2_audio(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Qwen2-Audio, whose class never casts the logits, and copies all but the last unless that is a view."""
+    stack = whisper(_text(m, wiring), one_layer(_PROJECTOR, "uh"))
+    single = wiring.is_single_sequence and not wiring.padded
+    return stack._replace(loss=cross_entropy("logits", "half", single))
+
+
+def voxtral(m: ModelSpec, wiring: Wiring) -> Stack:
+    return whisper(_text(m, wiring), two_layers(_PROJECTOR, "h", "uf", bias=False), wide_positions=True)
+
+
+BUILDERS = {
+    "aya_vision": partial(cohere2_vision, norm="layernorm"),
+    "cohere2_vision": cohere2_vision,
+    "lfm2_vl": lfm2_vl,
+    "llava_onevision": llava_onevision,
+    "qwen2_audio": qwen2_audio,
+    "voxtral": voxtral,
+}
