@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import selectors
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, TypeVar
+
+from memplan.core.collection import without_collection
 
 FEWEST = 8  # items for which another process pays off
 
@@ -70,6 +73,9 @@ def mapped(
     return [found[index] for index in range(len(items))]
 
 
+_loads = without_collection(pickle.loads)
+
+
 class _Worker:
     """A process, and the beginning of a result that it has sent."""
 
@@ -83,7 +89,7 @@ class _Worker:
             end = _LENGTH + int.from_bytes(self._begun[:_LENGTH], "big")
             if len(self._begun) < end:
                 return
-            yield pickle.loads(self._begun[_LENGTH:end])
+            yield _loads(self._begun[_LENGTH:end])
             del self._begun[:end]
 
 
@@ -107,6 +113,7 @@ def _start(
         return os.fdopen(reading, "rb", buffering=0), pid
     status = 1
     try:
+        gc.freeze()  # what was there before stays: a collection would visit it, and copy its pages
         os.close(reading)
         with os.fdopen(writing, "wb") as pipe:
             while share := os.read(taking, _LENGTH):
