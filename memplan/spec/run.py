@@ -44,7 +44,7 @@ _OTHER_NAMES = {
 
 
 def _with_version(name: str) -> str:
-    lowered = name.lower()
+    lowered = name.lower().removesuffix("-latest")
     return NEWEST.get(_OTHER_NAMES.get(lowered, lowered), name)
 
 

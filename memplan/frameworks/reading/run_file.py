@@ -485,7 +485,7 @@ def _named(name: str) -> tuple[RunFormat, str | None]:
     """Return the framework and the version of NAME or NAME-VERSION."""
     known = [key for key in FORMATS if f"{name.lower()}-".startswith(f"{key}-")]
     key = max(known, key=len, default=name.lower())
-    version = name.lower()[len(key) + 1 :]
+    version = name.lower()[len(key) + 1 :].removesuffix("latest")
     if key not in FORMATS:
         raise UnknownNameError("framework", name, FORMATS)
     if version and not version_number(version):
