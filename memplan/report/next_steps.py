@@ -12,7 +12,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Holding
 from memplan.planning.reach import ROOM_STEPS, cards_that_hold, largest_batch, largest_sequence, room
-from memplan.report.wording import also_meant, tenths
+from memplan.report.wording import also_meant, on_host, tenths
 
 
 class Way(NamedTuple):
@@ -72,12 +72,12 @@ def _ways(answer: Estimate) -> Iterator[Way]:
         parts = divided(answer, calibration)
         if parts is not None:
             option = f"--tp {parts.run.parallelism.tp}"
-            yield Way(f"{option} (uses {tenths(parts.bytes.used)} GiB)", option)
+            yield _used(option, parts)
         smaller = mildest_format(answer, calibration=calibration)
         if smaller is not None:
             name, other = smaller
             option = f"{'--quant-format' if answer.serving is None else '--stored'} {name}"
-            yield Way(f"{option} (uses {tenths(other.bytes.used)} GiB)", option)
+            yield _used(option, other)
         return
     from memplan.frameworks.command import options
     from memplan.planning.search import answer_with_one_lever
@@ -85,8 +85,12 @@ def _ways(answer: Estimate) -> Iterator[Way]:
     lever = answer_with_one_lever(run, ("batch", "sequence", "gpus"), calibration)
     if lever:
         with suppress(SpecError):  # only a file can say it
-            option = options(run, lever.asked)
-            yield Way(f"{option} (uses {tenths(lever.bytes.used)} GiB)", option)
+            yield _used(options(run, lever.asked), lever)
+
+
+def _used(option: str, answer: Estimate) -> Way:
+    host = f", and {tenths(on_host(answer))} on the host" if on_host(answer) else ""
+    return Way(f"{option} (uses {tenths(answer.bytes.used)} GiB{host})", option)
 
 
 def room_left(answer: Estimate) -> Iterator[str]:

@@ -332,6 +332,11 @@ def left_out(answers: Sequence[Estimate]) -> list[str]:
     return list(dict.fromkeys(told))
 
 
+def on_host(answer: Estimate) -> int:
+    """Return the bytes that all processes of a node hold in the host's memory in a step."""
+    return answer.host_bytes * answer.host.ranks
+
+
 def host(answer: Estimate) -> str:
     """Return the host memory as a sentence, for several processes per process and per node; empty if there is none."""
     peak = answer.host.peak

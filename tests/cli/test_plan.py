@@ -281,6 +281,10 @@ def test_a_way_that_offloads_says_what_the_host_holds(plan_: Command) -> None:
     assert "1. DeepSpeed ZeRO 3 with optimizer and weights on the host: fits" in out
     assert "GiB in the host's memory" in out
     assert "--zero 3 --offload parameters,optimizer" in out
+    out = plan_("llama-3.1-8b", "--gpu", "4090", "--gpus", "2").out
+    found = re.search(r"  host +([\d.]+) GiB in the host's memory, ([\d.]+) GiB of each of 2 processes\n", out)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(2 * float(found[2]), abs=0.02)
 
 
 def test_no_file_is_written_if_nothing_fits(plan_: Command) -> None:

@@ -158,6 +158,8 @@ def test_replicas_that_do_not_fit_are_divided_on_as_many_gpus(
     _, text = printed(line, capsys)
     assert re.findall(r"^  memplan (.*)$", text, re.M)[0] == first
     assert ("context and left free" in text) == line.startswith(VLLM)
+    says_host = re.search(r"\(uses [\d.]+ GiB, and [\d,.]+ on the host\)", " ".join(text.split()))
+    assert bool(says_host) == ("--offload" in first)
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS.keys())

@@ -15,7 +15,7 @@ from memplan.planning.levers import Lever
 from memplan.planning.plan import SEVERITIES, Effect, Proposal, Time
 from memplan.planning.step_time import Range
 from memplan.report.blocks import Block, Heading, Pairs, Paste
-from memplan.report.wording import hundredths, tenths
+from memplan.report.wording import hundredths, on_host, tenths
 from memplan.spec.run import RunSpec
 
 BASIS = {"derived": "counted", "measured": "measured", "assumed": "assumed"}
@@ -94,8 +94,9 @@ def proposed(
     are_several = len(proposal.levers) > 1
     saves = [f"{e.lever.title}: {saved(e)}" if are_several else saved(e) for e in proposal.effects]
     rows = [("" if n else "saves", text) for n, text in enumerate(saves)]
-    host = proposal.answer.host_bytes
-    rows += [("host", f"{gib(host)} in the host's memory")] if host else []
+    host, ranks = proposal.answer.host_bytes, proposal.answer.host.ranks
+    of_each = f", {gib(host)} of each of {ranks} processes" if ranks > 1 else ""
+    rows += [("host", f"{gib(on_host(proposal.answer))} in the host's memory{of_each}")] if host else []
     rows += [("time", times(proposal.time)), ("result", SEVERITIES[proposal.severity])]
     rows += [("", text) for text in qualities(proposal.levers, explain=explain)]
     if explain:
