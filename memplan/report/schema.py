@@ -176,7 +176,7 @@ def plan_model() -> TypeAdapter[BaseModel]:
     effect = {"keys": list[str], "title": str, "saves": int, "phases": dict[str, int], **costs}
     effect |= {"quality": str, "quality_source": str}
     lever = _model("Lever", "A change, and the allocated bytes that it saves.", effect)
-    several = {"levers": list[lever], **change, **figures, "saves": int, **costs}
+    several = {"levers": list[lever], **change, **figures, "saves": int, "host_bytes": int, **costs}
     proposal = _model("Proposal", "Changes that make the run fit, or come nearest.", several)
     axes = {"axis": Literal[AXES], "value": int | str | None, "at": at | None, "beyond": at | None}
     ends = Literal["memory", "positions", "rank", "models", "nothing"]

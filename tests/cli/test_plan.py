@@ -335,6 +335,7 @@ def test_a_proposals_saving_is_the_difference_of_two_estimates() -> None:
         assert told["bytes"] == after.bytes.as_dict()
         assert told["saves"] == before.bytes.allocated - after.bytes.allocated
         assert sum(lever["saves"] for lever in told["levers"]) == told["saves"]
+        assert told["host_bytes"] == after.host_bytes * after.host.ranks
         assert told["verdict"]["headroom"] == find_gpu("3060").usable - after.bytes.used
         assert told["severity"] == max(lever["severity"] for lever in told["levers"])
         assert RunSpec.model_validate(told["run"]) == after.run

@@ -205,6 +205,7 @@ def proposal_dump(proposal: Proposal, asked: RunSpec) -> dict[str, Any]:
         **change_dump(asked, proposal.run),
         **figures(proposal.answer),
         "saves": proposal.saves,
+        "host_bytes": on_host(proposal.answer),
         "time": time_dump(proposal.time),
         "severity": proposal.severity,
     }
