@@ -353,7 +353,7 @@ def _grids(
 def _strategies(replicas: int, pinned: FixedDegrees) -> tuple[str, ...]:
     if replicas == 1:
         return ("none",)
-    proposed = pinned.strategies or [name for name in STRATEGIES if name != "zero0"]
+    proposed = pinned.strategies or [name for name in STRATEGIES if name != "zero0"]  # which divides no more than ddp
     return tuple(name for name in STRATEGIES if name in proposed)
 
 

@@ -336,9 +336,10 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
     for name, strategies in SETTINGS_OF_STRATEGIES.items():
         if strategy not in strategies and name in run.parallelism.model_fields_set:
             fields.append((f"parallelism.{name}", getattr(ONE_GPU, name)))
-    if strategy in STAGES and run.precision.autocast:  # DeepSpeed casts the model itself, and keeps fp32 masters
+    if strategy in STAGES and run.precision.autocast:  # DeepSpeed casts and scales itself, and keeps fp32 masters
         cast = {**precision_of("mixed", run.precision.compute or "bf16"), "compute": None, "autocast": False}
         fields += [(f"precision.{name}", value) for name, value in cast.items()]
+        fields += [("loop.grad_scaler", False)] if run.loop.grad_scaler else []
     q = run.method.quantization
     if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})

@@ -183,7 +183,8 @@ def _choose_trainer(run: OpenTraining) -> None:
         run.loop = run.loop.model_copy(update={"hold_outputs": "step", "clip_grad_norm": False})
     elif not facts.reference:
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
-        run.step = Trainer(name, log_probs, "none", likelihood=facts.likelihood and log_probs != "gathered")
+        likelihood, head = facts.likelihood and log_probs != "gathered", name == "reward" and behaviour.value_head
+        run.step = Trainer(name, log_probs, "none", likelihood=likelihood, value_head=head)
     else:
         run.reference = run.reference or (own if facts.reference == "own" else "none")
         run.step = Trainer(

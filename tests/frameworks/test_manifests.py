@@ -54,6 +54,12 @@ def test_a_service_is_the_run_that_it_starts(tmp_path: Path) -> None:
     file = read(tmp_path, SERVED)
     assert file.headline == "compose.yaml: vLLM 0.12.0, by compose.yaml:8 vllm serve"
     assert file.fields["profile"] == "vllm-0.11"  # the newest that is not newer than the image
+    other = SERVED.replace("command: >", "entrypoint: trl sft\n    command: >").replace(
+        "model Qwen", "model_name_or_path Qwen"
+    )
+    assert read(tmp_path, other.replace("max-model-len", "dataset_name a --max_length")).headline.startswith(
+        "compose.yaml: TRL 1.16"
+    )
     assert file.fields["serving"] == {"max_model_len": 8192}
     assert {o.field: o.why for o in file.origins}["serving.max_model_len"] == "compose.yaml:8 max_model_len"
 

@@ -295,9 +295,12 @@ def test_what_ranks_hold_whole_is_divided_or_moved_to_the_host(
     assert all(after.parallelism.world == run.parallelism.world for after in (*divided, *moved))
 
 
-def test_deepspeed_divides_a_run_under_autocast_with_fp32_masters() -> None:
-    autocast = {"weights": "bf16", "compute": "bf16", "autocast": True}
-    run = estimate(RunSpec(model="qwen3-8b", gpu="4090", parallelism={"world": 2}, precision=autocast)).run
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_deepspeed_divides_a_run_under_autocast_with_fp32_masters(dtype: str) -> None:
+    autocast = {"weights": dtype, "compute": dtype, "autocast": True}
+    scales = {"grad_scaler": dtype == "fp16"}
+    asked = RunSpec(model="qwen3-8b", gpu="4090", parallelism={"world": 2}, precision=autocast, loop=scales)
+    run = estimate(asked).run
     divided = [estimate(pull(run, [lever])).run for lever in levers_of(run) if lever.group == "sharding"]
     assert [(after.parallelism.strategy, after.precision.autocast, after.precision.master) for after in divided] == [
         ("zero2", False, "fp32"),

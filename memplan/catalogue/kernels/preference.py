@@ -51,7 +51,7 @@ def attach(
     early = first_pass if trainer.log_probs != "gathered" else None
     before = tuple(new for op in stack.before for new in (_inputs(op, early) if op.name == "inputs" else (op,)))
     stack = stack._replace(before=before, loss=())
-    if trainer.name == "reward" and trainer.log_probs == "gathered":
+    if trainer.value_head:
         return _with_value_head(stack)
     if trainer.name == "reward":
         scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
@@ -337,8 +337,6 @@ def _metrics(trainer: Trainer) -> Iterator[Op]:
     chunk = tuple(Tensor(name, words, "=shifted") for name in names)
     if trainer.log_probs == "shifted":
         yield Op("loss.entropy", ("shifted",), gradient="none", scratch=(flat, *chunk), source=source)
-    names = ("logits of one half", "logits of the other", "logits of labelled tokens")[
-        : 3 if trainer.name == "kto" else 1
-    ]
-    halves = tuple(Tensor(name, "half_rows v", "=shifted") for name in names)
+    others = ("logits of the other", "logits of labelled tokens") if trainer.name == "kto" else ()
+    halves = tuple(Tensor(name, "half_rows v", "=shifted") for name in ("logits of one half", *others))
     yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=halves, source=source)

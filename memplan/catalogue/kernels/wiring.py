@@ -233,6 +233,7 @@ class Trainer(NamedTuple):
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
+    value_head    a reward model's scores are of a head next to the language model's
     teacher_dtype dtype of what a teacher returns; empty without one on this GPU
 
     For trainers that generate:
@@ -260,6 +261,7 @@ class Trainer(NamedTuple):
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
+    value_head: bool = False
     teacher_dtype: str = ""
     has_one_sequence: bool = False
     has_parts: bool = False

@@ -17,7 +17,7 @@ from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.container_images import IMAGE
+from memplan.frameworks.reading.container_images import version_in_image
 from memplan.frameworks.reading.document import (
     Document,
     is_there,
@@ -328,7 +328,7 @@ def _read_launched(
         return file._replace(unread=(*file.unread, *left_out))
     if config:
         document = named_document(config, document, "config")
-    version = command.variables.get(IMAGE)
+    version = None if form is None else version_in_image(form.signature.programs, command.variables)
     told = (f"{name}:{command.line} {command.shown}",) if command.line and framework is None else ()
     if framework is not None:
         form, version = _named(framework)

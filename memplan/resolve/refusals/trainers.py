@@ -30,10 +30,12 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     log_probs = run.library.trainer.log_probs
     if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
-    if facts.least > 1 and run.batch_facts.is_single_sequence and log_probs not in ("gathered", "rolled"):
+    if facts.least > 1 and run.batch_facts.is_single_sequence and not run.library.trainer.takes_one:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
     towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
-    if towers and ((log_probs == "joined" and facts.reference) or (log_probs == "gathered" and name == "reward")):
+    if towers and (
+        (log_probs == "joined" and facts.reference) or (name == "reward" and run.library.trainer.value_head)
+    ):
         yield not_yet_with("trainer", f"{name}, {run.profile} and a vision or audio tower", "trl-1.15")
     if not facts.reference and run.reference not in (None, "none"):
         yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
@@ -135,7 +137,7 @@ def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
 def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that are not supported yet with the trainer."""
     name = run.trainer
-    scores_alone = name == "reward" and run.library.trainer.log_probs != "gathered"
+    scores_alone = name == "reward" and not run.library.trainer.value_head
     objective = "sequence_classification" if scores_alone else "causal_lm"
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
