@@ -172,7 +172,7 @@ def test_a_name_is_the_same_however_its_parts_are_joined(typed: str, name: str) 
     assert find_model(typed) == load_card(name)
 
 
-def test_an_id_without_its_owner_is_a_name_unless_two_cards_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_without_owner_is_a_name_unless_cards_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "_aliases", lambda: {"a/one": "gpt2", "b/both": "gpt2", "c/both": "qwen2-7b"})
     names = cards._names_by_letters.__wrapped__()
     assert names["one"] == "gpt2"
