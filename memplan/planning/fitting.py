@@ -126,9 +126,10 @@ def card_answers(run: RunSpec) -> CardAnswers:
 
 
 def _kind(name: str) -> GPU:
-    if several(name)[0] is not None:
+    number, kind = several(name)
+    if (number or 1) > 1:
         raise refused("pool", f"{name!r:.80} is a number of GPUs; name the kind alone, as the run says how many")
-    return find_gpu(name)
+    return find_gpu(kind)
 
 
 def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
