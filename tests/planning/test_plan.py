@@ -211,6 +211,15 @@ def test_lever_savings_sum_to_the_difference_of_two_estimates() -> None:
 
 
 @ALL
+def test_of_a_way_the_change_that_saves_most_is_told_first() -> None:
+    # Full training peaks in the step, where a chunked loss saves nothing: it does once LoRA has no such step.
+    found = plan(RunSpec(model="qwen3-32b", gpu="h100", parallelism={"world": 8}))
+    way = next(way for way in found.proposals if "a chunked loss" in {lever.title for lever in way.levers})
+    assert [effect.lever.title for effect in way.effects] == ["LoRA", "a chunked loss"]
+    assert all(effect.before.bytes.used > effect.after.bytes.used for effect in way.effects)
+
+
+@ALL
 def test_the_mildest_lever_is_proposed_and_sequences_stay_as_long_as_possible() -> None:
     run = RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8})
     found = plan(run)
