@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from math import inf
-from operator import itemgetter
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -13,6 +12,7 @@ from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.hardware.overhead import cuda_context
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.profiles.engines import find_engine
+from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.core.records import NamedTuple
 from memplan.core.several import several
@@ -20,7 +20,7 @@ from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate, estimate_of
 from memplan.estimate.training_peaks import workspace_of
 from memplan.estimate.usage import Answer
-from memplan.resolve.decide import decide
+from memplan.resolve.decide import Resolver
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.pool import listed
@@ -82,41 +82,50 @@ class CardAnswers:
     def _estimate(self, gpu: GPU) -> Estimate:
         """Return the estimate on this GPU, or one that differs from it only in its notes, as all capabilities for which
         the run is resolved alike have equal memory."""
-        run = self.run.model_copy(update={"gpu": gpu.name})
         if not self._only_trains:
-            return estimate(run)
-        d, context = decide(run), cuda_context(gpu.compute_capability)
+            return estimate(self.run.model_copy(update={"gpu": gpu.name}))
+        d, context = self._resolver.on(gpu.name), cuda_context(gpu.compute_capability)
         alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
         found = self._alike.get(alike)
-        return found or self._alike.setdefault(alike, estimate_of(run, d))
+        if found is None:
+            found = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
+        return self._alike.setdefault(alike, found)
+
+    @cached_property
+    def _resolver(self) -> Resolver:
+        return Resolver(self.run)
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
         if gpu.name not in self._fits:
-            self._settle({gpu.compute_capability: [(gpu.usable, gpu)]})
+            self._settle(_Pool.of((gpu,), self._is_shared))
         return self._fits[gpu.name]
 
     def fits(self, gpus: Sequence[GPU]) -> tuple[Fit, ...]:
         """Return the answers on several GPUs."""
-        if not all(gpu.name in self._fits for gpu in gpus):
-            self._settle(_catalogue() if gpus is all_gpus() else _by_kind(gpus))
-        return tuple(self._fits[gpu.name] for gpu in gpus)
+        pool = _catalogue(self._is_shared) if gpus is all_gpus() else _Pool.of(gpus, self._is_shared)
+        if not all(map(self._fits.__contains__, pool.names)):
+            self._settle(pool)
+        return tuple(map(self._fits.__getitem__, pool.names))
 
-    def _settle(self, kinds: _Kinds) -> None:
+    def _settle(self, pool: _Pool) -> None:
         """Answer on all GPUs: by bounds where they tell, then by replays."""
-        edge: list[tuple[int, GPU, Estimate]] = []
-        alone = ([card] for cards in kinds.values() for card in cards)
-        for alike in kinds.values() if self._is_shared else alone:
-            found = self.on(alike[0][1])
+        edge: list[tuple[_Alike, Estimate]] = []
+        for kind in pool.kinds:
+            found = self.on(kind[0].gpus[0])
             if isinstance(found, MemplanError):
-                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for _, gpu in alike}
+                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for alike in kind for gpu in alike.gpus}
                 continue
             ample, least = (found.ample, found.least) if self._is_shared else (inf, 0)
-            edge += [(usable, gpu, found) for usable, gpu in alike if least <= usable < ample]
-            self._fits |= {gpu.name: Fit(gpu, "fits") for usable, gpu in alike if usable >= ample}
-            self._fits |= {gpu.name: Fit(gpu, "does not fit") for usable, gpu in alike if usable < least}
-        for usable, gpu, found in sorted(edge, key=itemgetter(0), reverse=True):  # a replay tells of smaller ones, too
-            self._fits[gpu.name] = Fit(gpu, found.answer_on(usable) if self._is_shared else found.verdict.answer)
+            for alike in kind:
+                if least <= alike.usable < ample:
+                    edge.append((alike, found))
+                else:
+                    self._fits |= alike.fits("fits" if alike.usable >= ample else "does not fit")
+        for alike, found in sorted(edge, key=_usable, reverse=True):  # a replay tells of smaller ones, too
+            answer = found.answer_on(alike.usable) if self._is_shared else found.verdict.answer
+            assert answer is not None
+            self._fits |= alike.fits(answer)
 
 
 @lru_cache(maxsize=512)
@@ -151,17 +160,40 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     return found
 
 
-_Kinds = Mapping[Hashable, Sequence[tuple[int, GPU]]]
+class _Alike:
+    """GPUs of one kind with equally many usable bytes: they have the same answers."""
+
+    def __init__(self, usable: int) -> None:
+        self.usable, self.gpus = usable, list[GPU]()
+        self._fits: dict[Answer, dict[str, Fit]] = {}
+
+    def fits(self, answer: Answer) -> dict[str, Fit]:
+        """Return the GPUs with this answer, by name."""
+        if answer not in self._fits:
+            self._fits[answer] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus}
+        return self._fits[answer]
 
 
-def _by_kind(gpus: Iterable[GPU]) -> _Kinds:
-    """Return GPUs and their usable bytes by vendor and compute capability, which run the same kernels."""
-    kinds: dict[Hashable, list[tuple[int, GPU]]] = {}
-    for gpu in gpus:
-        kinds.setdefault((gpu.vendor, gpu.compute_capability), []).append((gpu.usable, gpu))
-    return kinds
+class _Pool(NamedTuple):
+    """GPUs in the order of `names`, and those of each kind."""
+
+    names: tuple[str, ...]
+    kinds: Collection[Sequence[_Alike]]
+
+    @classmethod
+    def of(cls, gpus: Sequence[GPU], by_capability: bool) -> _Pool:
+        """Return GPUs by vendor and compute capability, which run the same kernels, or each as a kind."""
+        kinds: dict[Hashable, dict[int, _Alike]] = {}
+        for gpu in gpus:
+            kind = kinds.setdefault((gpu.vendor, gpu.compute_capability) if by_capability else gpu.name, {})
+            kind.setdefault(gpu.usable, _Alike(gpu.usable)).gpus.append(gpu)
+        return cls(tuple(gpu.name for gpu in gpus), [[*kind.values()] for kind in kinds.values()])
+
+
+def _usable(on: tuple[_Alike, Estimate]) -> int:
+    return on[0].usable
 
 
 @cache
-def _catalogue() -> _Kinds:
-    return _by_kind(all_gpus())
+def _catalogue(by_capability: bool) -> _Pool:
+    return _Pool.of(all_gpus(), by_capability)
