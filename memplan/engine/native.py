@@ -122,7 +122,7 @@ class NativeAllocator:
         self._library.release(self._state)
 
     def live_blocks(self, storages: int) -> LiveBlocks:
-        return array("q", bytes(8 * storages))
+        return array("q", (NONE,)) * storages
 
     def replay(self, events: Events, sizes: Sequence[int], live: LiveBlocks) -> None:
         if max(sizes, default=0) > _MOST:
