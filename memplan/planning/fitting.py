@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from math import inf
+from operator import itemgetter
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -110,22 +111,23 @@ class CardAnswers:
 
     def _settle(self, pool: _Pool) -> None:
         """Answer on all GPUs: by bounds where they tell, then by replays."""
-        edge: list[tuple[_Alike, Estimate]] = []
+        edge: list[tuple[int, _Kind, int, Estimate]] = []
         for kind in pool.kinds:
-            found = self.on(kind[0].gpus[0])
+            found = self.on(kind.gpus[0])
             if isinstance(found, MemplanError):
-                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for alike in kind for gpu in alike.gpus}
+                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for gpu in kind.gpus}
                 continue
-            ample, least = (found.ample, found.least) if self._is_shared else (inf, 0)
-            for alike in kind:
-                if least <= alike.usable < ample:
-                    edge.append((alike, found))
-                else:
-                    self._fits |= alike.fits("fits" if alike.usable >= ample else "does not fit")
-        for alike, found in sorted(edge, key=_usable, reverse=True):  # a replay tells of smaller ones, too
-            answer = found.answer_on(alike.usable) if self._is_shared else found.verdict.answer
+            low, high = 0, len(kind.usable)
+            if self._is_shared:
+                low, high = bisect_left(kind.usable, found.least), bisect_left(kind.usable, found.ample)
+            self._fits |= kind.fits("fits", high, len(kind.usable))
+            self._fits |= kind.fits("does not fit", 0, low)
+            edge += [(kind.usable[i], kind, i, found) for i in range(low, high)]
+        edge.sort(key=itemgetter(0), reverse=True)  # a replay tells of smaller cards, too
+        for usable, kind, i, found in edge:
+            answer = found.answer_on(usable) if self._is_shared else found.verdict.answer
             assert answer is not None
-            self._fits |= alike.fits(answer)
+            self._fits |= kind.fits(answer, i, i + 1)
 
 
 @lru_cache(maxsize=512)
@@ -160,38 +162,38 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     return found
 
 
-class _Alike:
-    """GPUs of one kind with equally many usable bytes: they have the same answers."""
+class _Kind:
+    """GPUs that run the same kernels: of one vendor and compute capability, or one alone.
 
-    def __init__(self, usable: int) -> None:
-        self.usable, self.gpus = usable, list[GPU]()
-        self._fits: dict[Answer, dict[str, Fit]] = {}
+    usable  their usable bytes, from the fewest on
+    """
 
-    def fits(self, answer: Answer) -> dict[str, Fit]:
-        """Return the GPUs with this answer, by name."""
-        if answer not in self._fits:
-            self._fits[answer] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus}
-        return self._fits[answer]
+    def __init__(self, gpus: Sequence[GPU]) -> None:
+        self.gpus, self.usable = gpus, sorted({gpu.usable for gpu in gpus})
+        self._fits: dict[tuple[Answer, int, int], dict[str, Fit]] = {}
+
+    def fits(self, answer: Answer, first: int, end: int) -> dict[str, Fit]:
+        """Return the GPUs with the `first` of the usable bytes to those before the `end`, by name, with this answer."""
+        key = answer, first, end
+        if key not in self._fits:
+            sizes = self.usable[first:end]
+            self._fits[key] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus if gpu.usable in sizes}
+        return self._fits[key]
 
 
 class _Pool(NamedTuple):
     """GPUs in the order of `names`, and those of each kind."""
 
     names: tuple[str, ...]
-    kinds: Collection[Sequence[_Alike]]
+    kinds: tuple[_Kind, ...]
 
     @classmethod
     def of(cls, gpus: Sequence[GPU], by_capability: bool) -> _Pool:
-        """Return GPUs by vendor and compute capability, which run the same kernels, or each as a kind."""
-        kinds: dict[Hashable, dict[int, _Alike]] = {}
+        """Return GPUs by vendor and compute capability, or each as a kind."""
+        kinds: dict[Hashable, list[GPU]] = {}
         for gpu in gpus:
-            kind = kinds.setdefault((gpu.vendor, gpu.compute_capability) if by_capability else gpu.name, {})
-            kind.setdefault(gpu.usable, _Alike(gpu.usable)).gpus.append(gpu)
-        return cls(tuple(gpu.name for gpu in gpus), [[*kind.values()] for kind in kinds.values()])
-
-
-def _usable(on: tuple[_Alike, Estimate]) -> int:
-    return on[0].usable
+            kinds.setdefault((gpu.vendor, gpu.compute_capability) if by_capability else gpu.name, []).append(gpu)
+        return cls(tuple(gpu.name for gpu in gpus), tuple(map(_Kind, kinds.values())))
 
 
 @cache

@@ -14,7 +14,6 @@ from memplan.catalogue.profiles.profile_table import known_name
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, errors_about
-from memplan.core.records import NamedTuple
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
 from memplan.program.graph import Graph, TensorGroup, operations_of, tensor_group
@@ -55,19 +54,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     return Resolver(run, model).on(run.gpu)
 
 
-class _Lengths(NamedTuple):
-    """What a run's structure depends on of its batch, whatever the GPU.
-
-    batch     the batch with its lengths filled in
-    length    tokens that the model reads at once
-    facts     as of `BatchFacts`
-    pictures  axes that images decide
-    """
-
-    batch: Batch
-    length: int
-    facts: BatchFacts
-    pictures: tuple[tuple[str, int], ...]
+_Lengths = tuple[Batch, int, BatchFacts, tuple[tuple[str, int], ...]]  # as `Resolver.lengths` returns them
 
 
 class Resolver:
@@ -88,7 +75,7 @@ class Resolver:
         if gpu is not None:
             refuse(not_on(gpu, run))
         if run.task == "train":
-            return _train(run, self._model, gpu, card, self._lengths)
+            return _train(run, self._model, gpu, card, self.lengths)
         run = with_use_cache(with_new_tokens(run))
         from memplan.resolve.assisted import with_assistant
         from memplan.resolve.inference import decide_inference
@@ -96,7 +83,8 @@ class Resolver:
         return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
 
     @cached_property
-    def _lengths(self) -> _Lengths:
+    def lengths(self) -> _Lengths:
+        """The batch with its lengths filled in, its tokens, the facts about it, and the axes that images decide."""
         run, model = self._run, self._model
         window, pictures = model.sliding_window, image_axes(model, run)
         batch = with_lengths(with_new_tokens(run).batch, model)
@@ -120,7 +108,7 @@ class Resolver:
             packing=batch.packing or "",
             packed=packed,
         )
-        return _Lengths(batch, length, facts, pictures)
+        return batch, length, facts, pictures
 
 
 def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:
