@@ -395,7 +395,7 @@ def _answer(phase: Phase, *lines: Line) -> Estimate:
 @pytest.mark.parametrize("peak", [-1, 1.5])
 def test_every_phase_of_an_answer_has_a_number_of_bytes(peak: Any) -> None:
     with pytest.raises(InternalError, match=r"backward takes .* bytes at loss.*report"):
-        _answer(Phase("backward", 1, peak, "loss"))
+        _ = _answer(Phase("backward", 1, peak, "loss")).phases
 
 
 def test_a_ledger_has_no_line_that_counts_less_than_nothing() -> None:
