@@ -243,6 +243,12 @@ CASES: dict[str, dict[str, Any]] = {
         **small("qwen3_vl_moe", TINY),
         "batch": {"micro": 2, "sequence": 64, "images": 1, "image_size": 224},
     },
+    "fp32 attention after k-bit preparation, without flash attention 2": {
+        **small("albert", SMALL),
+        "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}},
+        "batch": {"micro": 3, "sequence": 100},
+        "kernels": {"checkpointing": "none"},
+    },
 }
 
 
