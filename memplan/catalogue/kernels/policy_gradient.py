@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.preference import RETURNED, begins_head, returned, selected_log_probs
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias
+from memplan.catalogue.kernels.preference import RETURNED, returned, selected_log_probs
 from memplan.catalogue.kernels.trl_losses import fused_policy_loss, tiled_lm_head
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
@@ -49,8 +50,7 @@ def attach(
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     if trainer.log_probs == "tiled" or (trainer.fused_gradients and not trainer.is_reference):
-        matrix = next(w for op in head for w in op.weights if w.rows)
-        bias = tuple(w for op in head for w in op.weights if w is not matrix)
+        matrix, bias = matrix_and_bias(head)
         if trainer.fused_gradients:
             read = tuple(t.name for op in scored for t in op.writes)
             ends = ops.release_names(*read)

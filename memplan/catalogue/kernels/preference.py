@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.losses import nll
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias, nll
 from memplan.catalogue.kernels.rewriting import idle, renamed, rewrite
-from memplan.catalogue.kernels.trl_losses import tiled_lm_head
+from memplan.catalogue.kernels.trl_losses import fused_pair_loss, tiled_lm_head
 from memplan.catalogue.kernels.wiring import PAIRED, Trainer
 from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor
 
@@ -39,7 +39,7 @@ def source_of(trainer: Trainer) -> str:
     return by_log_probs if trainer.log_probs == "gathered" else _SOURCES.get(trainer.name, by_log_probs)
 
 
-def attach(
+def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities)
     stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
 ) -> Stack:
     """Return the stack with the trainer's log-probabilities, the reference's pass and the loss.
@@ -58,9 +58,12 @@ def attach(
         return stack._replace(loss=(RETURNED, scores))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
+    matrix, bias = matrix_and_bias(head)
+    if trainer.fused_gradients:
+        read_later = Op("lm_head", weights=(matrix, *bias), gradient="none")
+        loss = () if trainer.is_reference else fused_pair_loss(matrix, bias, trainer, reference)
+        return stack._replace(after=(*body, read_later) if trainer.is_reference else body, loss=loss)
     if trainer.log_probs == "tiled":
-        matrix = next(w for op in head for w in op.weights if w.rows)
-        bias = tuple(w for op in head for w in op.weights if w is not matrix)
         result = Tensor("log_probs", "shifted_rows", "fp32")
         tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
@@ -166,11 +169,6 @@ def _finished(
         loss += _metrics(trainer)
     loss.append(ops.release_names(*held, *read))
     return stack._replace(loss=tuple(loss))
-
-
-def begins_head(op: Op) -> bool:
-    """Return whether the operation is the first of the model's head."""
-    return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
 
 
 def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:
