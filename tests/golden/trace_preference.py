@@ -141,8 +141,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
-    if trainer == "dpo" and profile in FUSED:
-        cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in FUSED_CASES]
+    if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
+        fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
+        cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
         micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):

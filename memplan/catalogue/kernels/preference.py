@@ -59,6 +59,9 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     matrix, bias = matrix_and_bias(head)
+    if trainer.log_probs == "joined":
+        stack = returning_states(stack, "cache" if trainer.fused_gradients and trainer.is_reference else "states")
+        body = stack.after[: start + 1]
     if trainer.fused_gradients:
         read_later = Op("lm_head", weights=(matrix, *bias), gradient="none")
         loss = () if trainer.is_reference else fused_pair_loss(matrix, bias, trainer, reference)
@@ -67,8 +70,6 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
         result = Tensor("log_probs", "shifted_rows", "fp32")
         tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
-    if trainer.log_probs == "joined":
-        stack = returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
@@ -199,20 +200,20 @@ def with_masks(op: Op, *more: str) -> Iterator[Op]:
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
 
 
-def returning_states(stack: Stack) -> Stack:
+def returning_states(stack: Stack, holds: str = "states") -> Stack:
     """Return the stack of a model that returns each layer's input and the last norm's output (`output_hidden_states`).
 
     A layer's input is the output of the one before, so all outputs are held until the last layer has returned.
     """
-    stack = rewrite(stack, _with_held_state)
-    last = (op._replace(holds="states") if any(t.name == "n" for t in op.writes) else op for op in stack.after)
-    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="last states")
+
+    def held(op: Op) -> tuple[Op, ...]:
+        is_state = any(t.name in ("y", "embeds") for t in op.writes)
+        return (op._replace(holds=holds) if is_state and not op.holds else op,)
+
+    stack = rewrite(stack, held)
+    last = (op._replace(holds=holds) if any(t.name == "n" for t in op.writes) else op for op in stack.after)
+    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases=f"last {holds}")
     return stack._replace(after=(dtype, *last))
-
-
-def _with_held_state(op: Op) -> tuple[Op, ...]:
-    is_state = any(t.name in ("y", "embeds") for t in op.writes)
-    return (op._replace(holds="states") if is_state and not op.holds else op,)
 
 
 def converted(logits: str, shape: str = "b s v") -> Op:

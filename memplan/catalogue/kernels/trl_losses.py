@@ -248,8 +248,9 @@ def fused_pair_loss(
     Forward computes what backward returns. A pair's logits, their gradient and the fp32 sum that it begins with are
     alive together, as Inductor of torch 2.13 schedules them, which frees the reference's logits before; then the pair's
     gradients of rows and matrix are made. Backward scales all gradients into copies if a step has several
-    micro-batches, whose loss the Trainer divides.
+    micro-batches, whose loss the Trainer divides. TRL 0.24 copies no rows, and asks both models for all their states.
     """
+    views = trainer.log_probs == "joined"
     source = "liger-kernel 0.8.5 chunked_loss/fused_linear_preference.py LigerFusedLinearPreferenceBase"
     has_gradient = matrix.trains or trainer.fused_gradients != "trained"
     gradient = (Tensor("head_gradient", matrix.shape, matrix.dtype),) if has_gradient else ()
@@ -266,9 +267,16 @@ def fused_pair_loss(
     before = (*gradient, Tensor("gradients of earlier pairs", "earlier_pairs h", "=rows"), *inputs)
     is_kept = not trainer.has_parts
     return (
-        Op("loss.shift", ("n",), (Tensor("rows", rows),), source=source),
-        Op("reference", (), (Tensor("ref_n", "b s h", "=n"),), gradient="none", model=reference, source=source),
-        Op("loss.shift_reference", ("ref_n",), (Tensor("ref_rows", rows, "=ref_n"),), gradient="none", source=source),
+        Op("loss.shift", ("n",), (Tensor("rows", rows),), view=views, source=source),
+        Op(
+            "reference",
+            (),
+            (Tensor("ref_n", "0" if views else "b s h", "=n"),),
+            gradient="none",
+            model=reference,
+            source=source,
+        ),
+        Op("loss.shift_reference", ("ref_n",), (Tensor("ref_rows", rows),), gradient="none", view=views, source=source),
         Op("loss.shift_labels", ("ids",), (Tensor("targets", "shifted_rows", "int64"),), gradient="none"),
         *(
             Op(
@@ -298,4 +306,5 @@ def fused_pair_loss(
             source=source,
         ),
         ops.release_names("rows", "ref_rows", "targets", "ref_n", "n"),
+        *((Op("return", releases="states"),) if views else ()),
     )

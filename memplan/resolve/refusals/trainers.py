@@ -155,6 +155,9 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name == "dpo" else FSDP))
     if is_fused and run.reference == "precomputed":
         yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
+    if is_fused and behaviour.log_probs == "joined" and name == "dpo" and run.method.kind in ADAPTERS:
+        text = "TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail; use hf"
+        yield refused("kernels.loss", text)
     if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:
