@@ -21,7 +21,7 @@ TILE_WIDTH = 32768  # trl 1.16 trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
 _ROWS = "shifted_rows"
 
 
-def _labelled_rows(selector: Tensor, source: str, rows: str = _ROWS) -> tuple[Op, ...]:
+def labelled_rows(selector: Tensor, source: str, rows: str = _ROWS) -> tuple[Op, ...]:
     """Copy the rows of hidden states that `selector` picks, a mask or indices, and their labels.
 
     Backward adds their gradients into zeros of the same size, by indices that it sorts, and copies the result into
@@ -79,7 +79,7 @@ def tiled_lm_head(
         Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
     )
     return (
-        *_labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
+        *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
         Op(
             "loss.tiles",
             ("loss.rows", "targets"),
@@ -144,7 +144,7 @@ def chunked_nll(
         Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
     )
     return (
-        *_labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),
+        *labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),
         Op(
             "loss.products",
             ("loss.rows", "targets"),

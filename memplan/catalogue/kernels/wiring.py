@@ -150,7 +150,9 @@ class Wiring(NamedTuple):
 DividedLogits = Literal["in_place", "held", "released"]
 FusedGradients = Literal["", "trained", "always", "compiled"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "chunked", "overwritten", "sliced"]
+
+IN_PARTS: tuple[LogProbs, ...] = ("tiled", "chunked")  # ways that never hold all logits
 
 
 class TrainerFacts(NamedTuple):
@@ -221,7 +223,8 @@ class Trainer(NamedTuple):
     log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
                   `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
                   no copies (`kernel`, TRL 1.14) and may overwrite them with their gradient (`overwritten`, verl); from
-                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
+                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`), or with their
+                  gradients in forward (`chunked`, Unsloth)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)

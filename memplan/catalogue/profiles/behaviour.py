@@ -233,6 +233,8 @@ class TrainerBehaviour(NamedTuple):
     fused_gradients    how Liger's loss computes the head's gradient; empty without it
     fused_trainers     trainers that have such a loss
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
+    shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
+    copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
     """
 
     trainers: tuple[str, ...]
@@ -250,6 +252,8 @@ class TrainerBehaviour(NamedTuple):
     fused_gradients: FusedGradients
     fused_trainers: tuple[str, ...]
     reward_caches: bool
+    shares_weights: bool
+    copies_adapters: bool
 
 
 class LibraryBehaviour(NamedTuple):

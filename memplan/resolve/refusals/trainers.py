@@ -16,7 +16,7 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
+_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -153,6 +153,9 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
     strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name == "dpo" else FSDP))
+    heads = {"lm_head", "embed_tokens"}.intersection(run.method.modules_to_save or ())
+    if behaviour.log_probs == "chunked" and (heads or run.method.kind not in ADAPTERS):
+        yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
     if is_fused and run.reference == "precomputed":
         yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
     if is_fused and behaviour.log_probs == "joined" and name == "dpo" and run.method.kind in ADAPTERS:
