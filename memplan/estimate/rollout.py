@@ -117,7 +117,8 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         own = p.parameters - total_bytes(structure.engine)
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
-        return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
+        woken = awake(decided.colocated, run.profile) if run.serving.sleep else ()
+        return (_by_engine(decided.colocated, task, pushed, woken),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
         one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
         graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph
@@ -225,15 +226,14 @@ def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
     return task._replace(persistent_bytes=task.persistent_bytes - sum(sizes.values()), moved=(*task.moved, *sizes))
 
 
-def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, sleeps: bool) -> SideTask:
+def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, woken: tuple[TensorGroup, ...]) -> SideTask:
     """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
-    a sleeping one has woken its weights only."""
+    a sleeping one has `woken` its weights only."""
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
-    woken = awake(b) if sleeps else ()
     batch = (h for h in pushed.held if h.where == "generate")
     task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
-    pushed = pushed._replace(held=(*pushed.held, *woken[:1]))
-    return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=sleeps)
+    pushed = pushed._replace(held=(*pushed.held, *woken[1:]))
+    return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=bool(woken))
 
 
 def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:

@@ -399,8 +399,10 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
-    if not run.needs.isdisjoint(("row_tokens", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")):
+    pairs = ("row_tokens", "earlier_pairs", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")
+    if not run.needs.isdisjoint(pairs):
         yield "row_tokens", run.s - 1
+        yield "earlier_pairs", rows - 2 * (run.s - 1)
         yield "half_tokens", run.b * run.s // 2
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
@@ -416,7 +418,7 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
-    """Logits, rows and rows' gradients of one chunk or tile of Unsloth's loss.
+    """Logits, rows and rows' gradients of one chunk or tile of Unsloth's loss, and rows of its log-probabilities.
 
     Source: unsloth_zoo 2026.10.9 fused_losses/fused_linear.py fused_linear_rows, _tiled_layout, _tiled_vocab.
     """
@@ -425,7 +427,7 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
     liger = by.power_of_two(rows * run.model.hidden_size // words + 1) // 2
     chunk = by.least(by.most(liger, least), min(TILE_ROWS, CHUNK_BYTES // (4 * words)))
     chunk = by.least(chunk, rows)
-    sums = by.choose(rows > chunk, 2 * chunk, chunk)
+    sums, scored = by.choose(rows > chunk, 2 * chunk, chunk), chunk
     logits = chunk * -(-words // 8) * 8
     splits = -(-words // TILE_WORDS)
     parts = 7 * splits * chunk if splits > 2 else 0
@@ -434,10 +436,11 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
         logits = by.choose(is_tiled, TILE_ROWS * TILE_WORDS, logits)
         parts = by.choose(is_tiled, 8 * splits * TILE_ROWS, parts)
         chunk = by.choose(is_tiled, TILE_ROWS + by.least(TILE_ROWS, rows - TILE_ROWS), chunk)
-        sums = by.choose(is_tiled, TILE_ROWS, sums)
+        sums, scored = by.choose(is_tiled, TILE_ROWS, sums), by.choose(is_tiled, TILE_ROWS, scored)
     yield f"fused_logits_{kind}", logits
     yield f"fused_rows_{kind}", chunk
     yield f"fused_sums_{kind}", sums
+    yield f"fused_scored_{kind}", scored
     yield f"fused_parts_{kind}", parts
 
 

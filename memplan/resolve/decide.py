@@ -132,11 +132,18 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
     if TRAINERS[run.trainer].own_loop:
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
+    step = decided.structure.graph.trainer
+    copies = step is not None and library_behaviour(run.profile, "", False).trainer.copies_adapters
+    if copies and step is not None and step.reference == "adapters":
+        weights = sharding_of(decided.structure).weights()
+        adapters = tuple(w._replace(what=f"ref.{w.what}") for w in weights if ".lora_" in w.what)
+        decided = decided._replace(structure=decided.structure._replace(engine=adapters))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
         engine = colocated_budget(run, batch, model)
-        held = (*(() if run.serving.sleep else awake(engine)), *asleep(engine))
+        held = (*(() if run.serving.sleep else awake(engine, run.profile)), *asleep(engine))
+        held = (*decided.structure.engine, *held)
         decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TypeVar
 
-from memplan.catalogue.kernels.wiring import TRAINERS
+from memplan.catalogue.kernels.wiring import IN_PARTS, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour, RunDefaults
@@ -80,9 +80,10 @@ def defaults_of(library: LibraryBehaviour, trainer: str) -> RunDefaults:
         defaults = defaults._replace(
             kernels_checkpointing="none", method_quantization_kbit_preparation=False, method_adapter_dtype="fp32"
         )
-    whole = (not facts.reference and trainer != "distill") or library.trainer.log_probs != "tiled"
-    # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`
-    return defaults._replace(kernels_loss="hf" if whole else "tiled_lm_head", kernels_fused=())
+    whole = (not facts.reference and trainer != "distill") or library.trainer.log_probs not in IN_PARTS
+    # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`; Unsloth's are of the model
+    fused = defaults.kernels_fused if library.trainer.log_probs == "chunked" else ()
+    return defaults._replace(kernels_loss="hf" if whole else defaults.kernels_loss, kernels_fused=fused)
 
 
 def fill_parts(

@@ -202,19 +202,22 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "gathers block by block, and a precomputed reference needs neither"
             )
     casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
-    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
+    run.step = run.step._replace(
+        logits_dtype=behaviour.logits_dtype,
+        casts_back=casts_back,
+        has_parts=run.batch_facts.accumulates,
+        fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
+    )
     if facts.completions:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
-            has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
             old_log_probs=name not in DISTILLING
             and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
-            fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
         )
-        _without_autocast(run, run.step)
+    _without_autocast(run, run.step)
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
 
@@ -223,7 +226,7 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
     asked = run.precision
     if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
         run.precision = step_precision(run.trainer, run.kernels.loss, asked)
-        if asked.autocast and step.fused_gradients:
+        if asked.autocast and step.fused_gradients and step.name != "dpo":
             run.step = step._replace(scored_in=asked.compute or "bf16")
     if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
         run.notes.append(

@@ -40,6 +40,7 @@ def test_trainers_are_held_to_traces() -> None:
     assert min(counts[trainer, "llamafactory-0.9.5"] for trainer in ("kto", "orpo", "reward")) >= 5
     assert min(counts["kto", profile] for profile in ("ms-swift-4.6", "trl-1.14")) >= 7
     assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
+    assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 15
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 4
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
@@ -243,6 +244,14 @@ def test_a_reward_models_head_is_a_score() -> None:
         ),
         ({"trainer": "dpo", "objective": "sequence_classification"}, "supported: causal_lm"),
         ({"trainer": "dpo", "kernels": {"loss": "fused"}}, "supported: tiled_lm_head"),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.13", "reference": "precomputed"},
+            "reference: Liger's loss of pairs reads the reference's hidden states; use copy or adapters",
+        ),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-0.24", "method": "lora"},
+            "kernels.loss: TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail",
+        ),
         ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (
             {"trainer": "dpo", "parallelism": {"world": 2, "tp": 2}},

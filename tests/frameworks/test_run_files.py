@@ -111,7 +111,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true", "dpo", "copy"),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo", "cpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo\ncpo_alpha: 0", "simpo", None),
-        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nenable_liger_kernel: true", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: kto", "kto", None),
@@ -119,7 +119,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
         ("model_name_or_path: a\ndataset_name: b\nmax_length: 512\ndesirable_weight: 1.0", "kto", None),
-        (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
+        (f"{SWIFT_LORA}rlhf_type: dpo\nuse_liger_kernel: true", "dpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
@@ -171,6 +171,15 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
     bonus = f"{GENERATING['trl']}\nentropy_coef: 0.01\nuse_adaptive_entropy: false\n"
     for version, named in (("1.13", {"entropy_coef"}), ("1.15", set[str]())):
         assert {each.key for each in read(tmp_path, bonus, f"trl-{version}").unread} == named
+
+
+@pytest.mark.parametrize(
+    ("version", "key", "loss"),
+    [("1.13", "use_liger_kernel", "fused"), ("0.24", "use_liger_kernel", None), ("0.24", "use_liger_loss", "fused")],
+)
+def test_ligers_loss_of_pairs_has_the_key_of_its_version(tmp_path: Path, version: str, key: str, loss: Any) -> None:
+    file = read(tmp_path, f"model_name_or_path: a\nprecompute_ref_log_probs: false\n{key}: true", f"trl-{version}")
+    assert (values(file)["trainer"], values(file).get("kernels.loss")) == ("dpo", loss)
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:

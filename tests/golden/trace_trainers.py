@@ -122,6 +122,11 @@ OF_UNSLOTH: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...
     ("qwen3", "dora", BF16, 2, 2048, {}),
     ("blocks", "qlora", BF16, 2, 4096, {"checkpointing": "none"}),
 )
+# Of Unsloth, for the trainers that compare: trainer, then as above.
+COMPARED: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
+    ("dpo", "llama", "lora", 2, 1024, {}),
+    ("dpo", "blocks", "lora", 2, 4096, {"checkpointing": "none"}),
+)
 # Of TRL 1.15, without checkpointing and with `activation_offloading`.
 OFFLOADED: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 1, 512, {}),
@@ -170,6 +175,23 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
                     "batch": {"micro": micro, "sequence": tokens},
                     "kernels": {**kernels, **({"checkpointing": "none"} if offloads else {})},
                     "parallelism": {"offload": {"activations": True}} if offloads else {},
+                    "loop": {"trainer": True},
+                    "profile": profile,
+                }
+            ),
+        )
+
+    for trainer, family, method, micro, tokens, kernels in COMPARED if framework == "unsloth" else ():
+        yield (
+            f"{profile} {trainer} {family} {method} bf16 {micro}x{tokens}{_suffix(kernels)}",
+            RunSpec.model_validate(
+                {
+                    "model": {"config": CONFIGS[family]},
+                    "trainer": trainer,
+                    "method": {"kind": method, "targets": "all-linear"},
+                    "precision": BF16,
+                    "batch": {"micro": micro, "sequence": tokens},
+                    "kernels": kernels,
                     "loop": {"trainer": True},
                     "profile": profile,
                 }

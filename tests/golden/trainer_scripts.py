@@ -10,7 +10,7 @@ from typing import Any
 
 from memplan.probe.libraries import library
 from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
-from memplan.probe.script.trl_trainers import TrainerScript, without_extras
+from memplan.probe.script.trl_trainers import TrainerScript, trainer_of, without_extras
 from memplan.spec.run import RunSpec
 
 
@@ -313,7 +313,7 @@ class SwiftScript(_Packed):
 
 
 class UnslothScript(TrainerScript):
-    """A run of Unsloth: its model's and its adapters' patches, and TRL's SFTTrainer as it patches that."""
+    """A run of Unsloth: its model's and its adapters' patches, and TRL's SFT, DPO or KTO as it patches them."""
 
     imported = ("trl", "torch._inductor.config", "torch._dynamo.trace_rules")
 
@@ -366,15 +366,27 @@ class UnslothScript(TrainerScript):
         fake.data_ptr = lambda tensor: tensor.untyped_storage()._cdata  # by which Unsloth knows a tied head
         tracker: Any = library("memplan.probe.fake.tracker")
         replacements = tracker.data_free_kernels
-        loss = getattr(torch.ops.unsloth_zoo, losses._CE_OP).default
-        tracker.data_free_kernels = lambda: {**replacements(), loss: losses._ce_impl}  # what the operation runs
+        zoo = torch.ops.unsloth_zoo
+
+        def log_probs(*given: Any) -> Any:
+            *same, wants_gradient, need_h, need_w, need_b, rows, _ = given
+            recomputes = (need_h or need_w or need_b) and not wants_gradient
+            return losses._logprobs_impl(*same, wants_gradient, rows, recomputes, need_w)
+
+        run = {  # what the operations run
+            getattr(zoo, losses._CE_OP).default: losses._ce_impl,
+            getattr(zoo, losses._LP_OP).default: log_probs,
+            zoo.fused_linear_scale_rows.default: losses._scale_rows_impl,
+        }
+        tracker.data_free_kernels = lambda: {**replacements(), **run}
         cuda.is_available = lambda: False
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         from memplan.probe.script.model import target_modules
 
         method, tokenizer, losses = run.method, self._tokenizer(), library("unsloth_zoo.fused_losses.fused_linear")
-        losses._keep_index = lambda targets, *_: _rows_but(run.batch.micro, targets)
+        sequences = run.batch.micro if run.trainer == "sft" else 0
+        losses._keep_index = lambda targets, *_: _rows_but(sequences, targets)
         family = model.config.model_type
         fast: Any = getattr(library(f"unsloth.models.{family}"), _FAST_MODELS[family])
         model, tokenizer = fast.post_patch(model, tokenizer)
@@ -399,15 +411,15 @@ class UnslothScript(TrainerScript):
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )
-        return library("trl").SFTTrainer(
+        trainer = trainer_of(run)
+        kind = getattr(library("trl"), f"{trainer.name}Trainer")
+        for name in ("_prepare_dataset", "_precompute_ref_logps") if run.trainer != "sft" else ():
+            for owner in (kind, kind.__mro__[1]):
+                setattr(owner, name, lambda _, dataset, *__, **___: dataset)
+        return kind(
             model=model,
             args=self._arguments(
-                run,
-                "trl",
-                "SFTConfig",
-                max_length=run.batch.sequence,
-                bf16=True,
-                dataset_kwargs={"skip_prepare_dataset": True},
+                run, "trl", f"{trainer.name}Config", bf16=True, **dict(trainer.options), **self.options(run)
             ),
             train_dataset=self._dataset(),
             processing_class=tokenizer,

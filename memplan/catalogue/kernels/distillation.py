@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias
 from memplan.catalogue.kernels.policy_gradient import with_generated
-from memplan.catalogue.kernels.preference import begins_head, returned, with_masks
+from memplan.catalogue.kernels.preference import returned, with_masks
 from memplan.catalogue.kernels.trl_losses import TILE_WIDTH
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
@@ -42,8 +43,7 @@ def _in_tiles(stack: Stack, trainer: Trainer, teacher: Stack | None) -> Stack:
         states = (op._replace(holds="cache") if any(t.name == "n" for t in op.writes) else op for op in body)
         unread = (Op(op.name, weights=op.weights, gradient="none") for op in head if op.weights)
         return stack._replace(after=(*states, *unread))
-    matrix = next(w for op in head for w in op.weights if w.rows)
-    bias = tuple(w for op in head for w in op.weights if w is not matrix)
+    matrix, bias = matrix_and_bias(head)
     rows, theirs, numbers = "loss.rows", "loss.teacher_rows", ("log_z", "teacher_log_z", "aux")
     vectors = (*(f"loss.{name}" for name in numbers), "loss.entropy")
     of_teacher = Tensor(theirs, "completion_rows teacher.h", trainer.teacher_dtype)

@@ -230,8 +230,11 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
-    fused_gradients    how Liger's loss of GRPO computes the head's gradient; empty without it
+    fused_gradients    how Liger's loss computes the head's gradient; empty without it
+    fused_trainers     trainers that have such a loss
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
+    shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
+    copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
     """
 
     trainers: tuple[str, ...]
@@ -247,7 +250,10 @@ class TrainerBehaviour(NamedTuple):
     completion_tokens: int
     divided_logits: DividedLogits
     fused_gradients: FusedGradients
+    fused_trainers: tuple[str, ...]
     reward_caches: bool
+    shares_weights: bool
+    copies_adapters: bool
 
 
 class LibraryBehaviour(NamedTuple):

@@ -224,7 +224,7 @@ def _kernels(config: Config) -> None:
             fused += [_LIGER[key] for key in on]
             keys += on
             if config.flag("liger_fused_linear_cross_entropy"):
-                config.set("kernels.loss", "fused", "liger_fused_linear_cross_entropy")
+                trainer.fused_loss(config, "liger_fused_linear_cross_entropy")
         elif "cut_cross_entropy" in plugin:
             if config.flag("cut_cross_entropy"):
                 config.set("kernels.loss", "fused", "plugins", why="Cut Cross-Entropy, on with its plugin")

@@ -128,7 +128,7 @@ def _kernels(config: Config) -> None:
     elif name not in (None, "auto"):
         raise config.error("flash_attn", f"must be auto, disabled, sdpa, fa2 or fa3, not {name!r:.40}")
     if config.flag("enable_liger_kernel"):
-        config.set("kernels.loss", "fused", "enable_liger_kernel")
+        trainer.fused_loss(config, "enable_liger_kernel")
         config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "enable_liger_kernel")
     off = "disable_gradient_checkpointing"
     kind = "none" if config.flag(off) else "offload" if config.flag("use_unsloth_gc") else "full"

@@ -127,7 +127,7 @@ def _kernels(config: Config) -> None:
     if towers is not None and config.flag("vit_gradient_checkpointing") != config.flag("gradient_checkpointing"):
         config.leave("vit_gradient_checkpointing", "the tower is counted as gradient_checkpointing says")
     if config.flag("use_liger_kernel"):
-        config.set("kernels.loss", "fused", "use_liger_kernel")
+        trainer.fused_loss(config, "use_liger_kernel")
         config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "use_liger_kernel")
 
 

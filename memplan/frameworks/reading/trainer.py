@@ -13,6 +13,7 @@ from typing import Any
 
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.core.files import expanded
 from memplan.frameworks.deepspeed import read as deepspeed_parts
@@ -68,6 +69,16 @@ def optimizer(config: Config, key: str = "optim") -> None:
             config.set("optimizer.momentum", float(text), "optim_args")
         except ValueError:
             raise config.error("optim_args", f"momentum must be a number, not {shown(text)}") from None
+
+
+def fused_loss(config: Config, key: str) -> None:
+    """A loss of Liger's: that of the model's forward, to which only SFT passes labels, or the trainer's own."""
+    name, facts = (
+        str(config.value("trainer") or "sft"),
+        library_behaviour(str(config.value("profile")), "", False).trainer,
+    )
+    if name == "sft" or (facts.fused_gradients and name in facts.fused_trainers):
+        config.set("kernels.loss", "fused", key)
 
 
 def preference(config: Config, name: str, *keys: str, why: str = "") -> None:

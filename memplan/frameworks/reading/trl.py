@@ -183,11 +183,14 @@ def _kernels(config: Config) -> None:
     if config.value("kernels.checkpointing") == "full" and config.flag("activation_offloading"):
         config.set("kernels.checkpointing", "offload", "activation_offloading")  # nothing else is kept by layers
         config.found.pop("parallelism.offload.activations", None)
+    if config.flag("use_liger_loss"):  # TRL 0.24
+        trainer.fused_loss(config, "use_liger_loss")
     if not config.flag("use_liger_kernel"):
         return
     section = config.section("liger_kernel_config")
     # trl 1.16.0 trainer/sft_trainer.py, dpo_trainer.py: only layer kernels, around the trainer's own head
-    fuses_loss = config.value("profile") != "trl-1.15"
+    profile = config.value("profile")
+    fuses_loss, is_older = profile != "trl-1.15", profile == "trl-0.24"  # whose other trainers have use_liger_loss
     on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
     on["fused_linear_cross_entropy"] = fuses_loss
     for name in section.values if section is not None else ():
@@ -199,8 +202,8 @@ def _kernels(config: Config) -> None:
         )
     kernels = [name for name in ("rope", "rms_norm", "swiglu", "cross_entropy") if on[name]]
     config.set("kernels.fused", kernels, "use_liger_kernel")
-    if on["fused_linear_cross_entropy"]:
-        config.set("kernels.loss", "fused", "use_liger_kernel")
+    if on["fused_linear_cross_entropy"] and not (is_older and config.value("trainer")):
+        trainer.fused_loss(config, "use_liger_kernel")
 
 
 def _full(config: Config) -> None:

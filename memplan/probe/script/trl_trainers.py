@@ -116,6 +116,15 @@ def _set(owner: Any, values: dict[str, Any]) -> None:
         setattr(owner, name, value)
 
 
+def fused_loss(run: RunSpec, config: Any) -> dict[str, Any]:
+    """Return the options of a trainer's config for Liger's loss, without Liger's layers, if the run has it."""
+    if run.kernels.loss != "fused":
+        return {}
+    if hasattr(config, "use_liger_loss"):  # TRL 0.24
+        return {"use_liger_loss": True}
+    return {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "rms_norm", "swiglu"), False)}
+
+
 @contextmanager
 def _without_triton() -> Generator[None]:
     """Let a module with Triton kernels be imported where Triton is not installed."""
@@ -146,6 +155,7 @@ def prepared(run: RunSpec) -> Generator[None]:
 
     from memplan.probe.fake import tracker
     from memplan.probe.fake.kernels import selections
+    from memplan.probe.script.trl_losses import compiled_pair
 
     def half_of(labels: Any, **_: Any) -> Any:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
@@ -156,7 +166,7 @@ def prepared(run: RunSpec) -> Generator[None]:
         return torch.no_grad()
 
     owners: dict[Any, dict[str, Any]] = {
-        torch: {"nonzero": half_of, "inference_mode": without_gradients},
+        torch: {"nonzero": half_of, "inference_mode": without_gradients, "compile": compiled_pair},
         torch.cuda: {
             "device_count": always(1),
             "set_device": always(None),
@@ -312,6 +322,7 @@ class TrainerScript:
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        precomputes |= fused_loss(run, getattr(trainer_module(run), f"{trainer_of(run).name}Config"))
         if run.parallelism.offload.activations:
             precomputes["activation_offloading"] = True
         if run.batch.packing == "padding_free":

@@ -16,7 +16,7 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
+_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -142,7 +142,8 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
-    losses = (loss, "fused") if name == "grpo" and run.library.trainer.fused_gradients else (loss,)
+    behaviour, is_fused = run.library.trainer, run.kernels.loss == "fused"
+    losses = (loss, "fused") if behaviour.fused_gradients and name in behaviour.fused_trainers else (loss,)
     if run.kernels.loss not in (None, *losses):
         yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", ", ".join(losses))
     if "cross_entropy" in (run.kernels.fused or ()):
@@ -151,8 +152,16 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
-    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS else FSDP))
-    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
+    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name == "dpo" else FSDP))
+    heads = {"lm_head", "embed_tokens"}.intersection(run.method.modules_to_save or ())
+    if behaviour.log_probs == "chunked" and (heads or run.method.kind not in ADAPTERS):
+        yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
+    if is_fused and run.reference == "precomputed":
+        yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
+    if is_fused and behaviour.log_probs == "joined" and name == "dpo" and run.method.kind in ADAPTERS:
+        text = "TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail; use hf"
+        yield refused("kernels.loss", text)
+    if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
