@@ -11,36 +11,28 @@ accelerate 1.15 accelerator.py prepare_model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.side_tasks import evaluation, evaluation_run, generation
+from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
-from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.models.cards import find_model
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
-from memplan.program.inference.passes import InferenceStep, sized
+from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
-from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.sharding import Sharding
-from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
 from memplan.resolve.roles import decided_at, padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
 from memplan.spec.run import Batch, RunSpec, changed
-from memplan.spec.training import Evaluation, Precision
-
-if TYPE_CHECKING:
-    from memplan.estimate.calibration import Calibration
+from memplan.spec.training import Evaluation
 
 _LOGITS = "trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; the same in trl 0.24.0"
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
@@ -117,7 +109,9 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         own = p.parameters - total_bytes(structure.engine)
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
-        return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
+        from memplan.estimate.colocated import by_engine
+
+        return (by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
         one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
         graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph
@@ -142,32 +136,65 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
     batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
-    alone = _decided_alone(decided.batch, run, precision=_without_autocast(run.precision))
-    graph, rows = alone.structure.graph, batch.micro * batch.accumulation
+    graph, rows = _past_autocast(run, decided), batch.micro * batch.accumulation
     chunk, held = rollout_chunk(rows), _batch_before(rows, batch.tokens)
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
-    prompted = _of_rows(alone, graph._replace(trainer=None, roles=()), chunk)
-    gathered = tuple(sharding.held_in("generate"))
-    task = generation(prompted, library, False, standing, (*held, *gathered), samples=True)
+    generating, *scoring = _models_of_rollout(graph, library.generation.cache)
+    passes = generated_passes(_of_rows(decided, generating, chunk), library, False, samples=True)
+    task = SideTask("generate", "", standing, (*held, *sharding.held_in("generate")), passes)
     yield max(_keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size), key=lambda task: task.peak)
-    reference, others = reference_of(graph), dict(graph.roles)
-    assert reference is not None
 
-    def scored(role: str, resolved: ResolvedRun, other: Graph, cache: Cache = "") -> SideTask:
-        wiring = other.wiring._replace(caching=bool(cache), records=False)
-        other = other._replace(inference=Pass(role, cache, last_only=False), trainer=reference.trainer, wiring=wiring)
-        step = InferenceStep(other, chunk, batch.sequence)
-        passed = sized(step, _of_rows(resolved, other, chunk, batch.new_tokens))
+    @cache
+    def scored(other: Graph) -> SizedPass:
+        return sized(InferenceStep(other, chunk, batch.sequence), _of_rows(decided, other, chunk, batch.new_tokens))
+
+    tasks: list[SideTask] = []
+    for role, other in scoring:
+        passed = scored(other)
         moving, moment, where = passed.peak
-        phase = "reward" if role == "reward" else "rollout"
-        gathered = tuple(sharding.held_in(role))
-        return SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), (passed,), (0, moment), moving)
-
-    policy = scored("reference", alone, reference, library.generation.cache)
-    values = scored("value", scoring_pass(run, "value", decide), without_gradients(others["value"]))
+        phase, gathered = "reward" if role == "reward" else "rollout", sharding.held_in(role)
+        where = f"{role}: {where}"
+        tasks.append(SideTask(phase, where, standing, (*held, *gathered), (passed,), (0, moment), moving))
+    policy, values, *rewards = tasks
     yield max(policy, values, key=lambda task: task.peak)
-    if "reward" in others:
-        yield scored("reward", scoring_pass(run, "reward", decide), others["reward"])
+    yield from rewards
+
+
+def _past_autocast(run: RunSpec, decided: ResolvedRun) -> Graph:
+    """Return the graph of a run, and those of its roles, as its models compute outside of autocast."""
+    graph = _without_autocast(decided.structure.graph)
+    if graph is not None:
+        return graph
+    precision = run.precision.model_copy(update={"autocast": False, "compute": None})
+    return _decided_alone(decided.batch, run, precision=precision).structure.graph
+
+
+@lru_cache(maxsize=64)
+def _without_autocast(graph: Graph) -> Graph | None:
+    """Return the graph and its roles outside of autocast; None if attention then computes in another dtype."""
+    recipe, roles = graph.recipe._replace(autocast=False), [(role, _without_autocast(g)) for role, g in graph.roles]
+    others = tuple((role, other) for role, other in roles if other is not None)
+    dtypes = {graph.recipe.compute, graph.recipe.weights} if graph.recipe.autocast else ()
+    if len(dtypes) > 1 or len(others) < len(roles):
+        return None
+    return graph._replace(recipe=recipe, casts_outputs=False, roles=others)
+
+
+@lru_cache(maxsize=64)
+def _models_of_rollout(graph: Graph, kept: Cache) -> tuple[Graph, *tuple[tuple[str, Graph], ...]]:
+    """Return the policy's graph as it generates, and by role those of the models that score what it generated."""
+    reference, roles = reference_of(graph), dict(graph.roles)
+    assert reference is not None
+    value = without_gradients(roles["value"])
+    value = value._replace(loss="", recipe=value.recipe._replace(keeps=False, copies=""))  # of backward
+
+    def scoring(other: Graph, cache: Cache = "") -> Graph:
+        wiring = other.wiring._replace(caching=bool(cache), records=False)
+        return other._replace(inference=Pass("score", cache, last_only=False), trainer=reference.trainer, wiring=wiring)
+
+    rewards = (("reward", scoring(roles["reward"])),) if "reward" in roles else ()
+    alone = graph._replace(trainer=None, roles=())
+    return alone, ("reference", scoring(reference, kept)), ("value", scoring(value)), *rewards
 
 
 def _decided_alone(batch: Batch, run: RunSpec, **changes: object) -> ResolvedRun:
@@ -181,15 +208,11 @@ def _several(accumulation: int) -> Batch:
     return Batch(micro=2, accumulation=accumulation)
 
 
-@lru_cache(maxsize=64)
-def _without_autocast(precision: Precision) -> Precision:
-    return precision.model_copy(update={"autocast": False, "compute": None})
-
-
 def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:
     batch = decided.batch.model_copy(update={"micro": rows, "accumulation": 1})
     completion = (("completion", new_tokens), ("accumulation", 1)) if new_tokens else ()
-    return decided._replace(structure=decided.structure._replace(graph=graph), batch=batch, pictures=completion)
+    structure, half = decided.structure._replace(graph=graph), not graph.wiring.has_fp32_inputs
+    return decided._replace(structure=structure, batch=batch, half=half, pictures=completion)
 
 
 def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> Iterator[SideTask]:
@@ -225,34 +248,7 @@ def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
     return task._replace(persistent_bytes=task.persistent_bytes - sum(sizes.values()), moved=(*task.moved, *sizes))
 
 
-def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, sleeps: bool) -> SideTask:
-    """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
-    a sleeping one has woken its weights only."""
-    step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
-    woken = awake(b) if sleeps else ()
-    batch = (h for h in pushed.held if h.where == "generate")
-    task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
-    pushed = pushed._replace(held=(*pushed.held, *woken[:1]))
-    return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=sleeps)
-
-
 def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:
     what = "tokens of the generation before"
     ids = tensor_group("activation", what, f"{rows} {tokens}", "int64", _BATCH, "generate")
     return ids, ids._replace(what="their masks")
-
-
-class ColocatedUsage(Usage):
-    """Usage of a card that a run shares with an engine: it does not start if vLLM refuses the share that it gets."""
-
-    def __init__(self, walk: Replay, engine: Budget, calibration: Calibration | None) -> None:
-        super().__init__(walk, calibration)
-        self._engine = engine
-
-    @property
-    def answer(self) -> Answer | None:
-        return super().answer if self._engine.starts or not self.may_fit else "does not start"
-
-    @property
-    def reason(self) -> str | None:
-        return None if self._engine.starts else why_not_started(self._engine, self._engine)

@@ -165,7 +165,7 @@ class TrainingWalk(Walk):
     def usage(self, calibration: Calibration | None) -> Usage:
         if self.decided.colocated is None or not self.gpu:
             return super().usage(calibration)
-        from memplan.estimate.rollout import ColocatedUsage
+        from memplan.estimate.colocated import ColocatedUsage
 
         return ColocatedUsage(self, self.decided.colocated, calibration)
 
