@@ -11,7 +11,7 @@ accelerate 1.15 accelerator.py prepare_model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import TRAINERS
@@ -22,7 +22,7 @@ from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_pa
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.models.cards import find_model
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
-from memplan.program.inference.passes import InferenceStep, SizedPass, sized
+from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
@@ -142,19 +142,16 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     generating, *scoring = _models_of_rollout(graph, library.generation.cache)
     passes = generated_passes(_of_rows(decided, generating, chunk), library, False, samples=True)
     task = SideTask("generate", "", standing, (*held, *sharding.held_in("generate")), passes)
-    yield max(_keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size), key=lambda task: task.peak)
-
-    @cache
-    def scored(other: Graph) -> SizedPass:
-        return sized(InferenceStep(other, chunk, batch.sequence), _of_rows(decided, other, chunk, batch.new_tokens))
-
+    yield _keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size)
     tasks: list[SideTask] = []
-    for role, other in scoring:
-        passed = scored(other)
+    for roles, other in scoring:
+        step = InferenceStep(other, chunk, batch.sequence)
+        passed = sized(step, _of_rows(decided, other, chunk, batch.new_tokens))
         moving, moment, where = passed.peak
-        phase, gathered = "reward" if role == "reward" else "rollout", sharding.held_in(role)
-        where = f"{role}: {where}"
-        tasks.append(SideTask(phase, where, standing, (*held, *gathered), (passed,), (0, moment), moving))
+        for role in roles:
+            phase, gathered = "reward" if role == "reward" else "rollout", sharding.held_in(role)
+            at = (passed,), (0, moment), moving
+            tasks.append(SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), *at))
     policy, values, *rewards = tasks
     yield max(policy, values, key=lambda task: task.peak)
     yield from rewards
@@ -181,20 +178,23 @@ def _without_autocast(graph: Graph) -> Graph | None:
 
 
 @lru_cache(maxsize=64)
-def _models_of_rollout(graph: Graph, kept: Cache) -> tuple[Graph, *tuple[tuple[str, Graph], ...]]:
-    """Return the policy's graph as it generates, and by role those of the models that score what it generated."""
+def _models_of_rollout(graph: Graph, kept: Cache) -> tuple[Graph, *tuple[tuple[tuple[str, ...], Graph], ...]]:
+    """Return the policy's graph as it generates, and those of the models that score its completions, by their roles."""
     reference, roles = reference_of(graph), dict(graph.roles)
     assert reference is not None
     value = without_gradients(roles["value"])
-    value = value._replace(loss="", recipe=value.recipe._replace(keeps=False, copies=""))  # of backward
+    roles["value"] = value._replace(loss="", recipe=value.recipe._replace(keeps=False, copies=""))  # of backward
 
     def scoring(other: Graph, cache: Cache = "") -> Graph:
         wiring = other.wiring._replace(caching=bool(cache), records=False)
         return other._replace(inference=Pass("score", cache, last_only=False), trainer=reference.trainer, wiring=wiring)
 
-    rewards = (("reward", scoring(roles["reward"])),) if "reward" in roles else ()
-    alone = graph._replace(trainer=None, roles=())
-    return alone, ("reference", scoring(reference, kept)), ("value", scoring(value)), *rewards
+    others = {scoring(reference, kept): ("reference",)}
+    for role in ("value", "reward"):
+        if role in roles:
+            other = scoring(roles[role])
+            others[other] = (*others.get(other, ()), role)
+    return graph._replace(trainer=None, roles=()), *((names, other) for other, names in others.items())
 
 
 def _decided_alone(batch: Batch, run: RunSpec, **changes: object) -> ResolvedRun:
@@ -215,8 +215,8 @@ def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0)
     return decided._replace(structure=structure, batch=batch, half=half, pictures=completion)
 
 
-def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> Iterator[SideTask]:
-    """Yield the moments at which a generation that keeps the logits of all tokens can peak.
+def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> SideTask:
+    """Return a generation that keeps the logits of all tokens, at its peak.
 
     It keeps the logits of every pass of a chunk of rows, stacks them, and joins the chunks in a padded copy.
 
@@ -226,19 +226,22 @@ def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: i
     def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
         return tensor_group("activation", what, f"{of} {tokens} {words}", "fp32", _LOGITS, "generate", copies)
 
-    before = (rows // chunk - 1) * chunk
-    earlier = (*task.held, *((logits("logits of earlier rows", before, tokens),) if before else ()))
-    for at, made in ((0, 0), (len(task.passes) - 1, tokens - 1)):
-        moving, moment, where = task.passes[at].peak
-        where = f"{task.passes[at].phase}: {where}"
-        held = (*earlier, logits("logits of a pass", chunk, 1, made)) if made else earlier
-        yield task._replace(where=where, held=held, top=(at, moment), moving=moving)
+    before, prompt, last = (rows // chunk - 1) * chunk, task.passes[0], task.passes[-1]
+    earlier = (logits("logits of earlier rows", before, tokens),) if before else ()
     passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
-    cache = tensor_group("activation", "keys and values", task.passes[-1].bytes_left(), "uint8", _LOGITS, "generate")
-    after = task._replace(passes=(), top=(-1, -1), moving=0)
-    yield after._replace(where="stacked logits", held=(*earlier, passes, stacked, cache))
+    made = (passes._replace(copies=tokens - 1),) if tokens > 1 else ()
+    cache = tensor_group("activation", "keys and values", last.bytes_left(), "uint8", _LOGITS, "generate")
     joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded_rows(rows), tokens))
-    yield after._replace(where="padded logits", held=(*task.held, *joined))
+    (first, *at), (second, *then) = prompt.peak, last.peak
+    moments = (
+        (first, (0, at[0]), f"{prompt.phase}: {at[1]}", earlier),
+        (second, (len(task.passes) - 1, then[0]), f"{last.phase}: {then[1]}", (*earlier, *made)),
+        (0, (-1, -1), "stacked logits", (*earlier, passes, stacked, cache)),
+        (0, (-1, -1), "padded logits", joined),
+    )
+    moving, top, where, kept = max(moments, key=lambda moment: moment[0] + total_bytes(moment[3]))
+    passes = task.passes if moving else ()
+    return task._replace(where=where, held=(*task.held, *kept), passes=passes, top=top, moving=moving)
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
