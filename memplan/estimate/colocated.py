@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.core.cached_property import cached_property
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.usage import Answer, Replay, Usage
@@ -32,6 +33,10 @@ class ColocatedUsage(Usage):
     def __init__(self, walk: Replay, engine: Budget, calibration: Calibration | None) -> None:
         super().__init__(walk, calibration)
         self._engine = engine
+
+    @cached_property
+    def is_ruled_out(self) -> bool:
+        return not self._engine.starts or super().is_ruled_out
 
     @property
     def answer(self) -> Answer | None:

@@ -17,6 +17,7 @@ from memplan.core.units import GIB
 from memplan.engine.walk import size
 from memplan.models.cards import find_model
 from memplan.planning.levers import levers_of, pull
+from memplan.planning.plan import plan
 from memplan.planning.reach import reach
 from memplan.program.serving.budget import budget
 from memplan.resolve.decide import decide
@@ -387,6 +388,10 @@ def test_the_engine_checks_its_longest_request() -> None:
     answer = colocated(max_model_len=None)  # the model's 131,072 positions
     assert answer.verdict.answer == "does not start"
     assert "it starts with serving.max_model_len" in str(answer.verdict.reason)
+    assert not answer.fits
+    assert {p.answer.verdict.answer for p in plan(answer.asked).proposals} == {"fits"}
+    [lever] = [lever for lever in levers_of(answer.run) if lever.keys == ("rollout_length",)]
+    assert estimate(pull(answer.run, [lever])).fits
     assert colocated(memory_utilization=0.95).verdict.answer == "does not fit"
 
 
@@ -418,7 +423,9 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"reference": "precomputed"}, "grpo scores completions as it generates them; use none"),
         ({"rollout": "colocate"}, "colocate: vLLM takes a share of the GPU; name one"),
         ({"trainer": "dpo", "rollout": "server"}, "only applies to trainers that generate: grpo, rloo"),
-        ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
+        ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines, .* use --rollout colocate"),
+        ({"roles": {"reference": "qwen2-0.5b"}}, "roles.reference.model: its vocabulary has 151,936 tokens"),
+        ({"roles": {"reference": "llama-3.2-3b"}}, "roles.reference: a checkpoint of its own is not supported yet"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
         (
