@@ -17,6 +17,7 @@ from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
+from memplan.core.units import gib
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
@@ -29,7 +30,7 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import decided_at, padded_rows, rollout_chunk, scoring_pass
+from memplan.resolve.roles import critic_run, decided_at, padded_rows, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
 from memplan.spec.run import Batch, RunSpec, changed
 from memplan.spec.training import Evaluation
@@ -67,6 +68,18 @@ def _log_probs(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Ite
     for task in evaluation(alone, Evaluation(micro=rows), walked, None, standing):
         moved = _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
         yield moved._replace(phase="rollout", where=f"log-probabilities: {task.where}")
+
+
+def elsewhere(run: RunSpec) -> Iterator[str]:
+    """Yield what a critic takes that trains on GPUs of its own, if the run has one."""
+    value = run.roles.value
+    if value is None or value.location == "gpu" or TRAINERS[run.trainer].own_loop:
+        return
+    here = run.roles.model_copy(update={"value": value.model_copy(update={"location": "gpu"})})
+    critic = critic_run(with_new_tokens(run.model_copy(update={"roles": here})))
+    assert critic is not None
+    each = gib(training_peaks(decide(critic)).top.peak)
+    yield f"the critic on GPUs of its own: {each} allocated on each, if they are {run.parallelism.world:,} too"
 
 
 def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:

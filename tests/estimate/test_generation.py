@@ -13,7 +13,7 @@ from memplan import Estimate, RunSpec, estimate, grid
 from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
 from memplan.core.ir import Weight
-from memplan.core.units import GIB
+from memplan.core.units import GIB, gib
 from memplan.engine.walk import size
 from memplan.models.cards import find_model
 from memplan.planning.levers import levers_of, pull
@@ -155,6 +155,7 @@ def test_a_critic_updates_next_to_the_policy() -> None:
     assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
     away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
     assert away.bytes.allocated == policy.bytes.allocated
+    assert f"{gib(alone.bytes.allocated)} allocated on each" in away.unsupported[0]
     long = grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1, "sequence": 2048})
     levers = {lever.title: lever for lever in levers_of(long.run)}
     for title in ("the value model on other GPUs", "micro-batch 1 of the value model"):
