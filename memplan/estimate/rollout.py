@@ -45,19 +45,26 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
 
     Raises SpecError if the model cannot generate.
     """
-    if TRAINERS[run.trainer].own_loop:
-        return tuple(_ppo(run, walked, decided, sharding_of(decided.structure)))
-    sharding = sharding_of(decided.structure)
-    has_reward = "reward" in dict(decided.structure.graph.roles)
-    reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
-    critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
-    scored = _log_probs(run, walked, decided) if run.batch.scored > run.batch.micro else ()
-    tasks, e = (*_generation(run, walked, decided), *scored, *reward, *critic), run.also.evaluation
+    tasks = tuple((_ppo if TRAINERS[run.trainer].own_loop else _tasks)(run, walked, decided))
+    e = run.also.evaluation
     if e is None:
         return tasks
     evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
     during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
-    return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in during))
+    during = (task for task in during if task.phase != "rollout")  # log-probabilities for a step
+    named = ((task, task.where.removeprefix(f"{task.phase}: ")) for task in during)
+    return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {where}") for task, where in named))
+
+
+def _tasks(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+    sharding = sharding_of(decided.structure)
+    yield from _generation(run, walked, decided)
+    if run.batch.scored > run.batch.micro:
+        yield from _log_probs(run, walked, decided)
+    if "reward" in dict(decided.structure.graph.roles):
+        yield _scoring(with_new_tokens(run), walked, sharding)
+    if decided.critic is not None:
+        yield _critic(decided.critic, walked, run)
 
 
 def _log_probs(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
@@ -141,7 +148,7 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sharding) -> Iterator[SideTask]:
+def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
     """Yield the generation of PPO's step, and the passes of its other models over the completions.
 
     PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
@@ -149,6 +156,7 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, sharding: Sh
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
     batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
+    sharding = sharding_of(decided.structure)
     graph, rows = _past_autocast(run, decided), batch.micro * batch.accumulation
     chunk, held = rollout_chunk(rows), _batch_before(rows, batch.tokens)
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
@@ -202,7 +210,7 @@ def _models_of_rollout(graph: Graph, kept: Cache) -> tuple[Graph, *tuple[tuple[t
         wiring = other.wiring._replace(caching=bool(cache), records=False)
         return other._replace(inference=Pass("score", cache, last_only=False), trainer=reference.trainer, wiring=wiring)
 
-    others = {scoring(reference, kept): ("reference",)}
+    others: dict[Graph, tuple[str, ...]] = {scoring(reference, kept): ("reference",)}
     for role in ("value", "reward"):
         if role in roles:
             other = scoring(roles[role])

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.merging import adapted_weights, merge_moments
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import library_behaviour
@@ -58,7 +59,7 @@ def side_tasks_of(
     refuse(refused_side_tasks(run, decided.structure.graph))
     standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
-    if also.evaluation is not None:
+    if also.evaluation is not None and not TRAINERS[run.trainer].own_loop:  # whose evaluation computes no loss
         tasks += evaluation(run, also.evaluation, walked, model, standing)
     if also.saving is not None:
         held, where, host = saving_peak(decided.structure, also.saving, walked.program)
@@ -71,7 +72,7 @@ def side_tasks_of(
 def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
     """Yield notes on the side tasks."""
     e = run.also.evaluation
-    if e is None:
+    if e is None or not asked:
         return
     step = asked[0].passes[0].step
     longer = run.batch.model_copy(update={"sequence": e.sequence or run.batch.sequence})

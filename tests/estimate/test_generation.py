@@ -195,6 +195,11 @@ def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     kept = next(line for line in answer.ledger if line.what == "logits of all completions")
     assert kept.bytes == 4 * 4 * 2 * 128 * 128256
     assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
+    rows = answer.run.batch.micro * answer.run.batch.accumulation
+    evaluated = ppo(method="lora", also={"evaluation": {"micro": rows}})  # which generates and scores as many
+    assert peak_of(evaluated, "eval") == max(peak_of(answer, "generate"), peak_of(answer, "reward"))
+    with pytest.raises(SpecError, match=r"also\.saving: is not supported yet with trainer ppo"):
+        ppo(method="lora", also={"saving": {}})
 
 
 def test_ppo_divides_all_its_models_under_zero3_only() -> None:
