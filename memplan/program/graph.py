@@ -19,7 +19,7 @@ from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
 from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
-from memplan.catalogue.kernels.wiring import Trainer, Wiring
+from memplan.catalogue.kernels.wiring import TRAINERS, Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
 from memplan.catalogue.methods.peft_layers import with_orthogonality
@@ -300,7 +300,9 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
 
 def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
     """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
-    own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
+    assert graph.trainer is not None
+    has_own = not TRAINERS[graph.trainer.name].own_loop  # whose reference runs before the step
+    own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph))) if has_own else ()
     stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
     found = {role: operations_of(other) for role, other in graph.roles}
     stacks |= {role: with_own_axes(found[role][0], role) for role, other in graph.roles if other.trainer}

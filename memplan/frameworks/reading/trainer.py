@@ -248,9 +248,6 @@ def lower_precision(config: Config, weights: str, casts: str | None, *keys: str)
 def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
     """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
     kind, groups = config.value("trainer") or "sft", "num_generations_eval"
-    if does and TRAINERS[kind].own_loop:
-        config.leave(why_key, f"the evaluation of trainer {kind} is not counted yet")
-        does = False
     if does and TRAINERS[kind].completions and config.said(groups) is not None:
         config.leave(groups, "an evaluation with another number of completions of a prompt is not counted yet")
         does = False

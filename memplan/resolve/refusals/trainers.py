@@ -70,7 +70,8 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for other models that the trainer's step does not have, or not where they are."""
     for role, other in run.roles.named:
         if role not in _ROLES:
-            yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
+            kinds = "--reference copy, adapters or precomputed; or of a teacher, reward or value model"
+            yield refused(f"roles.{role}", f"a checkpoint of its own is not supported yet; supported: {kinds}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
         elif role == "value" and other.location == "server" and role in TRAINERS[run.trainer].models:
