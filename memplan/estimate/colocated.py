@@ -8,16 +8,19 @@ from memplan.core.cached_property import cached_property
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.usage import Answer, Replay, Usage
-from memplan.program.graph import TensorGroup, tensor_group
+from memplan.program.graph import tensor_group
 from memplan.program.serving.budget import Budget
+from memplan.resolve.colocated import awake
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
+    from memplan.spec.run import RunSpec
 
 
-def by_engine(b: Budget, standing: SideTask, pushed: SideTask, woken: tuple[TensorGroup, ...]) -> SideTask:
+def by_engine(b: Budget, standing: SideTask, pushed: SideTask, run: RunSpec) -> SideTask:
     """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
-    a sleeping one has `woken` its weights only."""
+    a sleeping one has woken its weights only."""
+    woken = awake(b, run.profile) if run.serving.sleep else ()
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
     batch = (h for h in pushed.held if h.where == "generate")
     task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))

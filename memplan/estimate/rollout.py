@@ -131,8 +131,7 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         task = _without(pushed, "parameters" in moved, parameters=own)
         from memplan.estimate.colocated import by_engine
 
-        woken = awake(decided.colocated, run.profile) if run.serving.sleep else ()
-        return (by_engine(decided.colocated, task, pushed, woken),)
+        return (by_engine(decided.colocated, task, pushed, run),)
     if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
         one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
         graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph

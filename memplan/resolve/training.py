@@ -370,7 +370,7 @@ def _build_graph(run: OpenTraining) -> None:
         has_one_sequence=facts.is_single_sequence
         and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
         loss_chunks=dict(facts.loss_chunks).get(loss, 0),
-        fused=tuple(sorted(kernels.fused or ())),
+        fused=tuple(sorted({*(kernels.fused or ()), *library.model.own_kernels})),
         casts_outputs=library.loss.casts_outputs or casts_logits,
         code=run.code,
         holds_previous_outputs=_previous_outputs(run),

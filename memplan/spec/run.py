@@ -26,6 +26,7 @@ NEWEST = {
     "ms-swift": "ms-swift-4.6",
     "unsloth": "unsloth-2026.10",
     "openrlhf": "openrlhf-0.11",
+    "automodel": "automodel-0.7",
     "verl": "verl-0.9",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",

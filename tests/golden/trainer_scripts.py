@@ -32,6 +32,76 @@ class _Packed(TrainerScript):
         return inputs
 
 
+class AutomodelScript:
+    """A run of NeMo Automodel's recipe on one GPU: its own classes of Llama, Qwen2 and Qwen3, its LoRA and its loss."""
+
+    def __new__(cls, run: RunSpec, device: Any, phase: Any) -> Any:
+        """Return memplan's own script, as patched."""
+        from memplan.resolve.decide import fill_from_profile
+
+        script: Any = library("memplan.probe.script.script")
+        made = script.Script(fill_from_profile(run), library("torch").device(device), phase)
+        adapters = made.trainable if run.method.kind != "full" else 0
+        made.counted = tuple(count - adapters for count in made.counted)
+        return made
+
+    imported: tuple[str, ...] = (
+        "transformers.modeling_utils",
+        "nemo_automodel.components._peft.lora",
+        "nemo_automodel.components.loss.masked_ce",
+        *(f"nemo_automodel.components.models.{family}.model" for family in ("llama", "qwen2", "qwen3")),
+    )
+    unused: tuple[str, ...] = ()
+
+    @staticmethod
+    def patch() -> None:
+        """Have memplan's script build the model, adapt it and compute the loss as the recipe does."""
+        model: Any = library("memplan.probe.script.model")
+        auto: Any = library("transformers").AutoModelForCausalLM
+        plain, common = auto.from_config, library("nemo_automodel.components.models.common.utils")
+        backend = common.BackendConfig(attn="sdpa", linear="torch", rope_fusion=False)
+
+        def build(config: Any, **options: Any) -> Any:
+            if config.model_type not in ("llama", "qwen2", "qwen3"):
+                return plain(config, **options)
+            kind = library(f"nemo_automodel.components.models.{config.model_type}.model").ModelClass
+            config._attn_implementation, config.torch_dtype = (
+                options.get("attn_implementation", "sdpa"),
+                options["dtype"],
+            )
+            return kind(config, backend=backend).to(options["dtype"])
+
+        def adapt(model: Any, run: RunSpec) -> Any:
+            lora: Any = library("nemo_automodel.components._peft.lora")
+            names = ["*_proj"] if run.method.targets == "all-linear" else [f"*{name}" for name in run.method.targets]
+            config = lora.PeftConfig(target_modules=names, dim=run.method.rank, dropout=run.method.dropout)
+            lora.apply_lora_to_linear_modules(model, config, run.method.quantization)
+            return model
+
+        def compute(kind: str, model: Any, inputs: Any, labels: Any, in_fp32: bool, **options: Any) -> Any:
+            outputs = model(**inputs, **options)
+            loss: Any = library("nemo_automodel.components.loss.masked_ce").MaskedCrossEntropy()
+            return loss(outputs.logits, labels, num_label_tokens=labels.numel()), None
+
+        common._float32_rms_norm_fwd = library(
+            "torch"
+        ).ops.nemo_automodel.float32_rms_norm  # what the compiled function calls
+        tracker: Any = library("memplan.probe.fake.tracker")
+        replacements = tracker.data_free_kernels
+        norm = library("torch").ops.nemo_automodel.float32_rms_norm.default
+        tracker.data_free_kernels = lambda: {**replacements(), norm: common._float32_rms_norm_impl._init_fn}
+        mlp: Any = library("nemo_automodel.components._peft.lora_mlp")
+        mlp._is_silu = lambda function: True  # it compares values
+        mlp._swiglu_fwd, mlp._swiglu_bwd_inplace = (lambda e, g: library("torch").empty_like(e)), (lambda *given: given)
+        auto.from_config, model._adapt = build, adapt
+        library("memplan.probe.script.script").compute = compute
+
+    @staticmethod
+    def answer(run: RunSpec, value: Any) -> bool | int:
+        """Answer that nothing is padded."""
+        return True
+
+
 _STAGES = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "kto": "kto", "reward": "rm"}
 _TRAINERS = ("CustomDPOTrainer", "CustomKTOTrainer", "PairwiseTrainer")
 

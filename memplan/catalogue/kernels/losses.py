@@ -217,10 +217,12 @@ def cross_entropy(
     if form in _LABELS_SHIFTED:
         source, kernel = _LABELS_SHIFTED[form]
         x = logits if fused and kernel is _overwriting else "logits32"
+        inside = ("n",) if kernel is _overwriting else ()  # else the model has returned
         return (
+            *(() if inside else (ops.release_names("n"),)),
             *(() if x == logits else (_float(logits, source),)),
             *kernel("loss", x, "log_probs", "labels", "b s v"),
-            ops.release_names(*dict.fromkeys((x, logits, "n"))),
+            ops.release_names(*dict.fromkeys((x, logits, *inside))),
         )
     source, kernel_logits = _SHIFTED[form], logits if form == "half" else "logits32"
     return (

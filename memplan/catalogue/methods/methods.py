@@ -10,7 +10,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import idle, matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
+from memplan.catalogue.kernels.rewriting import (
+    adaptable,
+    idle,
+    matrix,
+    rewrite,
+    rewrite_blocks,
+    rewrite_lists,
+    rewrite_weights,
+)
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
@@ -169,7 +177,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     n, p = op.name, y.name
     lead, out, into = ops.axes_of(op)
     flat = op.gradient == "new"
-    w = matrix(op)
+    w = adaptable(op)
     assert w is not None
     scheme = family_of(w) if w.stored else ""
     quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not recipe.keeps)
@@ -341,7 +349,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
             return litgpt_lora.takes(op, recipe.targets)
-        w, name = matrix(op), op.name.rpartition(".")[2]
+        w, name = adaptable(op), op.name.rpartition(".")[2]
         if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
             return False
         return _is_target(op, recipe) or (all_linear and (head is None or op.name != head.name))
@@ -368,7 +376,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         return new if op.gradient != "none" else (o._replace(gradient="none") for o in new)
 
     def replacement(op: Op) -> Iterable[Op]:
-        w = matrix(op)
+        w = adaptable(op)
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # fused already
             return (op,)
         stacked = next((v for v in op.weights if v.stacked and v.stored and not v.kernel), None)

@@ -41,7 +41,9 @@ class ModelBehaviour(NamedTuple):
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
     magnitude_dtype            dtype of DoRA's magnitudes, if they have another than the adapters
-    fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
+    fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, axolotl's, or NeMo
+                               Automodel's
+    own_kernels                what the library's own class of the model computes in one function
     fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
 
@@ -52,7 +54,8 @@ class ModelBehaviour(NamedTuple):
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
     magnitude_dtype: Literal["", "fp32"]
-    fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
+    fused_lora: Literal["unsloth", "unsloth-2026", "axolotl", "automodel"]
+    own_kernels: tuple[str, ...]
     fp32_ends: bool
 
 
