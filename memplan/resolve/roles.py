@@ -149,9 +149,10 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
         targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
     )
     graph = graph._replace(recipe=recipe)
-    if run.trainer != "gkd":
+    library = library_behaviour(run.profile, graph.model.model_type, False)
+    if run.trainer != "gkd" or library.trainer.log_probs == "rolled":  # ms-swift's sets use_cache to false
         return graph
-    cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
+    cache = library.generation.cache
     one_pass = Pass("teacher", cache, last_only=False)
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
 

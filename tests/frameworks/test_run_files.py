@@ -124,6 +124,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
         (f"{SWIFT_LORA}rlhf_type: kto", "kto", None),
+        (f"{SWIFT_LORA}rlhf_type: gkd\nteacher_model: qwen2-7b", "gkd", None),
         (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
@@ -624,6 +625,8 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
+    "model: a\ntuner_type: lora\nrlhf_type: gkd": "run.yaml:3: rlhf_type: gkd without a teacher_model of its own",
+    "model: a\ntuner_type: lora\nrlhf_type: gkd\nteacher_model: a": "run.yaml:4: teacher_model: gkd without a",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",

@@ -69,7 +69,10 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "automodel",
         {"batch.micro": 2, "batch.sequence": 64},
     ),
-    "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
+    "vllm serve a &\nswift rlhf --model Qwen/Qwen2-7B --max_length 64": (
+        "ms-swift",
+        {"trainer": "dpo", "batch.sequence": 64},
+    ),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
         {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},

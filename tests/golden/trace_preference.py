@@ -7,7 +7,7 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. With `ms-swift-4.6` and dpo, kto, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
+makes it, and steps. With `ms-swift-4.6` and dpo, kto, orpo, cpo, simpo, reward or gkd it is ms-swift's own, with
 `llamafactory-0.9.5` and dpo, kto, orpo, simpo or reward LLaMA-Factory's, with the packages of trace_trainers.py.
 """
 
@@ -133,8 +133,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
-        if trainer in DISTILLING and said == "precomputed":
-            continue
+        if trainer in DISTILLING and (said == "precomputed" or (profile == SWIFT and strategy.startswith("fsdp"))):
+            continue  # FSDP divides ms-swift's teacher
         if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
             continue  # it casts trained weights to fp32, and runs gemma2 with other attention
         if (profile, trainer, method, precision) == (FACTORY, "reward", "lora", FP32):

@@ -19,6 +19,7 @@ from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 _GKD = "trl 1.16.0 experimental/gkd/gkd_trainer.py compute_loss, generalized_jsd_loss; the same since 0.24.0"
 _TILES = "trl 1.16.0 trainer/distillation_trainer.py _compute_loss, kernels/chunked_divergence.py"
 _SERVER = "trl 1.16.0 experimental/server_distillation/server_distillation_trainer.py compute_loss"
+_CHUNKS = "ms-swift 4.6.0 rlhf_trainers/gkd_loss.py extract_active, jsd_loss"
 _ROWS = "shifted_rows v"
 _WHO = ("student", "teacher")
 
@@ -115,7 +116,39 @@ def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: 
     before = (new for op in stack.before for new in (with_masks(op) if op.name == "inputs" else (op,)))
     written = (Tensor("teacher_outputs", "b s v", trainer.teacher_dtype),)
     passed = Op("teacher", (), written, gradient="none", model=teacher, source=_GKD)
-    return stack._replace(before=tuple(before), loss=(*tail, passed, *_divergence(outputs)))
+    divergence = _divergence_by_chunk if trainer.log_probs == "rolled" else _divergence
+    return stack._replace(before=tuple(before), loss=(*tail, passed, *divergence(outputs)))
+
+
+def _divergence_by_chunk(outputs: str) -> Iterator[Op]:
+    """Compute the divergence of copies of the labelled rows, chunk by chunk: all chunks' graphs exist until backward.
+
+    A chunk keeps the student's log-softmax, both log-probabilities weighted, their mixture, both models' probabilities
+    and the student's gap from the mixture. Its gradient is written into zeros for all rows.
+    """
+    copies: list[str] = []
+    for prefix, gradient in (("", "new"), ("teacher_", "none")):
+        read = "teacher_outputs" if prefix else outputs
+        for name in ("labelled", "scaled"):
+            copies.append(f"{prefix}{name}")
+            copy = Tensor(copies[-1], _ROWS, f"={read}")
+            yield Op(f"loss.{copy.name}", (read,), (copy,), gradient=gradient, source=_CHUNKS)
+            read = copy.name
+    kept = (
+        Tensor("log_probs", _ROWS, "=scaled"),
+        Tensor("probs", _ROWS, "=scaled"),
+        Tensor("chunks", f"5 {_ROWS}", ""),
+    )
+    yield Op(
+        "loss.chunks",
+        ("scaled", "teacher_scaled"),
+        (*kept, Tensor("loss", "", "fp32")),
+        keeps=tuple(Keep(tensor.name, "scaled", is_gradient=tensor is kept[0]) for tensor in kept),
+        scratch=(Tensor("teacher's log-softmax and a product", "chunk_rows v", "=chunks"),),
+        scratch_back=(Scratch(Tensor("gradients of a chunk", "chunk_rows_back v", "=chunks"), "scaled"),),
+        source=_CHUNKS,
+    )
+    yield ops.release_names(*copies, *(tensor.name for tensor in kept), outputs, "teacher_outputs")
 
 
 def _divergence(outputs: str) -> Iterator[Op]:

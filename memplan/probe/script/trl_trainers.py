@@ -28,6 +28,7 @@ from memplan.probe.script.packed_batches import PackedBatch, packed_batch
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.roles import fields_of_role
 from memplan.spec.generation import InlineModel
+from memplan.spec.roles import RoleModel
 from memplan.spec.run import RunSpec
 
 
@@ -292,8 +293,7 @@ class TrainerScript:
         for role, other in run.roles.named:
             if role == "reward" or other.location == "server":
                 continue
-            update = {"model": other.model, **fields_of_role(self.run.precision, other)}
-            others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
+            others[f"{role}_model"] = self._other(run, other)
         return kind(
             model=model,
             args=arguments,
@@ -354,6 +354,11 @@ class TrainerScript:
             return self._built(run)
 
         return built
+
+    def _other(self, run: RunSpec, other: RoleModel) -> Any:
+        """Return another model of the run's step."""
+        update = {"model": other.model, **fields_of_role(run.precision, other)}
+        return self._built(run.model_copy(update=update))
 
     def _built(self, run: RunSpec) -> Any:
         """Return the run's model on the device."""

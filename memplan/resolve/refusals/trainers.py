@@ -154,6 +154,10 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS else FSDP))
     if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
+    if name == "gkd" and p.world > 1 and p.strategy in FSDP and run.library.trainer.log_probs == "rolled":
+        yield not_yet_with(
+            "parallelism.strategy", f"trainer gkd and {run.profile}, whose teacher FSDP divides", "zero3"
+        )
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:
