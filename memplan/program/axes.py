@@ -149,6 +149,9 @@ def axes_of(
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)
             axes |= {f"{role}.{name}": by_name[name] for name in own}
+        if role == "teacher" and "chunk_words" in needs:
+            words = max(m.vocab_size, other.model.vocab_size)
+            axes |= {"chunk_words": words, "chunk_padded": words * (m.vocab_size != other.model.vocab_size)}
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]

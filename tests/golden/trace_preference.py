@@ -89,12 +89,13 @@ EXPERTS = {
 }
 
 
-def teachers(family: str, method: str, experts: bool = False) -> dict[str, Any]:
-    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, or one
-    with experts."""
-    if experts:
+def teachers(family: str, method: str, kind: str = "") -> dict[str, Any]:
+    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, with
+    a larger vocabulary or with experts."""
+    if kind == "experts":
         return {"teacher": {"model": {"config": EXPERTS}}}
     config = {**CONFIGS[family], "hidden_size": 1536, "num_hidden_layers": 6, "intermediate_size": 4096}
+    config["vocab_size"] += 640 * (kind == "words")
     stored = {"quantization": {"format": "nf4"}} if method == "qlora" else {}
     return {"teacher": {"model": {"config": config}, **stored}}
 
@@ -129,6 +130,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    cases += [(("llama", "lora", BF16, 2, 256, None, {}), "words")] * ((profile, trainer) == (SWIFT, "gkd"))
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
         micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):
@@ -151,7 +153,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": reference,
-                    "roles": teachers(family, method, strategy == "experts") if trainer in DISTILLING else {},
+                    "roles": teachers(family, method, strategy) if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
