@@ -123,9 +123,9 @@ def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: 
 def _divergence_by_chunk(outputs: str) -> Iterator[Op]:
     """Compute the divergence of copies of the labelled rows, chunk by chunk: all chunks' graphs exist until backward.
 
-    The student's rows are padded to the teacher's vocabulary. A chunk keeps the student's log-softmax, both log-probabilities weighted,
-    their mixture, both models' probabilities and the student's gap from the mixture. Its gradient is written into zeros
-    for all rows.
+    The student's rows are padded to the teacher's vocabulary. A chunk keeps the student's log-softmax, both
+    log-probabilities weighted, their mixture, both models' probabilities and the student's gap from the mixture. Its
+    gradient is written into zeros for all rows.
     """
     copies: list[str] = []
 
