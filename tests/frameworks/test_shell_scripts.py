@@ -73,6 +73,17 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ms-swift",
         {"trainer": "dpo", "batch.sequence": 64},
     ),
+    "accelerate launch ppo.py --sft_model_path Qwen/Qwen2-7B --reward_model_path org/scores --response_length 64 "
+    "--dataset_name mine": (
+        "trl",
+        {
+            "trainer": "ppo",
+            "model": "Qwen/Qwen2-7B",
+            "roles.reward.model": "Qwen/Qwen2-7B",
+            "batch.new_tokens": 64,
+            "kernels.checkpointing": "none",
+        },
+    ),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
         {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},

@@ -34,7 +34,7 @@ _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpoi
 
 
 _GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
-_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo", "gkd")}}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo", "gkd", "ppo")}}
 
 
 def _program(config: Config) -> None:
@@ -57,17 +57,21 @@ def _trainer(config: Config) -> None:
     if kind not in _TRAINERS:
         raise config.refuse("rlhf_type", ", ".join(_TRAINERS))
     name = _TRAINERS[kind]
-    if name != "grpo":
+    if name == "ppo":
+        if config.get("tuner_type") != "full":
+            raise config.error("tuner_type", "ppo of adapters, whose value model has some, too, is not supported yet")
+        trainer.ppo(config, "reward_model", "response_length", "rlhf_type")
+    elif name != "grpo":
         name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
         trainer.preference(config, name, "rlhf_type")
         if name == "gkd":
             _teacher(config)
-        return
-    config.defaults = {**config.defaults, "beta": 0.04}
-    adapts = config.get("tuner_type") != "full"
-    trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
-    if config.value("rollout") == "colocate" and config.whole("sleep_level"):
-        config.set("serving.sleep", True, "sleep_level")
+    else:
+        config.defaults = {**config.defaults, "beta": 0.04}
+        adapts = config.get("tuner_type") != "full"
+        trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
+        if config.value("rollout") == "colocate" and config.whole("sleep_level"):
+            config.set("serving.sleep", True, "sleep_level")
 
 
 def _teacher(config: Config) -> None:

@@ -108,11 +108,7 @@ _CRITIC_TOKENS = 32768  # trainer/config/critic/critic.yaml ppo_max_token_len_pe
 
 def _critic(config: Config) -> None:
     """The critic of PPO, which is divided among the same GPUs and has micro-batches and an optimizer of its own."""
-    name = config.text("critic.model.path")
-    if name is not None:
-        trainer.role(config, "value", name, "critic.model.path")
-    if config.value("roles.value.model") is None:
-        config.set("roles.value.model", config.value("model"), why="assumed: as large as the policy")
+    trainer.role(config, "value", config.text("critic.model.path"), "critic.model.path", needed=True)
     length = sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
     rows = (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1)
     key, own = "critic.ppo_micro_batch_size_per_gpu", "critic.use_dynamic_bsz"
