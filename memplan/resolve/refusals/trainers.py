@@ -16,7 +16,7 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled", "shifted", "joined"), "distill": ("tiled",)}
+_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
