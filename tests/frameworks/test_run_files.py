@@ -646,7 +646,7 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
-    "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: remax}": "adv_estimator: 'remax' is not supported",
+    "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: mine}": "adv_estimator: 'mine' is not supported",
     "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",

@@ -4,7 +4,7 @@ The actor's FSDP shards are fp32 and computed in bf16; between its updates, vLLM
 reference is a model of its own on the host, gathered block by block, or the actor without its adapters.
 
 Source: verl 0.9.1 trainer/config, workers/engine/fsdp/transformer_impl.py, workers/engine_workers.py,
-workers/rollout/vllm_rollout, trainer/sft_trainer.py.
+workers/rollout/vllm_rollout, trainer/sft_trainer.py, trainer/ppo/utils.py need_critic, experimental/reward_loop/reward_loop.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ from memplan.frameworks.reading.config import Config, Rule, shown
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 _ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo", "gae": "rloo"} | dict.fromkeys(
-    ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
+    (
+        "grpo",
+        "grpo_passk",
+        "grpo_vectorized",
+        "gdpo",
+        "gpg",
+        "opo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+    )
+    + ("remax", "optimal_token_baseline", "tir_optimal_token_baseline"),
+    "grpo",
 )
+_REWARD_SHARE = 0.5  # trainer/config/reward/reward.yaml reward_model.rollout.gpu_memory_utilization
 _OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 
@@ -54,15 +66,26 @@ def _program(config: Config) -> None:
     _model(config, _MODEL)
     _micro_batch(config, has_copy)
     _rollout(config)
-    if estimator == "gae":
+    if config.flag("critic.enable") if config.said("critic.enable") is not None else estimator == "gae":
         _critic(config)
     if config.flag(f"{_ACTOR}.calculate_entropy") or config.number(f"{_ACTOR}.entropy_coeff"):
         config.leave(f"{_ACTOR}.entropy_coeff", "the entropy of all logits is not counted")
     if (config.whole(f"{_ACTOR}.ulysses_sequence_parallel_size") or 1) > 1:
         config.leave(f"{_ACTOR}.ulysses_sequence_parallel_size", "each GPU is counted with whole sequences")
     for name in ("reward.reward_model", "reward_model"):
-        if config.flag(f"{name}.enable"):
-            config.leave(f"{name}.enable", "the reward model is not counted")
+        if config.flag(f"{name}.enable") and not config.flag(f"{name}.enable_resource_pool"):
+            _reward_model(config, name)
+
+
+def _reward_model(config: Config, name: str) -> None:
+    """A reward model's engine is awake while it scores, when the one that generates sleeps: the larger share counts."""
+    if config.said(f"{name}.rollout.name") is None and config.said(f"{name}.micro_batch_size_per_gpu") is not None:
+        config.leave(f"{name}.enable", "a reward model under FSDP, as until verl 0.6, is not counted")
+        return
+    key = f"{name}.rollout.gpu_memory_utilization"
+    share = config.number(key) or _REWARD_SHARE
+    if share > (config.value("serving.memory_utilization") or 0):
+        config.set("serving.memory_utilization", share, key, why="of the reward model's engine, while it scores")
 
 
 def _micro_batch(config: Config, has_copy: bool) -> None:
