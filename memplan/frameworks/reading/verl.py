@@ -4,7 +4,7 @@ The actor's FSDP shards are fp32 and computed in bf16; between its updates, vLLM
 reference is a model of its own on the host, gathered block by block, or the actor without its adapters.
 
 Source: verl 0.9.1 trainer/config, workers/engine/fsdp/transformer_impl.py, workers/engine_workers.py,
-workers/rollout/vllm_rollout, trainer/sft_trainer.py, trainer/ppo/utils.py need_critic, experimental/reward_loop/reward_loop.py.
+workers/rollout/vllm_rollout, trainer/sft_trainer.py, trainer/ppo/utils.py need_critic, experimental/reward_loop.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-_ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo", "gae": "rloo"} | dict.fromkeys(
+_ESTIMATORS = dict.fromkeys(("rloo", "rloo_vectorized", "gae"), "rloo") | dict.fromkeys(
     (
-        "grpo",
-        "grpo_passk",
-        "grpo_vectorized",
-        "gdpo",
-        "gpg",
-        "opo",
-        "reinforce_plus_plus",
-        "reinforce_plus_plus_baseline",
-    )
-    + ("remax", "optimal_token_baseline", "tir_optimal_token_baseline"),
+        *("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"),
+        *("reinforce_plus_plus", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"),
+    ),
     "grpo",
 )
 _REWARD_SHARE = 0.5  # trainer/config/reward/reward.yaml reward_model.rollout.gpu_memory_utilization
