@@ -50,7 +50,7 @@ _CPO = ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer")
 TRAINERS = {
     "sft": TrlTrainer("SFT", ("trl.trainer.sft_trainer",), (("dataset_kwargs", {"skip_prepare_dataset": True}),)),
     "dpo": TrlTrainer("DPO", ("trl.trainer.dpo_trainer",)),
-    "kto": TrlTrainer("KTO", ("trl.trainer.kto_trainer",)),
+    "kto": TrlTrainer("KTO", ("trl.experimental.kto.kto_trainer", "trl.trainer.kto_trainer")),
     "reward": TrlTrainer("Reward", ("trl.trainer.reward_trainer",)),
     "orpo": TrlTrainer("ORPO", ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer")),
     "cpo": TrlTrainer("CPO", _CPO),
