@@ -205,7 +205,7 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
         ({"reference": "copy"}, "sft has no reference model"),
         ({"trainer": "orpo", "reference": "copy"}, "orpo has no reference model; use none, or trainer dpo"),
-        ({"trainer": "kto", "profile": "trl-0.24"}, "is not supported yet with kto and trl-0.24; supported: trl-1.15"),
+        ({"trainer": "kto", "profile": "trl-1.6"}, "is not supported yet with kto and trl-1.6; supported: trl-1.15"),
         (
             {"trainer": "dpo", "profile": "trl-0.24", "model": "gemma-3-4b"},
             "a vision or audio tower; supported: trl-1.15",

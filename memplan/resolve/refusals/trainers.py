@@ -18,6 +18,8 @@ from memplan.spec.run import RunSpec
 # Ways of computing them that were read.
 _LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
 
+_COPYING = ("kto", "trl-1.6")  # trl 1.6.0 experimental/kto/kto_trainer.py copies the logits of all, and of either half
+
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for a trainer, for its reference, and for what it cannot be combined with."""
@@ -28,7 +30,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     log_probs = run.library.trainer.log_probs
-    if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
+    if (name, run.profile) == _COPYING or log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if facts.least > 1 and run.batch_facts.is_single_sequence and not run.library.trainer.takes_one:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
