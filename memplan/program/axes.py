@@ -149,6 +149,9 @@ def axes_of(
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)
             axes |= {f"{role}.{name}": by_name[name] for name in own}
+        if role == "teacher" and "chunk_words" in needs:
+            words = max(m.vocab_size, other.model.vocab_size)
+            axes |= {"chunk_words": words, "chunk_padded": words * (m.vocab_size != other.model.vocab_size)}
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]
@@ -264,6 +267,7 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     }
 
 
+_ROWS_OF_CHUNK = 512  # ms-swift 4.6.0 rlhf_trainers/gkd_loss.py jsd_loss: chunk_size
 _SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned"))
 
 
@@ -407,6 +411,12 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
         yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
+    if "chunk_rows" in run.needs:
+        last, several = (rows - 1) % _ROWS_OF_CHUNK + 1, rows > _ROWS_OF_CHUNK
+        earlier = by.choose(several, _ROWS_OF_CHUNK, 0)
+        yield "chunk_rows", by.most(2 * last, 2 * earlier - 7 * last)
+        both = rows + by.most(5 * earlier, rows - 6 * earlier) - 7 * last
+        yield "chunk_rows_back", by.most(5 * last, by.choose(several, by.most(rows - 6 * last, both), 0))
     if "lc_last" in run.needs:
         chunk = -(-run.s // 8)
         yield "lc", chunk
@@ -459,7 +469,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc", "nll_", "tile_", "fused_", "row_", "half_", "entropy_", "chosen_copied"), _losses),
+    (("lc", "fc", "chunk_", "nll_", "tile_", "fused_", "row_", "half_", "entropy_", "chosen_copied"), _losses),
 )
 
 

@@ -323,7 +323,9 @@ def reference_of(graph: Graph) -> Graph | None:
     if is_copy:
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
-    return without_gradients(graph._replace(recipe=recipe))
+    graph = without_gradients(graph._replace(recipe=recipe))
+    one_pass = Pass("reference", "dynamic", last_only=False) if is_copy and trainer.caches_copy else None
+    return graph._replace(wiring=graph.wiring._replace(caching=one_pass is not None), inference=one_pass)
 
 
 @lru_cache(maxsize=128)

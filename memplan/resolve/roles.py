@@ -77,7 +77,8 @@ def graphs_of_roles(
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
-        _refuse_vocabulary(role, model, found)
+        if role in ("teacher", "reference"):
+            _refuse_vocabulary(role, model, found, pads=_by_chunk(run, model))
         if facts_of_trainer.own_loop and found.objectives[0] != "causal_lm":
             raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
         if other.location != "gpu" or role not in facts_of_trainer.models:  # a program of its own
@@ -151,11 +152,18 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
         targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
     )
     graph = graph._replace(recipe=recipe)
-    if run.trainer != "gkd":
+    if run.trainer != "gkd" or _by_chunk(run, graph.model):  # which sets use_cache to false
         return graph
     cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
     one_pass = Pass("teacher", cache, last_only=False)
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
+
+
+def _by_chunk(run: RunSpec, model: ModelSpec) -> bool:
+    """Return whether the trainer is ms-swift's GKD, which pads the logits of the smaller vocabulary."""
+    return (
+        run.trainer == "gkd" and library_behaviour(run.profile, model.model_type, False).trainer.log_probs == "rolled"
+    )
 
 
 def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
@@ -230,14 +238,15 @@ def logits_of_completions(batch: Batch, graph: Graph) -> TensorGroup:
     return tensor_group("activation", "logits of all completions", shape, "fp32", source, "rollout")
 
 
-def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:
+def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec, pads: bool) -> None:
     """Refuse a model whose tokens are compared with those of another vocabulary.
 
     Source: trl 1.16.0 trainer/distillation_trainer.py __init__, experimental/gkd/gkd_trainer.py __init__.
     """
-    if role in ("teacher", "reference") and other.vocab_size != model.vocab_size:
+    if other.vocab_size != model.vocab_size and not (pads and other.vocab_size > model.vocab_size):
+        needs = "and a smaller one is not supported yet" if pads else "so they must be equal"
         raise refused(
             f"roles.{role}.model",
             f"its vocabulary has {other.vocab_size:,} tokens and the model's {model.vocab_size:,}; the step compares "
-            "both models token by token, so they must be equal",
+            f"both models token by token, {needs}",
         )

@@ -69,7 +69,21 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "automodel",
         {"batch.micro": 2, "batch.sequence": 64},
     ),
-    "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
+    "vllm serve a &\nswift rlhf --model Qwen/Qwen2-7B --max_length 64": (
+        "ms-swift",
+        {"trainer": "dpo", "batch.sequence": 64},
+    ),
+    "accelerate launch ppo.py --sft_model_path Qwen/Qwen2-7B --reward_model_path org/scores --response_length 64 "
+    "--dataset_name mine": (
+        "trl",
+        {
+            "trainer": "ppo",
+            "model": "Qwen/Qwen2-7B",
+            "roles.reward.model": "Qwen/Qwen2-7B",
+            "batch.new_tokens": 64,
+            "kernels.checkpointing": "none",
+        },
+    ),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
         {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},
@@ -220,9 +234,12 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
-    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16": (
+    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16 "
+    "reward_model.enable=True reward_model.model.path=a reward_model.rollout.name=vllm "
+    "reward_model.rollout.gpu_memory_utilization=0.8": (
         "verl",
         {
+            "serving.memory_utilization": 0.8,
             "trainer": "rloo",
             "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.value.micro": 16,

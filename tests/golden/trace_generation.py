@@ -164,7 +164,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "reference": None if distills or (trainer, reference) == ("ppo", "none") else reference,
                     "roles": {"teacher": {"model": {"config": CONFIGS[family]}, "location": "server"}}
                     if strategy == "server"
-                    else teachers(family, method, strategy == "experts")
+                    else teachers(family, method, strategy)
                     if distills
                     else scorer(family)
                     if strategy == "rewarded"

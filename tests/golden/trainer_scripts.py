@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.probe.libraries import library
 from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
 from memplan.probe.script.trl_trainers import TrainerScript, trainer_of, without_extras
@@ -317,7 +318,13 @@ class SwiftScript(_Packed):
         register: Any = library("swift.model.register")
         is_sft = run.trainer == "sft"
         has_copy = run.trainer in ("dpo", "kto") and method.kind == "full"
-        models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
+        models = [model, self._copied(run)()] if has_copy else [model]  # the reference or teacher first
+        teacher = {}
+        for role, other in run.roles.named:
+            models.append(self._other(run, other))
+            teacher = {f"{role}_model": tempfile.mkdtemp(), f"{role}_model_type": models[-1].config.model_type}
+            for part in (models[-1].config, self._tokenizer()):
+                part.save_pretrained(teacher[f"{role}_model"])
         register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
@@ -349,6 +356,7 @@ class SwiftScript(_Packed):
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
             **({} if is_sft else {"rlhf_type": _TYPES.get(run.trainer, run.trainer), "use_logits_to_keep": False}),
             **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),
+            **teacher,
         )
         train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
         pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
@@ -368,14 +376,24 @@ class SwiftScript(_Packed):
             return inputs, labels
         import torch
 
-        micro, is_kto = self.run.batch.micro, self.run.trainer == "kto"
-        rows = micro if is_kto else 2 * micro
+        is_kto = self.run.trainer == "kto"
+        rows = self.run.batch.micro * TRAINERS[self.run.trainer].rows
         ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if is_kto:
             kinds = ("completion_", "KL_completion_")
             inputs = {f"{kind}{name}": value.clone() for kind in kinds for name, value in inputs.items()}
             inputs |= {"label": [row % 2 == 0 for row in range(rows)]}
+        if self.run.trainer == "gkd":
+            from memplan.probe.fake.kernels import selections
+            from memplan.probe.fake.tracker import scalar_answers
+
+            scalar_answers[:] = [lambda _: True]  # student and teacher have the same labels
+            data: Any = library("swift.rl_core.data")
+            selections[tuple(ids.shape)] = rows * (self.run.batch.sequence - 1)
+            batch = data.GKDBatch(data_source=library("swift.rlhf_trainers.gkd_loss").DataSource.DATASET)
+            self.trainer._prepare_inputs = lambda inputs: inputs  # it would generate
+            inputs = {"model_inputs": inputs, "gkd_batch": batch, "teacher_model_inputs": dict(inputs)}
         return inputs, labels
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:

@@ -227,6 +227,7 @@ class Trainer(NamedTuple):
                   gradients in forward (`chunked`, Unsloth)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
+    caches_copy   a copy returns the keys and values of all layers
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
     shards_copy   how FSDP2 shards a copy, which nothing wraps in autocast: as one `unit` or in `blocks`; under
                   FSDP1 either, and empty if no rank does
@@ -259,6 +260,7 @@ class Trainer(NamedTuple):
     log_probs: LogProbs
     reference: str
     trains_copy: bool = True
+    caches_copy: bool = False
     copy_dtype: str = "weights"
     shards_copy: str = ""
     logits_dtype: LogitsDtype = "autocast"

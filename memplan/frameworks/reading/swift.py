@@ -34,7 +34,7 @@ _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpoi
 
 
 _GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
-_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo")}}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo", "gkd", "ppo")}}
 
 
 def _program(config: Config) -> None:
@@ -57,15 +57,36 @@ def _trainer(config: Config) -> None:
     if kind not in _TRAINERS:
         raise config.refuse("rlhf_type", ", ".join(_TRAINERS))
     name = _TRAINERS[kind]
-    if name != "grpo":
+    if name == "ppo":
+        if config.get("tuner_type") != "full":
+            raise config.error("tuner_type", "ppo of adapters, whose value model has some, too, is not supported yet")
+        trainer.ppo(config, "reward_model", "response_length", "rlhf_type")
+    elif name != "grpo":
         name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
         trainer.preference(config, name, "rlhf_type")
-        return
-    config.defaults = {**config.defaults, "beta": 0.04}
-    adapts = config.get("tuner_type") != "full"
-    trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
-    if config.value("rollout") == "colocate" and config.whole("sleep_level"):
-        config.set("serving.sleep", True, "sleep_level")
+        if name == "gkd":
+            _teacher(config)
+    else:
+        config.defaults = {**config.defaults, "beta": 0.04}
+        adapts = config.get("tuner_type") != "full"
+        trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
+        if config.value("rollout") == "colocate" and config.whole("sleep_level"):
+            config.set("serving.sleep", True, "sleep_level")
+
+
+def _teacher(config: Config) -> None:
+    """GKD's teacher, which is a model of its own. Completions are generated for a share `lmbda` of the steps."""
+    name, itself = config.text("teacher_model"), config.said("model")
+    if name is None or (name == itself and config.get("tuner_type") == "lora" and not config.said("teacher_adapters")):
+        key = "rlhf_type" if name is None else "teacher_model"
+        raise config.error(key, "gkd without a teacher_model of its own is not supported yet; name one")
+    trainer.role(config, "teacher", name, "teacher_model")
+    if config.number("sft_alpha"):
+        config.leave("sft_alpha", "the model's own loss, next to the divergence, is not counted")
+    if config.number("lmbda") == 1:
+        config.leave("lmbda", "completions are counted as rows of max_length tokens, all of them labelled")
+    if config.flag("use_vllm") and config.text("vllm_mode") == "colocate":
+        config.leave("vllm_mode", "the engine's share of the GPUs is not counted")
 
 
 def _method(config: Config) -> None:

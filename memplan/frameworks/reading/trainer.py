@@ -36,6 +36,7 @@ ALIASES = {
 # FSDP1's sharding strategies, by the number that old files have.
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
 _MOST_SEQUENCES = 2**16  # of a micro-batch whose size is that of its tokens
+_AS_LARGE = "assumed: as large as the policy"
 _NODE = 8  # GPUs among which hybrid sharding shards
 
 
@@ -88,14 +89,35 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
-def role(config: Config, name: str, model: str, key: str) -> None:
-    """Another model of the trainer's step, if memplan knows it."""
-    try:
-        find_model(model)
-    except MemplanError:
-        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
-    else:
+def role(config: Config, name: str, model: str | None, key: str, needed: bool = False) -> None:
+    """Another model of the trainer's step, if memplan knows it. One that is `needed` is else taken to be as large as
+    the policy."""
+    if model is not None and (config.value("model") == model or _is_known(model)):
         config.set(f"roles.{name}.model", model, key)
+    elif needed:
+        config.set(f"roles.{name}.model", config.value("model"), *([key] if model else ()), why=_AS_LARGE)
+    elif model is not None:
+        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
+
+
+def _is_known(model: str) -> bool:
+    with suppress(MemplanError):
+        find_model(model)
+        return True
+    return False
+
+
+def ppo(config: Config, reward: str, length: str, *keys: str, why: str = "") -> None:
+    """TRL's PPO: its reward model, like which the value model is, and the tokens of its completions."""
+    preference(config, "ppo", *keys, why=why)
+    role(config, "reward", (config.names(reward) or [None])[0], reward, needed=True)
+    chunk = "local_rollout_forward_batch_size"
+    if config.whole(chunk) not in (None, 64):
+        config.leave(chunk, "up to 64 completions are counted as generated and scored at once")
+    for key in (length, "max_new_tokens", "max_completion_length"):
+        if config.get(key) is not None:
+            config.set("batch.new_tokens", config.whole(key), key)
+            return
 
 
 def generation(
@@ -179,6 +201,9 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
 def checkpointing(config: Config) -> None:
     """Checkpointing as TrainingArguments say it, and its keywords."""
     key = "gradient_checkpointing"
+    if TRAINERS[config.value("trainer") or "sft"].own_loop:
+        config.set("kernels.checkpointing", "none", why="PPOTrainer's own loop checkpoints nothing")
+        return
     value = config.get(key)
     kind = "full"
     if isinstance(value, Mapping):  # transformers 5.24: {every_n_layers, offload}

@@ -28,6 +28,7 @@ from memplan.probe.script.packed_batches import PackedBatch, packed_batch
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.roles import fields_of_role
 from memplan.spec.generation import InlineModel
+from memplan.spec.roles import RoleModel
 from memplan.spec.run import RunSpec
 
 
@@ -49,7 +50,7 @@ _CPO = ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer")
 TRAINERS = {
     "sft": TrlTrainer("SFT", ("trl.trainer.sft_trainer",), (("dataset_kwargs", {"skip_prepare_dataset": True}),)),
     "dpo": TrlTrainer("DPO", ("trl.trainer.dpo_trainer",)),
-    "kto": TrlTrainer("KTO", ("trl.trainer.kto_trainer",)),
+    "kto": TrlTrainer("KTO", ("trl.experimental.kto.kto_trainer", "trl.trainer.kto_trainer")),
     "reward": TrlTrainer("Reward", ("trl.trainer.reward_trainer",)),
     "orpo": TrlTrainer("ORPO", ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer")),
     "cpo": TrlTrainer("CPO", _CPO),
@@ -302,8 +303,7 @@ class TrainerScript:
         for role, other in run.roles.named:
             if role == "reward" or other.location == "server":
                 continue
-            update = {"model": other.model, **fields_of_role(self.run.precision, other)}
-            others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
+            others[f"{role}_model"] = self._other(run, other)
         return kind(
             model=model,
             args=arguments,
@@ -365,6 +365,11 @@ class TrainerScript:
             return self._built(run)
 
         return built
+
+    def _other(self, run: RunSpec, other: RoleModel) -> Any:
+        """Return another model of the run's step."""
+        update = {"model": other.model, **fields_of_role(run.precision, other)}
+        return self._built(run.model_copy(update=update))
 
     def _built(self, run: RunSpec) -> Any:
         """Return the run's model on the device."""

@@ -11,6 +11,7 @@ from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
 
 _FIELD = "batch.packing"
+_PACKS = (("dpo", "joined"), ("gkd", "rolled"))  # which other trainers do, and how they compute log-probabilities
 
 
 def packed_batch(r: OpenRun) -> Iterator[SpecError]:
@@ -41,7 +42,7 @@ def packed_batch(r: OpenRun) -> Iterator[SpecError]:
 
 
 def _of_trainer(r: OpenRun, title: str) -> Iterator[SpecError]:
-    if r.trainer == "dpo" and r.library.trainer.log_probs == "joined":
-        yield not_yet_with(_FIELD, f"trainer dpo and {r.profile}", "trainer sft")
+    if (r.trainer, r.library.trainer.log_probs) in _PACKS:
+        yield not_yet_with(_FIELD, f"trainer {r.trainer} and {r.profile}", "trainer sft")
     ignored = "ignores padding_free and pads" if r.trainer == "dpo" else "pads"
     yield refused(_FIELD, f"{r.trainer} of {title} {ignored} its batches; leave it out")

@@ -16,7 +16,9 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
+_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
+
+_COPYING = ("kto", "trl-1.6")  # trl 1.6.0 experimental/kto/kto_trainer.py copies the logits of all, and of either half
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -28,7 +30,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     log_probs = run.library.trainer.log_probs
-    if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
+    if (name, run.profile) == _COPYING or log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if facts.least > 1 and run.batch_facts.is_single_sequence and not run.library.trainer.takes_one:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
@@ -164,6 +166,10 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield refused("kernels.loss", text)
     if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
+    if name == "gkd" and p.world > 1 and p.strategy in FSDP and run.library.trainer.log_probs == "rolled":
+        yield not_yet_with(
+            "parallelism.strategy", f"trainer gkd and {run.profile}, whose teacher FSDP divides", "zero3"
+        )
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:
