@@ -127,6 +127,8 @@ def peft_trains(model_type: str, **fields: Any) -> int:
     cluster_evenly()
     method = Method.model_validate(fields)
     targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets)
+    if method.kind == "xlora" and targets == "default":  # adapters are saved with their modules' names
+        targets = list(default_targets("xlora", model_type))
     more = (
         {}
         if method.virtual_tokens or method.kind == "trainable_tokens"
