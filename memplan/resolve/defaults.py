@@ -13,7 +13,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, default_targets
+from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, computes_again, default_targets
 from memplan.program.stack_facts import linears, modules, stacks
 from memplan.spec.base import Part
 from memplan.spec.run import RunSpec
@@ -108,7 +108,7 @@ def fill_parts(
         method = method.model_copy(update={"quantization": quantization})
     kernels = with_defaults(
         kernels,
-        checkpointing="none" if method.has_prefix else defaults.kernels_checkpointing,  # which peft refuses
+        checkpointing=defaults.kernels_checkpointing if computes_again(method.kind) else "none",
         reentrant=defaults.kernels_reentrant,
         loss=defaults.kernels_loss,
         fused=defaults.kernels_fused,

@@ -122,7 +122,7 @@ def test_few_random_runs_are_refused() -> None:
 
 
 # Sparse tensors, and counts of random numbers, cannot be traced.
-UNTRACED = ("shira", "unilora")
+UNTRACED = ("frod", "shira", "unilora")
 PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)
 
 
@@ -133,7 +133,9 @@ def test_every_method_of_peft_equals_its_traces(case: dict[str, Any]) -> None:
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)
     assert compared.same
-    assert max(compared.peak, compared.phase) < 1e-3, compared
+    peak, phase = case.get("within", (1e-3, 1e-3))
+    assert compared.peak < peak, compared
+    assert compared.phase < phase, compared
 
 
 @ALL

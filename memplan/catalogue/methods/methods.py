@@ -248,7 +248,12 @@ def apply(
     """
     if recipe.wide:
         stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
-    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
+    stack = _rewritten(stack, recipe, axes)
+    if recipe.kind == "xlora":
+        from memplan.catalogue.methods.xlora import with_scalings
+
+        stack = with_scalings(stack, dict(recipe.options), recipe.weights, axes)
+    return _idle_unreached(_idle_unread(_drop_skipped(stack, keeps_casts)))
 
 
 def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
