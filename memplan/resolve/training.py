@@ -365,7 +365,7 @@ def _build_graph(run: OpenTraining) -> None:
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS[library.checkpointing.saved_tensors] if p.offload.activations else None,
         input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
-        and run.model.only_sequence is None  # the model reads token ids
+        and (run.model.only_sequence is None or bool(kernels.reentrant))  # by itself where the model reads token ids
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
@@ -456,6 +456,8 @@ def _build_structure(run: OpenTraining) -> None:
         workspace=megatron.engine_workspace_bytes(run.model, run.capability) if run.is_megatron_model else 0,
     )
     run.notes += [*expert_notes(run.graph, run.capability), *norm_notes(run.graph), *wrapping_notes(run.graph, ranks)]
+    if run.graph.input_requires_grad and run.model.only_sequence is not None:
+        run.notes.append("reentrant checkpoints only train layers after model.enable_input_require_grads(): counted so")
 
 
 def _check_trained(run: OpenTraining) -> None:

@@ -239,6 +239,25 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": AMP,
         "batch": {"micro": 2, "sequence": 37},
     },
+    "embeddings that a script makes require a gradient": {
+        **small("vit", SMALL),
+        "method": "lora",
+        "batch": {"micro": 4},
+        "kernels": {"reentrant": True},
+    },
+    "a convolution's input, of frozen weights": {
+        **small("whisper", SMALL),
+        **lora(["embed_tokens"]),
+        "batch": {"micro": 2},
+        "kernels": {"reentrant": True},
+    },
+    "the gradient of the only chunk's logits, next to the head's": {
+        "model": "qwen2-0.5b",
+        "gpu": "a100-sxm-80gb",
+        **lora(["lm_head"]),
+        "batch": {"micro": 3, "sequence": 60},
+        "kernels": {"loss": "chunked_nll", "checkpointing": "none"},
+    },
     "the gradient of interpolated positions, expanded": {
         **small("qwen3_vl_moe", TINY),
         "batch": {"micro": 2, "sequence": 64, "images": 1, "image_size": 224},

@@ -110,7 +110,7 @@ def chunked_nll(
     logits are, and when the matrix's gradient of a second chunk is added to that of the first in a new tensor, because
     that is a view. Later ones are added in place.
 
-    single         there is one chunk, whose view of the matrix's gradient is all of it
+    single         there is one chunk, whose view of the matrix's gradient, made next to its logits', is all of it
     casts_to_fp32  a chunk casts the matrix and its rows to fp32 first, as TRL 1.6 to 1.12 do; autocast casts them back
     """
     version = "1.10.0" if casts_to_fp32 else "1.14.1"
@@ -135,13 +135,15 @@ def chunked_nll(
     rows = Tensor("gradient of rows so far", f"{_ROWS} h", "=loss.rows")
     gradient = Tensor("gradient of the matrix so far", f"nll_several {matrix.shape}", matrix.dtype)
     so_far = (rows, gradient) if matrix.trains else (rows,)
-    added_rows = (
-        "nll_tokens" if matrix.trains else _ROWS
-    )  # laid out for all rows once the matrix's gradients are summed
+    added_rows = "nll_tokens" if matrix.trains else _ROWS  # all rows' once the matrix's gradients are summed
     added = (
-        Scratch(Tensor("gradient of a chunk's rows", f"{added_rows} h", "=loss.rows"), "loss.rows"),
-        Scratch(gradient, matrix.name),
-        Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
+        (Scratch(logits._replace(name="gradient of a chunk's logits"), matrix.name),)
+        if single
+        else (
+            Scratch(Tensor("gradient of a chunk's rows", f"{added_rows} h", "=loss.rows"), "loss.rows"),
+            Scratch(gradient, matrix.name),
+            Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
+        )
     )
     return (
         *labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),

@@ -460,6 +460,8 @@ def _checkpoint(model: Any, reentrant: bool, offload: bool, every: int, selectiv
     if hasattr(base, "activation_checkpointing_enable"):
         more = {**({"offload": True} if offload else {}), **({"every_n_layers": every} if every > 1 else {})}
         base.activation_checkpointing_enable({"use_reentrant": reentrant}, **more)
+        if reentrant:
+            base.enable_input_require_grads()  # transformers itself does it for models that read token ids
         return
     if offload or every > 1:
         field = f"kernels.{'checkpointing' if offload else 'every_n_layers'}"
