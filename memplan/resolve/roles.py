@@ -69,7 +69,7 @@ def graphs_of_roles(
     Raises SpecError for one that the step cannot have.
     """
     if run.roles.reference is not None:
-        _refuse_vocabulary("reference", model, find_model(run.roles.reference.model))
+        _refuse_vocabulary("reference", model, find_model(run.roles.reference.model), pads=False)
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
     facts_of_trainer = TRAINERS[run.trainer]
