@@ -300,9 +300,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
 
 def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
     """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
-    assert graph.trainer is not None
-    has_own = not TRAINERS[graph.trainer.name].own_loop  # whose reference runs before the step
-    own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph))) if has_own else ()
+    loops = graph.trainer is not None and TRAINERS[graph.trainer.name].own_loop  # its reference runs before the step
+    own = () if loops else (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
     stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
     found = {role: operations_of(other) for role, other in graph.roles}
     stacks |= {role: with_own_axes(found[role][0], role) for role, other in graph.roles if other.trainer}
@@ -317,9 +316,9 @@ def reference_of(graph: Graph) -> Graph | None:
     if trainer is None or not trainer.has_reference_pass:
         return None
     recipe, is_copy = graph.recipe, trainer.reference == "copy"
-    if recipe.kind in ADAPTERS or not trainer.trains_copy:  # the same weights without adapters, all of them frozen
-        kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
-        recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
+    if (has_adapters := recipe.kind in ADAPTERS) or not trainer.trains_copy:  # without adapters, all of it frozen
+        recipe = recipe._replace(kind=recipe.kind if has_adapters else "lora", targets=(), saved=(), selection=None)
+        recipe = recipe._replace(bias="none", tokens=0, fused="")
     if is_copy:
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
