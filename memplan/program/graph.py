@@ -310,8 +310,7 @@ def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
 
 @lru_cache(maxsize=128)
 def reference_of(graph: Graph) -> Graph | None:
-    """Return the graph of the reference model that runs in a trainer's step, if one does: a copy of the model, or the
-    model itself without its adapters."""
+    """Return the graph of the reference that runs in a trainer's step, if one does: a copy, or all but the adapters."""
     trainer = graph.trainer
     if trainer is None or not trainer.has_reference_pass:
         return None
