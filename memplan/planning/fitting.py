@@ -99,20 +99,20 @@ class CardAnswers:
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
         if gpu.name not in self._fits:
-            self._settle(_Pool.of((gpu,), self._is_shared))
+            self._settle((_Kind((gpu,)),))
         return self._fits[gpu.name]
 
     def fits(self, gpus: Sequence[GPU]) -> tuple[Fit, ...]:
         """Return the answers on several GPUs."""
         pool = _catalogue(self._is_shared) if gpus is all_gpus() else _Pool.of(gpus, self._is_shared)
         if not all(map(self._fits.__contains__, pool.names)):
-            self._settle(pool)
+            self._settle(pool.kinds)
         return tuple(map(self._fits.__getitem__, pool.names))
 
-    def _settle(self, pool: _Pool) -> None:
+    def _settle(self, kinds: Iterable[_Kind]) -> None:
         """Answer on all GPUs: by bounds where they tell, then by replays."""
         edge: list[tuple[int, _Kind, int, Estimate]] = []
-        for kind in pool.kinds:
+        for kind in kinds:
             found = self.on(kind.gpus[0])
             if isinstance(found, MemplanError):
                 self._fits |= {gpu.name: Fit(gpu, None, str(found)) for gpu in kind.gpus}
@@ -120,8 +120,10 @@ class CardAnswers:
             low, high = 0, len(kind.usable)
             if self._is_shared:
                 low, high = bisect_left(kind.usable, found.least), bisect_left(kind.usable, found.ample)
-            self._fits |= kind.fits("fits", high, len(kind.usable))
-            self._fits |= kind.fits("does not fit", 0, low)
+            if high < len(kind.usable):
+                self._fits |= kind.fits("fits", high, len(kind.usable))
+            if low:
+                self._fits |= kind.fits("does not fit", 0, low)
             edge += [(kind.usable[i], kind, i, found) for i in range(low, high)]
         edge.sort(key=itemgetter(0), reverse=True)  # a replay tells of smaller cards, too
         for usable, kind, i, found in edge:
