@@ -40,13 +40,15 @@ _OTHER_NAMES = {
     **dict.fromkeys(("hf", "huggingface", "peft"), "transformers"),
     **dict.fromkeys(("llama-factory", "llama_factory"), "llamafactory"),
     **dict.fromkeys(("llamacpp", "llama-cpp", "ollama", "lmstudio", "lm-studio"), "llama.cpp"),
+    **dict.fromkeys(("nemo-automodel", "nemo_automodel"), "automodel"),
     "swift": "ms-swift",
 }
 
 
 def _with_version(name: str) -> str:
-    lowered = name.lower().removesuffix("-latest")
-    return NEWEST.get(_OTHER_NAMES.get(lowered, lowered), name)
+    lowered = name.lower()
+    family = lowered.removesuffix("-latest")  # such as torchtune-latest, whose newest is torchtune
+    return NEWEST.get(_OTHER_NAMES.get(family, family), name if family == lowered else family)
 
 
 ProfileName = Annotated[str, After(_with_version)]

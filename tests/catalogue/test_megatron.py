@@ -221,7 +221,7 @@ def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("t", [2, 4])
-def test_adapters_keep_their_rank_and_the_gathered_inputs_of_two_layers(t: int) -> None:
+def test_adapters_keep_gathered_inputs_and_their_rank(t: int) -> None:
     """megatron-bridge 0.3.1 peft/utils.py: both halves are divided, what is between them is gathered, and layers that
     divide columns return their norm's output of all tokens, of which a rank keeps 1/t without adapters."""
     r = 16

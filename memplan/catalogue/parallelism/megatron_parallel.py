@@ -14,7 +14,7 @@ from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 _SOURCE = "megatron-core 0.12 tensor_parallel"
-_ADAPTER = "megatron-bridge 0.3.1 peft/utils.py ParallelLinearAdapter"
+_ADAPTER = "megatron-bridge 0.3.1 and 0.6.2 peft/utils.py ParallelLinearAdapter"
 _ADAPTED_INPUT = (
     "megatron-bridge 0.3.1 peft/utils.py get_adapter_attributes_from_linear: return_layernorm_output_gathered"
 )

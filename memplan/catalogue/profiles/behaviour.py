@@ -141,6 +141,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
+    splits_trained_tables      FSDP2's root has embeddings, last norm and head, except tables that train untied
     delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
@@ -156,6 +157,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
+    splits_trained_tables: bool
     delays_reduction: tuple[str, ...]
     finds_unused: bool
     moves_before_sharding: bool
