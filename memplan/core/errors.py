@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
-_ALIKE = 0.6  # of the letters of a misspelt name are in the one that is meant
+_ALIKE = 0.72  # of the letters of a misspelt name are in the one that is meant
 _MAX_SHOWN = 80  # characters of a wrong name that an error message repeats
 
 
