@@ -55,10 +55,9 @@ def misspelt(value: str, choices: Iterable[str]) -> str:
     >>> misspelt("lora_dropuot", ["lora_r", "lora_dropout"]), misspelt("seed", ["lora_r"])
     ('lora_dropout', '')
     """
-    from difflib import SequenceMatcher
+    from difflib import get_close_matches
 
-    near = nearest(value, choices, 1)
-    return near[0] if near and SequenceMatcher(None, value[:_MAX_SHOWN], near[0]).ratio() > _ALIKE else ""
+    return next(iter(get_close_matches(value[:_MAX_SHOWN], [*choices], 1, _ALIKE)), "")
 
 
 class MemplanError(Exception):

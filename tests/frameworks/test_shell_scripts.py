@@ -280,7 +280,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48), "reference": "none"},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
-    "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (
+    "data.max_length=64 data.micro_batch_size_per_gpu=3": (
         "verl-sft",
         {"batch.micro": 3, "batch.packing": "padding_free", "kernels.fused": ["cross_entropy"], "parallelism.dp": 2},
     ),
