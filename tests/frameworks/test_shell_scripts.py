@@ -146,6 +146,12 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama.cpp",
         {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
     ),
+    'B=${B:-a}\nif [ "$B" = a ]; then\n  LEN=16\nelif [[ -n $B ]]; then\n  LEN=32\nelse LEN=64\nfi\n'
+    'if ! [ 3 -le 2 ] && [ -z "$LEN" ]; then\n  A=(--use_peft)\nfi\n'
+    'if [ $LEN -gt 20 ]; then\n  A=(--max_length 8)\nfi\ntrl sft --config trl.yaml --max_length $LEN "${A[@]}"': (
+        "trl",
+        {"batch.sequence": 16, "method.kind": "lora"},
+    ),
     "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
         "trl",
         {"model": "qwen2-7b", "method.kind": "qlora", "method.quantization.format": "nf4"},
