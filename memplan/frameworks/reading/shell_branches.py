@@ -10,33 +10,41 @@ _TESTS = ("[", "[[", "test")
 
 
 class Branches:
-    """The `if`s that are open: of each, what the conditions up to this branch are; None if one is not known."""
+    """The `if`s that are open: of each, whether a branch around or before it rules it out, and its condition."""
 
     def __init__(self) -> None:
-        self._open: list[list[bool | None]] = []
+        self._open: list[tuple[bool, bool | None]] = []
+        self._in_condition = False
 
     @property
     def is_skipping(self) -> bool:
-        """Whether the commands here do not run. All branches may run if a condition is not known."""
-        return any(last is False or True in before for *before, last in self._open)
+        """Whether the commands here do not run. A branch whose condition is not known may run."""
+        is_out, holds = self._open[-1] if self._open else (False, None)
+        return is_out or holds is False
 
     def followed(self, command: list[str]) -> list[str]:
         """Return the command without the words of an `if`; empty if it does not run, or is a condition."""
-        first, *rest = command or [""]
-        if first == "if":
-            self._open.append([_holds(rest)])
-        elif self._open and first == "elif":
-            self._open[-1].append(_holds(rest))
-        elif self._open and first == "fi":
+        while self._open and command[:1] == ["else"]:
+            self._otherwise(True)
+            command = command[1:]
+        first, rest, was_condition = command[:1], command[1:], self._in_condition
+        self._in_condition = first == ["if"] or (bool(self._open) and first == ["elif"])
+        if first == ["if"]:
+            self._open.append((self.is_skipping, _holds(rest)))
+        elif self._in_condition:
+            self._otherwise(_holds(rest))
+        elif self._open and was_condition and first and first[0] in _TESTS:  # of several
+            self._open[-1] = (self._open[-1][0], None)
+            self._in_condition = True
+        elif self._open and first == ["fi"]:
             self._open.pop()
-        elif self._open and first in _TESTS:
-            self._open[-1][-1] = None  # a condition of several
-        elif self._open and first == "else":
-            self._open[-1].append(True)
-            return self.followed(rest)
-        elif not self.is_skipping:
-            return command
+        else:
+            return [] if self.is_skipping else command
         return []
+
+    def _otherwise(self, holds: bool | None) -> None:
+        is_out, before = self._open[-1]
+        self._open[-1] = (is_out or before is True, holds)
 
 
 def _holds(words: list[str]) -> bool | None:
