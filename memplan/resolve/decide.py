@@ -66,7 +66,9 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     batch = with_lengths(filled.batch, model)
     length = batch.tokens + run.method.virtual_tokens
     is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-    packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer == "sft" else None
+    packed = (
+        packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer in ("sft", "gkd") else None
+    )
     if packed is not None and packed.is_one_row:
         length, is_single = length * batch.micro, True
     facts = BatchFacts(
