@@ -7,6 +7,7 @@ import operator
 _TEXTS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne}
 _NUMBERS = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")}
 _TESTS = ("[", "[[", "test")
+_MOST_DIGITS = 20
 
 
 class Branches:
@@ -59,7 +60,11 @@ def _holds(words: list[str]) -> bool | None:
     words = [*words, ""] if words[1:] and words[-1] in _TEXTS else words
     if len(words) == 3 and words[1] in _TEXTS:
         return bool(_TEXTS[words[1]](words[0], words[2]))
-    if len(words) == 3 and words[1] in _NUMBERS and all(word.isdecimal() for word in words[::2]):
+    if (
+        len(words) == 3
+        and words[1] in _NUMBERS
+        and all(word.isdecimal() and len(word) < _MOST_DIGITS for word in words[::2])
+    ):
         return bool(_NUMBERS[words[1]](int(words[0]), int(words[2])))
     if words[:1] and words[0] in ("-z", "-n"):
         return (words[0] == "-n") == any(words[1:])
