@@ -403,7 +403,8 @@ class Report(NamedTuple):
     @property
     def has_known_rows(self) -> bool:
         """Whether the length of every row is known: all settings are stated, or most, and packing fills rows."""
-        return self.row["grade"] == "A" or (self.row["grade"] == "B" and "packing" in self.row["run"].get("batch", ()))
+        packing = self.row["run"].get("batch", {}).get("packing", "padding_free")
+        return self.row["grade"] == "A" or (self.row["grade"] == "B" and packing != "padding_free")
 
     @property
     def is_missed(self) -> bool:

@@ -310,7 +310,7 @@ def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
 
 @lru_cache(maxsize=128)
 def reference_of(graph: Graph) -> Graph | None:
-    """Return the graph of the reference that runs in a trainer's step, if one does: a copy, or all but the adapters."""
+    """Return the graph of the reference in a trainer's step, if there is one: a copy, or the model without adapters."""
     trainer = graph.trainer
     if trainer is None or not trainer.has_reference_pass:
         return None
@@ -322,8 +322,9 @@ def reference_of(graph: Graph) -> Graph | None:
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
     graph = without_gradients(graph._replace(recipe=recipe))
-    one_pass = Pass("reference", "dynamic", last_only=False) if is_copy and trainer.caches_copy else None
-    return graph._replace(wiring=graph.wiring._replace(caching=one_pass is not None), inference=one_pass)
+    one_pass = Pass("reference", "dynamic", last_only=False) if trainer.caches_copy else graph.inference
+    caching = trainer.caches_copy or graph.wiring.caching
+    return graph._replace(wiring=graph.wiring._replace(caching=caching), inference=one_pass)
 
 
 @lru_cache(maxsize=128)

@@ -90,7 +90,8 @@ class Resolver:
         batch = with_lengths(with_new_tokens(run).batch, model)
         length = batch.tokens + run.method.virtual_tokens
         is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-        packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer == "sft" else None
+        packs = batch.packing and run.trainer in ("sft", "gkd")
+        packed = packed_rows(batch.packing, is_flash, is_single) if packs else None
         if packed is not None and packed.is_one_row:
             length, is_single = length * batch.micro, True
         facts = BatchFacts(
@@ -102,9 +103,7 @@ class Resolver:
             images=batch.sees,
             has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
             microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-            ungrouped=""
-            if run.roles.value is not None  # a critic compares no completions
-            else _ungrouped(batch, run.parallelism.dp, TRAINERS[run.trainer].completions == 1),
+            ungrouped=_ungrouped(run, batch),
             packing=batch.packing or "",
             packed=packed,
         )
@@ -171,20 +170,22 @@ def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:
         yield tensor_group("other", "value.buffers", buffers, "uint8", "the critic's update", "critic")
 
 
-def _ungrouped(batch: Batch, replicas: int, alone: bool) -> str:
+def _ungrouped(run: RunSpec, batch: Batch) -> str:
     """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
 
-    Some trainers generate one completion of a prompt (`alone`).
+    Some trainers generate one completion of a prompt, and a critic compares none.
 
     Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
     """
-    completions, group = batch.micro * batch.accumulation * replicas, batch.generations
-    if not group:
+    replicas, group = run.parallelism.dp, batch.generations
+    completions = batch.micro * batch.accumulation * replicas
+    if not group or run.roles.value is not None:
         return ""
-    if alone:
+    if TRAINERS[run.trainer].completions == 1:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
-        return "needs at least 2 completions of a prompt, to compare them"
+        takes_one = library_behaviour(run.profile, "", False).trainer.takes_one
+        return "" if takes_one else "needs at least 2 completions of a prompt, to compare them"
     if completions % group == 0:
         return ""
     parts = batch.accumulation * replicas

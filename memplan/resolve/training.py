@@ -192,7 +192,7 @@ def _choose_trainer(run: OpenTraining) -> None:
             behaviour.log_probs,
             run.reference,
             trains_copy=bool(facts.completions) or behaviour.trained_reference,
-            caches_copy=name == "kto" and behaviour.log_probs in ("joined", "shifted"),  # no use_cache before trl 1.14
+            caches_copy=(name, run.reference, behaviour.log_probs) == ("kto", "copy", "shifted"),  # until trl 1.13
             copy_dtype=behaviour.reference_dtype,
             shards_copy=behaviour.fsdp2_reference if run.is_sharded else "",
             rows=facts.rows,

@@ -146,6 +146,12 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama.cpp",
         {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
     ),
+    'B=${B:-a}\nif [ "$B" = a ]; then\n  LEN=16\nelif [[ -n $B ]]; then\n  LEN=32\nelse LEN=64\nfi\n'
+    'if ! [ 3 -le 2 ] && [ -z "$LEN" ]; then\n  A=(--use_peft)\nfi\n'
+    'if [ $LEN -gt 20 ]; then\n  A=(--max_length 8)\nfi\ntrl sft --config trl.yaml --max_length $LEN "${A[@]}"': (
+        "trl",
+        {"batch.sequence": 16, "method.kind": "lora"},
+    ),
     "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
         "trl",
         {"model": "qwen2-7b", "method.kind": "qlora", "method.quantization.format": "nf4"},
@@ -280,7 +286,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48), "reference": "none"},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
-    "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (
+    "data.max_length=64 data.micro_batch_size_per_gpu=3": (
         "verl-sft",
         {"batch.micro": 3, "batch.packing": "padding_free", "kernels.fused": ["cross_entropy"], "parallelism.dp": 2},
     ),

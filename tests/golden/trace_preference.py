@@ -79,6 +79,7 @@ FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[st
 
 # On four GPUs, under each of these strategies.
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
+PACKED = ("binpack", "padding_free")
 DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 2, 1024, None, {}),
     ("blocks", "full", BF16, 2, 2048, None, {}),
@@ -145,7 +146,10 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
         fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
         cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]
-    cases += [(("llama", "lora", BF16, 2, 256, None, {}), "words")] * ((profile, trainer) == (SWIFT, "gkd"))
+    if (profile, trainer) == (SWIFT, "gkd"):
+        flash = {"attention": "flash_attention_2"}
+        cases += [(("llama", "lora", BF16, 2, 256, None, {}), "words")]
+        cases += [(("llama", "full", BF16, 2, 1024, None, flash), kind) for kind in PACKED]
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
         micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):
@@ -171,7 +175,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "roles": teachers(family, method, strategy) if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
-                    "batch": {"micro": micro, "sequence": tokens},
+                    "batch": {"micro": micro, "sequence": tokens, "packing": strategy if strategy in PACKED else None},
                     "kernels": kernels,
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": also,

@@ -379,7 +379,8 @@ class SwiftScript(_Packed):
         is_kto = self.run.trainer == "kto"
         rows = self.run.batch.micro * TRAINERS[self.run.trainer].rows
         ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if not self.run.batch.packing:
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if is_kto:
             kinds = ("completion_", "KL_completion_")
             inputs = {f"{kind}{name}": value.clone() for kind in kinds for name, value in inputs.items()}
@@ -390,7 +391,8 @@ class SwiftScript(_Packed):
 
             scalar_answers[:] = [lambda _: True]  # student and teacher have the same labels
             data: Any = library("swift.rl_core.data")
-            selections[tuple(ids.shape)] = rows * (self.run.batch.sequence - 1)
+            sequences, tokens = inputs["labels"].shape
+            selections[sequences, tokens] = sequences * (tokens - 1)
             batch = data.GKDBatch(data_source=library("swift.rlhf_trainers.gkd_loss").DataSource.DATASET)
             self.trainer._prepare_inputs = lambda inputs: inputs  # it would generate
             inputs = {"model_inputs": inputs, "gkd_batch": batch, "teacher_model_inputs": dict(inputs)}

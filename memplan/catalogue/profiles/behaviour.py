@@ -226,7 +226,8 @@ class TrainerBehaviour(NamedTuple):
     trainers           those that the version has
     log_probs          how log-probabilities of tokens are computed
     value_head         a reward model's scores are of a head next to the language model's, which computes logits, too
-    takes_one          KTO takes one completion a batch, whose divergence is then estimated from it
+    takes_one          KTO takes one completion a batch, whose divergence is then estimated from it; trainers that
+                       compare completions take one of a prompt
     logits_dtype       when the model's logits are cast to fp32
     prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients

@@ -35,6 +35,11 @@ def _method(config: Config) -> None:
         raise config.error(
             key, "nothing trains without do_train: true; memplan MODEL --method generate counts inference"
         )
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if config.said(key) is not None:
+            raise config.error(
+                key, "LLaMA-Factory with Megatron is not supported yet; memplan MODEL --tp counts its core"
+            )
     stage = config.get("stage")
     if stage == "ppo":
         raise config.error("stage", _PPO)

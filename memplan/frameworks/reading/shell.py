@@ -20,6 +20,7 @@ from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, is_there, paths
+from memplan.frameworks.reading.shell_branches import Branches
 from memplan.spec.file import read_text
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
@@ -221,7 +222,7 @@ def _commands(
     text: str, name: str, variables: Mapping[str, str], folder: Path | None = None
 ) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
-    variables, spent = dict(variables), 0
+    variables, spent, branches = dict(variables), 0, Branches()
     for line, joined in _joined_lines(text):
         if joined == _LONG:
             yield line, [_LONG], dict(variables)
@@ -232,6 +233,8 @@ def _commands(
             words = _words(_ARITHMETIC.sub(partial(_computed, variables), text))
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
+        if array is not None and branches.is_skipping:
+            continue
         if array is not None:  # NAME=(a b), NAME+=(c)
             before = variables.get(array[1], "") if array[2] else ""
             parts = shlex.join(part for word in words for part in resolved(word, variables))
@@ -242,7 +245,7 @@ def _commands(
                 variables[array[1]] = ""
             continue
         for simple in _simple(words):
-            command = [part for word in simple for part in resolved(word, variables)]
+            command = branches.followed([part for word in simple for part in resolved(word, variables)])
             spent += sum(map(len, command))
             if spent > _MOST_TEXT:
                 raise SpecError(f"{name}:{line}: the variables of the script hold too much text")

@@ -28,6 +28,12 @@ _DEEPSPEED: dict[str, dict[str, Any]] = {
     "zero3": {"stage": 3, **_AUTO},
     "zero3_offload": {"stage": 3, **_AUTO, "offload_optimizer": _HOST, "offload_param": _HOST},
 }
+# Other tuners of peft: its rank or settings -> the key, and ms-swift's default.
+_TUNERS = {
+    "adalora": {"rank": ("adalora_init_r", 12)},
+    "boft": {"boft_block_size": ("boft_block_size", 4), "boft_block_num": ("boft_block_num", 0)},
+    "fourierft": {"n_frequency": ("fourier_n_frequency", 2000)},
+}
 _SAMPLES = 16
 _OBJECTIVES = {"seq_cls": "sequence_classification", "embedding": "feature_extraction"}
 _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpointing": True}
@@ -90,7 +96,7 @@ def _teacher(config: Config) -> None:
 
 
 def _method(config: Config) -> None:
-    kind = config.word("tuner_type", "lora", "full") or "lora"
+    kind = config.word("tuner_type", "lora", "full", *_TUNERS) or "lora"
     method, bits = config.text("quant_method"), config.whole("quant_bits")
     if method == "bnb" and bits in (4, 8):
         name = config.word("bnb_4bit_quant_type", "nf4", "fp4") if bits == 4 else "int8"
@@ -103,7 +109,15 @@ def _method(config: Config) -> None:
     if "method.quantization.format" in config.found and kind == "full":
         raise config.error("quant_method", "quantised weights train only under adapters; set tuner_type: lora")
     trainer.adapter(config, kind == "lora", config.flag("use_dora"), "tuner_type", "use_dora")
-    if kind == "lora":
+    if kind in _TUNERS:
+        config.set("method.kind", kind, "tuner_type")
+        for field in ("rank", "alpha", "dropout"):
+            config.found.pop(f"method.{field}", None)
+        said = {name: config.whole(key) or default for name, (key, default) in _TUNERS[kind].items()}
+        keys = (key for key, _ in _TUNERS[kind].values())
+        rank = said.get("rank")
+        config.set("method.rank" if rank else "method.options", rank or said, *keys)
+    if kind != "full":
         _adapters(config)
     model = trainer.model_of(config)
     if model is not None and model.has_tower:

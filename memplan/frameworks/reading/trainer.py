@@ -464,8 +464,7 @@ def fsdp(config: Config, section: Document | None, version: int, words: str) -> 
         config.set("parallelism.cpu_ram_efficient_loading", False, key)
     if str(get("activation_checkpointing")).lower() == "true":
         config.set("kernels.checkpointing", "full", key)
-    several = (config.gpus or config.value("parallelism.world") or 1) > 1
-    if several and config.value("method.quantization.format") in ("nf4", "fp4"):
+    if config.value("method.quantization.format") in ("nf4", "fp4"):
         config.set("method.quantization.storage", "bf16", key, why="FSDP shards floating-point storage")
 
 

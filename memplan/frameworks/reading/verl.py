@@ -157,8 +157,13 @@ def _rollout(config: Config) -> None:
 
 def _engine(config: Config, engine: str, strategy: str, optim: str) -> None:
     """FSDP among all GPUs, or groups of them, with fp32 shards that are cast to bf16."""
-    world = config.gpus or (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
-    config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
+    launch = config.companions.get("accelerate")  # torchrun's processes, in SFT
+    if launch is not None and "num_processes" in launch.values:
+        trainer.accelerate(config, launch)
+    else:
+        world = (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
+        config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
+    world = config.gpus or config.value("parallelism.world") or 1
     if world > 1:
         config.set("parallelism.strategy", config.text(strategy), strategy)
         group = config.whole(f"{engine}.fsdp_size") or -1
