@@ -77,6 +77,13 @@ FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[st
     ("blocks", "lora", BF16, 4, 2048, None, {}),
 )
 
+# With `padding_free` of TRL 0.24.
+JOINED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 512, None, {"attention": "flash_attention_2"}),
+    ("qwen2", "qlora", BF16, 1, 1024, None, {}),
+    ("blocks", "lora", BF16, 2, 2048, None, {"attention": "flash_attention_2", "checkpointing": "none"}),
+)
+
 # On four GPUs, under each of these strategies.
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
 DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
@@ -141,6 +148,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    cases += [(case, "padding_free") for case in JOINED if (trainer, profile) == ("dpo", "trl-0.24")]
     if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
         fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
         cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]
@@ -169,7 +177,11 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "roles": teachers(family, method, strategy == "experts") if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
-                    "batch": {"micro": micro, "sequence": tokens},
+                    "batch": {
+                        "micro": micro,
+                        "sequence": tokens,
+                        **({"packing": strategy} if strategy == "padding_free" else {}),
+                    },
                     "kernels": kernels,
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": also,
