@@ -66,7 +66,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
 )
 
 # With Liger's loss of DPO, whose compiled part allocates what memplan.probe.script.trl_losses.compiled_pair says.
-FUSED = ("trl-1.13", "trl-1.10", "trl-0.24")
+FUSED = ("trl-1.14", "trl-1.13", "trl-1.10", "trl-0.24")
 FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 2, 1024, None, {}),
     ("llama", "full", FP32, 1, 1024, None, {}),
