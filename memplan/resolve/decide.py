@@ -66,8 +66,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     batch = with_lengths(filled.batch, model)
     length = batch.tokens + run.method.virtual_tokens
     is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-    packs = batch.packing and run.trainer in ("sft", "dpo")  # others are refused
-    packed = packed_rows(batch.packing, is_flash, is_single) if packs else None
+    packs = run.trainer in ("sft", "dpo")  # others are refused
+    packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and packs else None
     if packed is not None and packed.is_one_row:
         length, is_single = length * batch.micro * TRAINERS[run.trainer].rows, True
     facts = BatchFacts(
