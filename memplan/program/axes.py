@@ -14,7 +14,7 @@ from memplan.catalogue.attention.efficient_workspace import efficient_workspace_
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
-from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, TILE_TOKENS, TILE_WIDTH
+from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, PART_TOKENS, PART_WIDTH, TILE_TOKENS, TILE_WIDTH
 from memplan.catalogue.kernels.unsloth_loss import CHUNK_BYTES, LEAST_LOGITS, LEAST_ROWS, TILE_ROWS, TILE_WORDS
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.records import NamedTuple
@@ -400,6 +400,14 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         last = words - (-(-words // TILE_WIDTH) - 1) * TILE_WIDTH
         yield "tile_words_last", last
         yield "tile_words_early", min(words, TILE_WIDTH) + further - last
+    if "few_tokens" in run.needs:
+        few, part = by.least(rows, PART_TOKENS), min(run.model.vocab_size, PART_WIDTH)
+        last = (run.model.vocab_size - 1) % part + 1
+        yield "few_tokens", few
+        yield "part_words", part
+        yield "part_words_last", last
+        more = by.most(2 * few * part, (few + part) * run.model.hidden_size)
+        yield "part_operands", more + 2 * few * (part - last)
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
@@ -456,6 +464,8 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
 # Prefixes of the axes that each function yields.
+_OF_LOSSES = ("lc", "fc", "chunk_", "nll_", "tile_", "few_", "part_", "fused_", "row_", "earlier_", "half_", "entropy_")
+_OF_LOSSES += ("chosen_copied",)
 _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("efficient_",), _workspaces),
     (("segments_",), _embedding_segments),
@@ -469,7 +479,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc", "chunk_", "nll_", "tile_", "fused_", "row_", "half_", "entropy_", "chosen_copied"), _losses),
+    (_OF_LOSSES, _losses),
 )
 
 

@@ -90,10 +90,10 @@ class Resolver:
         batch = with_lengths(with_new_tokens(run).batch, model)
         length = batch.tokens + run.method.virtual_tokens
         is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-        packs = batch.packing and run.trainer in ("sft", "gkd")
+        packs = batch.packing and run.trainer in ("sft", "dpo", "gkd")  # others are refused
         packed = packed_rows(batch.packing, is_flash, is_single) if packs else None
         if packed is not None and packed.is_one_row:
-            length, is_single = length * batch.micro, True
+            length, is_single = length * batch.micro * TRAINERS[run.trainer].rows, True
         facts = BatchFacts(
             accumulates=batch.accumulation > 1,
             windowed=window is not None and length >= window,
@@ -132,11 +132,8 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     step = decided.structure.graph.trainer
-    copies = step is not None and library_behaviour(run.profile, "", False).trainer.copies_adapters
-    if copies and step is not None and step.reference == "adapters":
-        weights = sharding_of(decided.structure).weights()
-        adapters = tuple(w._replace(what=f"ref.{w.what}") for w in weights if ".lora_" in w.what)
-        decided = decided._replace(structure=decided.structure._replace(engine=adapters))
+    if step is not None and step.reference == "adapters":
+        decided = decided._replace(structure=_with_reference(decided.structure, run.profile))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
@@ -154,6 +151,14 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         held = (*decided.structure.engine, *_resident_critic(critic.structure))
         decided = decided._replace(structure=decided.structure._replace(engine=held), critic=critic)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
+
+
+def _with_reference(structure: Structure, profile: str) -> Structure:
+    """Return the structure with the reference's own adapters, if it has any."""
+    if not library_behaviour(profile, "", False).trainer.copies_adapters:
+        return structure
+    adapters = (w for w in sharding_of(structure).weights() if ".lora_" in w.what)
+    return structure._replace(engine=tuple(w._replace(what=f"ref.{w.what}") for w in adapters))
 
 
 def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:

@@ -209,6 +209,8 @@ def _choose_trainer(run: OpenTraining) -> None:
         has_parts=run.batch_facts.accumulates,
         fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
     )
+    if run.step.fused_gradients == "recomputed":
+        run.step = run.step._replace(log_probs="recomputed", fused_gradients="")
     if facts.completions:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,

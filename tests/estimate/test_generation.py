@@ -101,6 +101,22 @@ def test_defaults_are_those_of_trl() -> None:
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
 
 
+def test_unsloths_engine_shares_the_policys_weights_and_its_reference_has_adapters_of_its_own() -> None:
+    serving = {"max_model_len": 2048, "memory_utilization": 0.5}
+    fields: dict[str, Any] = {"method": "lora", "reference": "adapters", "gpu": "4090", "rollout": "colocate"}
+    held, trainable = {}, 0
+    for profile in ("unsloth-2026.10", "trl-1.15"):
+        answer = grpo(profile=profile, serving=serving, **fields)
+        held[profile] = {line.what: line.bytes for line in answer.ledger}
+        trainable = answer.parameters.trainable
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    unsloth, trl = held.values()
+    assert unsloth["vLLM's KV cache"] == trl["vLLM's KV cache"]
+    assert "vLLM's weights" in set(trl) - set(unsloth)
+    copied = sum(size for what, size in unsloth.items() if what.startswith("ref."))
+    assert copied == pytest.approx(4 * trainable, rel=1e-3)
+
+
 def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
     def scored(parts: int) -> Estimate:
         return grpo(method="lora", roles={"reward": "llama-3.1-8b"}, batch={"micro": 4, "accumulation": parts})

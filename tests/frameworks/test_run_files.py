@@ -108,7 +108,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{AXOLOTL_LORA}rl: dpo", "dpo", None),
         (f"{AXOLOTL_LORA}rl: dpo\nplugins: [liger]\nliger_fused_linear_cross_entropy: true", "dpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: ipo\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
-        (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true", "dpo", "copy"),
+        (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true\ndpo_use_liger_kernel: true", "dpo", "copy"),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo", "cpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo\ncpo_alpha: 0", "simpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nenable_liger_kernel: true", "dpo", None),
@@ -178,9 +178,19 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
         assert {each.key for each in read(tmp_path, bonus, f"trl-{version}").unread} == named
 
 
+@pytest.mark.parametrize(("version", "packing"), [("0.24", "padding_free"), ("1.13", None)])
+def test_pairs_are_joined_without_padding_where_dpo_does_it(tmp_path: Path, version: str, packing: Any) -> None:
+    text = "model_name_or_path: a\nprecompute_ref_log_probs: false\npadding_free: true"
+    file = read(tmp_path, text, f"trl-{version}")
+    assert (values(file).get("batch.packing"), len(file.unread)) == (packing, packing is None)
+
+
 @pytest.mark.parametrize(
     ("version", "key", "loss"),
-    [("1.13", "use_liger_kernel", "fused"), ("0.24", "use_liger_kernel", None), ("0.24", "use_liger_loss", "fused")],
+    [
+        *((version, "use_liger_kernel", "fused") for version in ("1.13", "1.14")),
+        *(("0.24", "use_liger_kernel", None), ("0.24", "use_liger_loss", "fused")),
+    ],
 )
 def test_ligers_loss_of_pairs_has_the_key_of_its_version(tmp_path: Path, version: str, key: str, loss: Any) -> None:
     file = read(tmp_path, f"model_name_or_path: a\nprecompute_ref_log_probs: false\n{key}: true", f"trl-{version}")

@@ -66,7 +66,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
 )
 
 # With Liger's loss of DPO, whose compiled part allocates what memplan.probe.script.trl_losses.compiled_pair says.
-FUSED = ("trl-1.13", "trl-1.10", "trl-0.24")
+FUSED = ("trl-1.14", "trl-1.13", "trl-1.10", "trl-0.24")
 FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 2, 1024, None, {}),
     ("llama", "full", FP32, 1, 1024, None, {}),
@@ -75,6 +75,13 @@ FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[st
     ("mistral", "lora", FP32, 2, 512, None, {}),
     ("blocks", "full", BF16, 2, 4096, None, {"checkpointing": "none"}),
     ("blocks", "lora", BF16, 4, 2048, None, {}),
+)
+
+# With `padding_free` of TRL 0.24.
+JOINED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 512, None, {"attention": "flash_attention_2"}),
+    ("qwen2", "qlora", BF16, 1, 1024, None, {}),
+    ("blocks", "lora", BF16, 2, 2048, None, {"attention": "flash_attention_2", "checkpointing": "none"}),
 )
 
 # On four GPUs, under each of these strategies.
@@ -143,6 +150,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    cases += [(case, "padding_free") for case in JOINED if (trainer, profile) == ("dpo", "trl-0.24")]
     if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
         fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
         cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]

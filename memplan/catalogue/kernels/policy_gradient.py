@@ -20,6 +20,7 @@ _ROWS = "completion_rows"
 _COPIES = ("copied", "divided")
 _SOURCES = {
     "tiled": "trl 1.16.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, utils.py add_fused_lm_head",
+    "recomputed": "trl 1.14.1 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, trainer/utils.py",
     "chunked": "unsloth_zoo 2026.10.9 rl_replacements.py grpo_accumulated_loss, grpo_chunked_hidden_states_logprobs",
     "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
@@ -58,7 +59,7 @@ def attach(
             return stack._replace(after=body, loss=(*fused_policy_loss(matrix, bias, trainer.fused_gradients), ends))
         after, loss = (
             body,
-            (*log_probs_in_parts(matrix, bias, autocast, trainer, _ROWS), RETURNED),
+            (*log_probs_in_parts(matrix, bias, autocast, trainer, _ROWS), ops.release_names("n"), RETURNED),
         )
     else:
         after = (*body, *(head if trainer.prompt_logits else _kept_tokens(head, trainer)))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias, nll
 from memplan.catalogue.kernels.rewriting import idle, renamed, rewrite
-from memplan.catalogue.kernels.trl_losses import fused_pair_loss, tiled_lm_head
+from memplan.catalogue.kernels.trl_losses import fused_pair_loss, recomputed_log_probs, tiled_lm_head
 from memplan.catalogue.kernels.unsloth_loss import chunked_log_probs
 from memplan.catalogue.kernels.wiring import IN_PARTS, PAIRED, Trainer
 from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor, Weight
@@ -24,6 +24,7 @@ _SOURCES = {
     "kernel": "trl 1.14.1 trainer/dpo_trainer.py _compute_loss, kernels/logprob_entropy.py _LogProbEntropyFunction",
     "gathered": "llamafactory 0.9.5 train/dpo/trainer.py concatenated_forward, train/trainer_utils.py get_batch_logps",
     "tiled": "trl 1.16.0 trainer/dpo_trainer.py _compute_loss, trainer/utils.py add_fused_lm_head",
+    "recomputed": "trl 1.14.1 trainer/dpo_trainer.py _get_per_token_logps_and_entropies",
     "chunked": "trl 1.15.0 trainer/dpo_trainer.py; unsloth 2026.10.9 models/rl.py _UnslothFusedLinearHead",
     "kto": "trl 1.16.0 trainer/kto_trainer.py _compute_loss, _compute_kl_logps",
     "reward": "trl 1.16.0 trainer/reward_trainer.py compute_loss",
@@ -69,8 +70,11 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
         loss = () if trainer.is_reference else fused_pair_loss(matrix, bias, trainer, reference)
         return stack._replace(after=(*body, read_later) if trainer.is_reference else body, loss=loss)
     if trainer.log_probs in IN_PARTS:
-        tail = (*log_probs_in_parts(matrix, bias, autocast, trainer), RETURNED)
-        return _finished(stack._replace(after=body), trainer, tail, reference, ())
+        tail = log_probs_in_parts(matrix, bias, autocast, trainer)
+        if trainer.log_probs == "recomputed":  # past the backbone, whose output the trainer holds
+            tail = (RETURNED, *tail, *((ops.release_names("n"),) if trainer.is_reference else ()))
+            return _finished(stack._replace(after=body), trainer, tail, reference, ("n",))
+        return _finished(stack._replace(after=body), trainer, (*tail, RETURNED), reference, ())
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
@@ -179,7 +183,10 @@ def log_probs_in_parts(
     """Compute log-probabilities from the hidden states of the labelled tokens, in a way of `IN_PARTS`."""
     if trainer.log_probs == "chunked":
         return chunked_log_probs(matrix, bias, autocast, labelled, trainer)
-    return tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", labelled, "fp32"), labelled)
+    result = Tensor("log_probs", labelled, "fp32")
+    if trainer.log_probs == "recomputed":
+        return recomputed_log_probs(matrix, bias, autocast, result)
+    return tiled_lm_head(matrix, bias, autocast, result, labelled)
 
 
 def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:

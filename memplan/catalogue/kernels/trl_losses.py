@@ -17,6 +17,8 @@ TRL_LOSSES = ("chunked_nll", "chunked_nll_fp32", "tiled_lm_head")  # values of `
 CHUNK = 256  # trl 1.14 trainer/sft_trainer.py _CHUNKED_LM_HEAD_CHUNK_SIZE
 TILE_TOKENS = 4096  # trl 1.16 kernels/chunked_logprob.py TOKEN_CHUNK_SIZE
 TILE_WIDTH = 32768  # trl 1.16 trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
+PART_TOKENS = 2048  # trl 1.14 trainer/utils.py _CHUNKED_LOGPROB_TOKEN_CHUNK_SIZE
+PART_WIDTH = 8192  # trl 1.14 trainer/dpo_trainer.py _CHUNKED_LOGPROB_CHUNK_SIZE
 
 _ROWS = "shifted_rows"
 
@@ -93,6 +95,52 @@ def tiled_lm_head(
             source=source,
         ),
         ops.release_names("loss.rows", "targets", "loss.mask", "n", *(t.name for t in outputs)),
+    )
+
+
+_OF_TILE = ("exponents", "gradients")
+
+
+def recomputed_log_probs(
+    matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, result: Tensor
+) -> tuple[Op, ...]:
+    """Compute log-probabilities in tiles of 2,048 tokens by 8,192 words, in fp32 by torch's own operations.
+
+    Two buffers hold a tile, in the compute dtype and in fp32; the exponents of the tile before live until those of this
+    one exist. Backward computes tiles again. Its largest moment has the exponents and gradients of two tiles, or of one
+    and the operands of its products in fp32; at its end the gradients are cast, unless they are of fp32 tensors.
+    """
+    source, labelled = "trl 1.14.1 trainer/utils.py _ChunkedLogProbFunction", result.shape
+    compute = autocast or "=loss.rows"
+    outputs = tuple(Tensor(f"loss.{what}", labelled, "fp32") for what in ("entropy", "log_z"))
+    buffers = (
+        Tensor("products of a tile", f"few_tokens {PART_WIDTH}", compute),
+        Tensor("logits of a tile", f"few_tokens {PART_WIDTH}", "fp32"),
+        Tensor("rows of a tile, cast", "few_tokens h", f"{compute}!loss.rows"),
+        Tensor("part of the matrix, cast", "part_words h", f"{compute}!{matrix.name}"),
+    )
+    tile = Tensor("exponents of a tile", "few_tokens part_words", "fp32")
+    last = tuple(Tensor(f"{what} of the last tile", "few_tokens part_words_last", "fp32") for what in _OF_TILE)
+    wide = (
+        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
+        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
+    )
+    largest = Tensor("more of two tiles, or operands of products", "part_operands", "fp32")
+    return (
+        *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
+        Op(
+            "loss.tiles",
+            ("loss.rows", "targets"),
+            (result, *outputs),
+            (matrix, *bias),
+            tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
+            scratch=(*buffers, *(tile for _ in range(3))),
+            scratch_back=(*wide, *map(Scratch, (*buffers, *last)), Scratch(largest, early=matrix.dtype != "fp32")),
+            gradient="own",
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("loss.rows", "targets", "loss.mask", *(t.name for t in outputs)),
     )
 
 

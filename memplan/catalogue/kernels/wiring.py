@@ -148,11 +148,13 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-FusedGradients = Literal["", "trained", "always", "compiled"]
+FusedGradients = Literal["", "trained", "always", "compiled", "recomputed"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "chunked", "overwritten", "sliced"]
+LogProbs = Literal[
+    "joined", "rolled", "shifted", "kernel", "gathered", "tiled", "recomputed", "chunked", "overwritten", "sliced"
+]
 
-IN_PARTS: tuple[LogProbs, ...] = ("tiled", "chunked")  # ways that never hold all logits
+IN_PARTS: tuple[LogProbs, ...] = ("tiled", "recomputed", "chunked")  # ways that never hold all logits
 
 
 class TrainerFacts(NamedTuple):
@@ -223,8 +225,9 @@ class Trainer(NamedTuple):
     log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
                   `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
                   no copies (`kernel`, TRL 1.14) and may overwrite them with their gradient (`overwritten`, verl); from
-                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`), or with their
-                  gradients in forward (`chunked`, Unsloth)
+                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`; in torch's
+                  own operations `recomputed`, TRL 1.14 with use_liger_kernel), or with their gradients in forward
+                  (`chunked`, Unsloth)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     caches_copy   a copy returns the keys and values of all layers
@@ -243,7 +246,7 @@ class Trainer(NamedTuple):
 
     fused_gradients  Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
                      `always`; or all logits of a completion at once, `compiled`; empty without it. Of pairs, `compiled`
-                     and `always` are the same
+                     and `always` are the same. A profile's may be `recomputed`: then `log_probs` is
 
     For trainers that generate:
 

@@ -74,10 +74,8 @@ def optimizer(config: Config, key: str = "optim") -> None:
 
 def fused_loss(config: Config, key: str) -> None:
     """A loss of Liger's: that of the model's forward, to which only SFT passes labels, or the trainer's own."""
-    name, facts = (
-        str(config.value("trainer") or "sft"),
-        library_behaviour(str(config.value("profile")), "", False).trainer,
-    )
+    name = str(config.value("trainer") or "sft")
+    facts = library_behaviour(str(config.value("profile")), "", False).trainer
     if name == "sft" or (facts.fused_gradients and name in facts.fused_trainers):
         config.set("kernels.loss", "fused", key)
 

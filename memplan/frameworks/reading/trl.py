@@ -185,7 +185,8 @@ def _trainer_precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    if config.value("trainer") not in (None, "sft"):
+    joins = config.value("trainer") == "dpo" and config.value("profile") == "trl-0.24"  # if padding_free says so
+    if config.value("trainer") not in (None, "sft") and not joins:
         if config.flag("padding_free"):
             config.leave("padding_free", "batches are counted as padded")
         trainer.padding(config, False)

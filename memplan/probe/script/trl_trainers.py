@@ -162,12 +162,17 @@ def prepared(run: RunSpec) -> Generator[None]:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
         return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
 
+    def of_all(mask: Any, **_: Any) -> Any:
+        """Return indices of a mask's positions: where TRL 0.24 asks in which of a row the rejected sequences begin."""
+        return tuple(torch.zeros(mask.numel(), dtype=torch.int64, device=mask.device) for _ in mask.shape)
+
     def without_gradients(*_: Any) -> Any:
         """Stand in for inference mode, in which no tensor can be fake."""
         return torch.no_grad()
 
     owners: dict[Any, dict[str, Any]] = {
         torch: {"nonzero": half_of, "inference_mode": without_gradients, "compile": compiled_pair},
+        torch.Tensor: {"nonzero": of_all},
         torch.cuda: {
             "device_count": always(1),
             "set_device": always(None),
@@ -470,7 +475,7 @@ class TrainerScript:
             return {f"{name}input_ids": part, f"{name}attention_mask": torch.ones_like(part)}
 
         packed = packed_batch(self.run)
-        if packed is not None:
+        if packed is not None and self.run.trainer == "sft":
             return self._packed_inputs(packed), packed.rows * (packed.tokens - 1)
         if self.run.trainer in ("sft", "gkd"):
             inputs = masked("", micro, tokens)

@@ -41,7 +41,8 @@ def packed_batch(r: OpenRun) -> Iterator[SpecError]:
 
 
 def _of_trainer(r: OpenRun, title: str) -> Iterator[SpecError]:
-    if r.trainer == "dpo" and r.library.trainer.log_probs == "joined":
-        yield not_yet_with(_FIELD, f"trainer dpo and {r.profile}", "trainer sft")
-    ignored = "ignores padding_free and pads" if r.trainer == "dpo" else "pads"
+    joins = r.trainer == "dpo" and r.library.trainer.log_probs == "joined"
+    if joins and r.batch_facts.packing == "padding_free" and r.kernels.loss != "fused":
+        return  # trl 0.24.0 trainer/dpo_trainer.py concatenated_forward
+    ignored = "ignores padding_free and pads" if r.trainer == "dpo" and not joins else "pads"
     yield refused(_FIELD, f"{r.trainer} of {title} {ignored} its batches; leave it out")

@@ -146,6 +146,7 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
     behaviour, is_fused = run.library.trainer, run.kernels.loss == "fused"
+    recomputes = behaviour.fused_gradients == "recomputed"
     losses = (loss, "fused") if behaviour.fused_gradients and name in behaviour.fused_trainers else (loss,)
     if run.kernels.loss not in (None, *losses):
         yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", ", ".join(losses))
@@ -155,11 +156,11 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
-    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name == "dpo" else FSDP))
+    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name != "grpo" or recomputes else FSDP))
     heads = {"lm_head", "embed_tokens"}.intersection(run.method.modules_to_save or ())
     if behaviour.log_probs == "chunked" and (heads or run.method.kind not in ADAPTERS):
         yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
-    if is_fused and run.reference == "precomputed":
+    if is_fused and run.reference == "precomputed" and not recomputes:
         yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
     if is_fused and behaviour.log_probs == "joined" and name == "dpo" and run.method.kind in ADAPTERS:
         text = "TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail; use hf"
