@@ -45,15 +45,20 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
 
     Raises SpecError if the model cannot generate.
     """
-    tasks = tuple((_ppo if TRAINERS[run.trainer].own_loop else _tasks)(run, walked, decided))
-    e = run.also.evaluation
-    if e is None:
-        return tasks
-    evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
-    during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
-    during = (task for task in during if task.phase != "rollout")  # log-probabilities for a step
-    named = ((task, task.where.removeprefix(f"{task.phase}: ")) for task in during)
-    return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {where}") for task, where in named))
+    tasks, e = tuple((_ppo if TRAINERS[run.trainer].own_loop else _tasks)(run, walked, decided)), run.also.evaluation
+    return tasks if e is None else (*tasks, *_evaluated(run, walked, decided, e))
+
+
+def _evaluated(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, e: Evaluation) -> Iterator[SideTask]:
+    """Yield what an evaluation does of a step's tasks: PPO's scores completions while a variable holds their logits."""
+    alone = evaluation_run(run.model_copy(update=decided.parts), e)
+    inside = decide(alone)._replace(critic=None)
+    logits = tuple(h._replace(what="logits of the evaluation") for h in inside.structure.engine)
+    for task in rollout(alone, walked, inside):
+        held = (*task.held, *logits) if task.phase == "reward" and TRAINERS[run.trainer].own_loop else task.held
+        where = f"{task.phase}: {task.where.removeprefix(f'{task.phase}: ')}"
+        if task.phase != "rollout":  # log-probabilities for a step
+            yield task._replace(phase="eval", where=where, held=held)
 
 
 def _tasks(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
