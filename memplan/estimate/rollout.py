@@ -30,7 +30,7 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import critic_run, decided_at, padded_rows, rollout_chunk, scoring_pass
+from memplan.resolve.roles import critic_run, decided_at, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
 from memplan.spec.run import Batch, RunSpec, changed
 from memplan.spec.training import Evaluation
@@ -45,15 +45,24 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
 
     Raises SpecError if the model cannot generate.
     """
-    tasks = tuple((_ppo if TRAINERS[run.trainer].own_loop else _tasks)(run, walked, decided))
-    e = run.also.evaluation
-    if e is None:
-        return tasks
-    evaluated = evaluation_run(run.model_copy(update=decided.parts), e)
-    during = rollout(evaluated, walked, decide(evaluated)._replace(critic=None))
-    during = (task for task in during if task.phase != "rollout")  # log-probabilities for a step
-    named = ((task, task.where.removeprefix(f"{task.phase}: ")) for task in during)
-    return (*tasks, *(task._replace(phase="eval", where=f"{task.phase}: {where}") for task, where in named))
+    e, steps = run.also.evaluation, _ppo if TRAINERS[run.trainer].own_loop else _tasks
+    return (*steps(run, walked, decided), *(() if e is None else _evaluated(run, walked, decided, e)))
+
+
+def _evaluated(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, e: Evaluation) -> Iterator[SideTask]:
+    """Yield what an evaluation does of a step's tasks. PPO's generates a batch at once, and scores it while a variable
+    holds the logits."""
+    alone = evaluation_run(run.model_copy(update=decided.parts), e)
+    inside = decide(alone)._replace(critic=None)
+    if not TRAINERS[run.trainer].own_loop:
+        tasks = _tasks(alone, walked, inside)
+        yield from (task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in tasks)
+        return
+    shape = f"{e.micro} {inside.batch.new_tokens} {inside.structure.graph.model.vocab_size}"
+    logits = tensor_group("activation", "logits of the evaluation", shape, "fp32", _LOGITS, "generate")
+    generated, _, *rewards = _ppo(alone, walked, inside, e.micro)
+    yield generated._replace(phase="eval", where=f"generate: {generated.where}")
+    yield from (reward._replace(phase="eval", held=(*reward.held, logits)) for reward in rewards)
 
 
 def _tasks(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
@@ -101,7 +110,7 @@ def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTas
 
 def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
     """Return the reward model's pass over a step's completions."""
-    scoring, batch = scoring_pass(run, "reward", decide), run.batch
+    scoring, batch = scoring_pass(run, decide), run.batch
     step = steps_of(scoring)[0]
     keeps = library_behaviour(run.profile, step.graph.model.model_type, False).trainer.reward_caches
     if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
@@ -148,8 +157,8 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
-    """Yield the generation of PPO's step, and the passes of its other models over the completions.
+def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, at_once: int = 0) -> Iterator[SideTask]:
+    """Yield the generation of PPO's step, and the passes of its other models over `at_once` completions.
 
     PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
 
@@ -158,7 +167,7 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[
     batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
     sharding = sharding_of(decided.structure)
     graph, rows = _past_autocast(run, decided), batch.micro * batch.accumulation
-    chunk, held = rollout_chunk(rows), _batch_before(rows, batch.tokens)
+    chunk, held = at_once or rollout_chunk(rows), _batch_before(rows, batch.tokens)
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     generating, *scoring = _models_of_rollout(graph, library.generation.cache)
     passes = generated_passes(_of_rows(decided, generating, chunk), library, False, samples=True)
@@ -252,7 +261,8 @@ def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: i
     passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
     made = (passes._replace(copies=tokens - 1),) if tokens > 1 else ()
     cache = tensor_group("activation", "keys and values", last.bytes_left(), "uint8", _LOGITS, "generate")
-    joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded_rows(rows), tokens))
+    padded = -(-rows // chunk) * chunk
+    joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded, tokens))
     (first, *at), (second, *then) = prompt.peak, last.peak
     moments = (
         (first, (0, at[0]), f"{prompt.phase}: {at[1]}", earlier),
@@ -261,8 +271,8 @@ def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: i
         (0, (-1, -1), "padded logits", joined),
     )
     moving, top, where, kept = max(moments, key=lambda moment: moment[0] + total_bytes(moment[3]))
-    passes = task.passes if moving else ()
-    return task._replace(where=where, held=(*task.held, *kept), passes=passes, top=top, moving=moving)
+    run = task.passes if moving else ()
+    return task._replace(where=where, held=(*task.held, *kept), passes=run, top=top, moving=moving)
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:

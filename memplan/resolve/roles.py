@@ -88,7 +88,7 @@ def graphs_of_roles(
         parts = _parts(Parts.of(run), other)
         try:
             if role == "reward":
-                graph = scoring_pass(run, role, decide_forward).structure.graph
+                graph = scoring_pass(run, decide_forward).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
@@ -173,16 +173,15 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     return _scoring_run(model, other, run.precision, run.gpu)
 
 
-def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> ResolvedRun:
-    """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
+def scoring_pass(run: RunSpec, decide_forward: DecideForward) -> ResolvedRun:
+    """Return the pass of the reward model over all completions that a step generates.
 
     It is decided once for all batches whose operations are the same.
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
-    other, batch = models_of(run)[role], run.batch
+    other, batch, alone = models_of(run)["reward"], run.batch, scoring_run(run)
     rows = batch.micro * batch.accumulation
-    alone = scoring_run(run, role)
     lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
     return decided_at(lengths, alone, find_model(alone.model), decide_forward)
 

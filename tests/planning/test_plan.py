@@ -26,7 +26,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import Proposal, plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.search import Trials, answer_with_one_lever, strongest
+from memplan.planning.search import Trials, _by_cost, answer_with_one_lever, strongest
 from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
@@ -144,6 +144,19 @@ SPACES = [
     for method in ("full", "lora", "qlora")
     for share in (30, 45, 60)
 ]
+
+
+def test_no_set_is_searched_for_in_a_tier_whose_levers_are_refused() -> None:
+    searched: list[object] = []
+    levers: Any = [SimpleNamespace(tier=i // 8, group=str(i)) for i in range(9)]  # the last is of tier 1
+    trials: Any = SimpleNamespace(
+        answer=lambda pulled: None if pulled[0].tier else 0,
+        fits=lambda _: False,
+        known=searched.append,
+    )
+    assert next(_by_cost(trials, levers, 1), None) is None
+    assert not searched
+    assert next(_by_cost(trials, levers, 0)) == (levers[0], levers[1])
 
 
 def test_a_set_is_pulled_and_kept_in_its_levers_order() -> None:
