@@ -464,8 +464,10 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
 # Prefixes of the axes that each function yields.
-_OF_LOSSES = ("lc", "fc", "chunk_", "nll_", "tile_", "few_", "part_", "fused_", "row_", "earlier_", "half_", "entropy_")
-_OF_LOSSES += ("chosen_copied",)
+_OF_LOSSES = (
+    *("lc", "fc", "chunk_", "nll_", "tile_", "few_", "part_", "fused_", "row_", "earlier_", "half_", "entropy_"),
+    "chosen_copied",
+)
 _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("efficient_",), _workspaces),
     (("segments_",), _embedding_segments),
