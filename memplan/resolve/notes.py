@@ -21,8 +21,8 @@ from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import Method, Precision
 
-# Families whose list of blocks, which FSDP wraps by default, has classes that they do not: one of these, and the others.
-# Source: transformers 5.24 PreTrainedModel._no_split_modules; accelerate 1.15 utils/dataclasses.py set_auto_wrap_policy.
+# Families whose default list of blocks for FSDP has classes that they do not: one of these, and the others.
+# Source: transformers 5.24 PreTrainedModel._no_split_modules; accelerate 1.15 dataclasses.py set_auto_wrap_policy.
 _CLIP = ("CLIPTextEmbeddings", "CLIPEncoderLayer, CLIPVisionEmbeddings and the decoder's layer")
 _SIGLIP, _SIGLIP2 = (tuple(name.replace("CLIP", tower) for name in _CLIP) for tower in ("Siglip", "Siglip2"))
 ABSENT_BLOCKS = {
