@@ -201,6 +201,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
     wiring = graph.wiring._replace(by_name=graph.wiring.by_name and graph.trainer is not None)
     return graph._replace(
         wiring=wiring,
+        recipe=graph.recipe._replace(decomposition=""),
         rank=_ANY_RANK,
         checkpoint=graph.checkpoint and graph.every_n_layers > 1,  # which makes blocks of several kinds
         reentrant=False,

@@ -306,6 +306,7 @@ def _choose_recipe(run: OpenTraining) -> None:
     if library.weights.trains_mxfp4 and model.card.get("stored") == "mxfp4" and is_lora and whole:
         recipe = recipe._replace(quantization="mxfp4", experts=True, packed=True)
         notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
+    moved = run.loop.trainer and method.quantization is None  # by the Trainer, so peft adapts the model on the host
     frozen = frozen_parts(model, method)
     run.kernels, idle = fused_kernels(
         model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
@@ -319,7 +320,8 @@ def _choose_recipe(run: OpenTraining) -> None:
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
         magnitudes=library.model.magnitude_dtype,
-        moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
+        moved=moved and method.kind in PEFT_METHODS,
+        decomposition="" if moved else recipe.decomposition,
     )
     run.notes += notes
 

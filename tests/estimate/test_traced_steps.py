@@ -25,6 +25,7 @@ from benchmarks.golden import SHARED, rows, trace_figures
 from memplan import MemplanError, RunSpec, estimate
 from memplan.models.peft_methods import PEFT_METHODS
 from tests.cases import in_groups
+from tests.golden import trace_peft
 from tests.sampling import ALL, sampled
 from tests.tiny import TINY
 
@@ -177,6 +178,20 @@ def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     looped = {"dbrx"}  # expert loops with data-dependent sizes cannot be traced (see tests/catalogue/test_autograd.py)
     assert {c.group for c in compared} >= set(TINY) - looped
     assert mean(c.peak for c in compared) < 1e-3
+
+
+# Traced peaks of loading: trace_peft.one("lora", rank=16, targets="all-linear", options={"init_lora_weights": ...}).
+DECOMPOSED = [("pissa", 33_439_744), ("olora", 30_586_880), ("pissa_niter_4", 29_628_928)]
+
+
+@pytest.mark.parametrize(("init", "traced"), DECOMPOSED)
+def test_an_initialisation_that_decomposes_matrices_is_counted_while_loading(init: str, traced: int) -> None:
+    _, run = trace_peft.one("lora", rank=16, targets="all-linear", options={"init_lora_weights": init})
+    _, plain = trace_peft.one("lora", rank=16, targets="all-linear")
+    assert estimate(run).phases[0].peak == traced
+    assert without_workspaces(estimate(run)) == without_workspaces(estimate(plain))
+    on_host = RunSpec.model_validate({**run.model_dump(), "loop": {"trainer": True}})  # which moves the adapted model
+    assert estimate(on_host).phases[0].peak == estimate(plain).phases[0].peak
 
 
 # Peaks of traced steps of tinyllama-1.1b in bf16, 512 tokens, with updates in backward.

@@ -128,6 +128,17 @@ class Formula:
         return [*self.operations, back, ops.release_names(layer.x, *locals_)]
 
 
+_MOST = 256  # parts that are operations of their own
+
+
+def count(layer: Wrapped, setting: str) -> int:
+    """Return a setting that is a number of parts. Raises SpecError."""
+    value = layer.options[setting]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise refused(f"method.options.{setting}", f"must be a whole number from 1 to {_MOST}, not {value!r:.40}")
+    return value
+
+
 def word(layer: Wrapped, setting: str, *known: str) -> str:
     """Return a setting that is one of the known words. Raises UnknownNameError."""
     value = str(layer.options[setting])

@@ -85,6 +85,7 @@ class Recipe(NamedTuple):
     bias           biases that train: `none`, `all`, or `lora_only` for those of adapted layers
     tokens         number of trained rows of the embeddings
     magnitudes     dtype of DoRA's magnitudes, or "" if it is the adapters'
+    decomposition  peft's `init_lora_weights` that decomposes the loaded matrices on the GPU: pissa, pissa_niter, olora
     """
 
     kind: str
@@ -120,6 +121,7 @@ class Recipe(NamedTuple):
     bias: str = "none"
     tokens: int = 0
     magnitudes: str = ""
+    decomposition: str = ""
 
     @property
     def virtual_tokens(self) -> int:

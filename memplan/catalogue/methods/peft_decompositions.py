@@ -6,7 +6,7 @@ Source: peft 0.21.2 tuners/*/layer.py.
 from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.methods.formula import Factor, Formula, word
+from memplan.catalogue.methods.formula import Factor, Formula, count, word
 from memplan.catalogue.methods.peft_layers import Wrapped
 from memplan.core.errors import refused
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
@@ -18,7 +18,7 @@ def adamss(layer: Wrapped) -> list[Op]:
     The clusters are those of the weights' values; their sizes, which add up to the features, are taken to be equal.
     """
     f, o, dtype = Formula(layer), layer.options, layer.base_weight.dtype
-    number = min(int(o["num_subspaces"]), layer.rows)
+    number = min(count(layer, "num_subspaces"), layer.rows)
     has_bias = any(not w.matrix for w in layer.op.weights)
     columns = layer.columns + has_bias
     rank = min(layer.rank, layer.rows, columns)
@@ -51,12 +51,8 @@ def frod(layer: Wrapped) -> list[Op]:
     The layer itself only runs next to dropout. The factors that layers of one name share wait on the host until the
     Trainer moves the model, and each pass copies them. Halves are multiplied by a dense copy of the sparse matrix.
     """
-    f, rate, square, x = (
-        Formula(layer),
-        float(layer.options["sparse_rate"]),
-        f"{layer.columns} {layer.columns}",
-        layer.x,
-    )
+    f, square, x = Formula(layer), f"{layer.columns} {layer.columns}", layer.x
+    rate = float(layer.options["sparse_rate"])
     most = layer.columns * (layer.columns - 1)
     number = max(min(int(layer.columns**2 * rate), most), int(rate > 0 and most > 0))
     values, diagonal = layer.weight("frod_lambda_s_values", str(number)), layer.weight("frod_lambda_l", layer.into)

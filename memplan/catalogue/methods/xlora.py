@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.methods.formula import Formula
+from memplan.catalogue.methods.formula import Formula, count
 from memplan.catalogue.methods.peft_layers import Wrapped
 from memplan.core.errors import refused
 from memplan.core.ir import Op, Stack, Tensor
@@ -23,9 +23,8 @@ _SCALINGS = "scalings"
 def xlora(layer: Wrapped) -> list[Op]:
     """The sum of a layer's adapters, each of the input times its scaling."""
     f, o = Formula(layer), layer.options
-    number, trains = o["adapters"], bool(o["use_trainable_adapters"])
-    if not isinstance(number, int) or number < 1:
-        raise refused("method.options.adapters", f"must be the number of adapters, not {number!r:.40}")
+    number, trains = count(layer, "adapters"), bool(o["use_trainable_adapters"])
+    count(layer, "xlora_depth")
     f.by_sequence("xlora")
     f.shapes[_SCALINGS] = f"{layer.lead} {number}"
     own = f.call(_SCALINGS, _SCALINGS, view=True)
