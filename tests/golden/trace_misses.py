@@ -245,6 +245,12 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": {"micro": 4},
         "kernels": {"reentrant": True},
     },
+    "a bias in the dtype of what a 4-bit layer reads": {
+        **small("vit", SMALL),
+        "method": {"kind": "qdora", "quantization": {}},
+        "batch": {"micro": 4},
+        "kernels": {"attention": "flash_attention_2"},
+    },
     "a convolution's input, of frozen weights": {
         **small("whisper", SMALL),
         **lora(["embed_tokens"]),
