@@ -96,11 +96,12 @@ class GradientFlow:
 def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
     """Return how gradients flow through the operations; tensors named in `entering` need one."""
     key = Identity(ops)
-    return _gradient_flow(key, _reads(key).intersection(entering))
+    return _gradient_flow(key, names_read(key).intersection(entering))
 
 
 @lru_cache(maxsize=128)
-def _reads(ops: Identity[Ops]) -> frozenset[str]:
+def names_read(ops: Identity[Ops]) -> frozenset[str]:
+    """Return the names of the tensors that the operations read."""
     return frozenset(r for op in ops.value for r in op.reads)
 
 
