@@ -20,7 +20,9 @@ from memplan.engine.tape import Tape
 
 
 class _Repeat(NamedTuple):
-    """The allocations and frees of a block, in storages that are numbered: first those that were there before it, then those that it made.
+    """The allocations and frees of a block.
+
+    Its storages are numbered: first those that were there before it, then those that it made and left.
 
     events      its allocations and frees, as in `Moment`
     operations  the operation of each allocation
@@ -135,7 +137,7 @@ class RepeatingTape(Tape):
         origins: int,
         made: int,
     ) -> _Repeat:
-        """Return what a block did, given what there was before it: references to each storage, events, origins and storages."""
+        """Return what a block did given the references, and the numbers of events, origins and storages, before it."""
         left = [storage for storage in self.made[made:] if storage.refs > 0]
         number = {storage: i for i, storage in enumerate((*earlier, *left))}
         changes = [storage.refs - before for storage, before in zip(earlier, references, strict=True)]
