@@ -101,7 +101,7 @@ def test_defaults_are_those_of_trl() -> None:
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
 
 
-def test_unsloths_engine_shares_the_policys_weights_and_its_reference_has_adapters_of_its_own() -> None:
+def test_unsloths_engine_shares_the_policys_weights() -> None:
     serving = {"max_model_len": 2048, "memory_utilization": 0.5}
     fields: dict[str, Any] = {"method": "lora", "reference": "adapters", "gpu": "4090", "rollout": "colocate"}
     held, trainable = {}, 0

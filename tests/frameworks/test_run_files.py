@@ -179,7 +179,7 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("version", "packing"), [("0.24", "padding_free"), ("1.13", None)])
-def test_pairs_are_joined_without_padding_where_dpo_does_it(tmp_path: Path, version: str, packing: Any) -> None:
+def test_pairs_are_joined_without_padding(tmp_path: Path, version: str, packing: Any) -> None:
     text = "model_name_or_path: a\nprecompute_ref_log_probs: false\npadding_free: true"
     file = read(tmp_path, text, f"trl-{version}")
     assert (values(file).get("batch.packing"), len(file.unread)) == (packing, packing is None)
