@@ -323,16 +323,14 @@ def reference_of(graph: Graph) -> Graph | None:
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
     graph = without_gradients(graph._replace(recipe=recipe))
-    one_pass = Pass("reference", "dynamic", last_only=False) if trainer.caches_copy else graph.inference
-    caching = trainer.caches_copy or graph.wiring.caching
-    return graph._replace(wiring=graph.wiring._replace(caching=caching), inference=one_pass)
+    one_pass, wiring = Pass("reference", "dynamic", last_only=False), graph.wiring._replace(caching=True)
+    return graph._replace(wiring=wiring, inference=one_pass) if trainer.caches_copy else graph
 
 
 @lru_cache(maxsize=128)
 def first_pass_of(graph: Graph) -> Graph | None:
     """Return the graph of the model's own first pass without gradients, if a trainer's step has one."""
-    has_one = graph.trainer is not None and graph.trainer.has_first_pass
-    return without_gradients(graph) if has_one else None
+    return without_gradients(graph) if graph.trainer is not None and graph.trainer.has_first_pass else None
 
 
 def without_gradients(graph: Graph) -> Graph:
