@@ -279,7 +279,7 @@ REFUSED = [
     ({"kind": "trainable_tokens"}, "token_indices: must be given"),
     ({"kind": "trainable_tokens", "options": {"token_indices": [1, 1]}}, "names a token twice"),
     ({"kind": "lora", "options": {"trainable_token_indices": "1"}}, "must be numbers of tokens, not '1'"),
-    ({"kind": "xlora"}, "method.options.adapters: must be a whole number from 1 to 256, not None"),
+    ({"kind": "xlora"}, "method.options.adapters: must be given: a whole number from 1 to 256"),
     ({"kind": "adamss", "options": {"num_subspaces": 10**9}}, "num_subspaces: must be a whole number from 1 to 256"),
     ({"kind": "ln_tuning"}, "copies of the norms are in fp32, and layers in bf16 cannot read their output"),
     ({"kind": "ia3", "targets": ["q_prj"]}, "unknown name 'q_prj'; did you mean q_proj"),

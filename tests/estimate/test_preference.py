@@ -232,7 +232,10 @@ def test_a_reward_models_head_is_a_score() -> None:
         ),
         ({"trainer": "dpo", "roles": {"teacher": LLAMA}}, "only applies to trainer gkd or distill, not dpo"),
         ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo or ppo, not sft"),
-        ({"trainer": "dpo", "roles": {"reference": LLAMA}}, "roles.reference: is not supported yet"),
+        (
+            {"trainer": "dpo", "roles": {"reference": LLAMA}},
+            "roles.reference: a checkpoint of its own is",
+        ),
         ({"task": "forward", "roles": {"teacher": LLAMA}}, "roles: only applies to training"),
         (
             {"trainer": "distill", "roles": {"teacher": LLAMA}, "profile": "trl-1.13"},
@@ -251,6 +254,10 @@ def test_a_reward_models_head_is_a_score() -> None:
         (
             {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-0.24", "method": "lora"},
             "kernels.loss: TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail",
+        ),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.6", "method": "lora"},
+            "kernels.loss: TRL 1.6 and 1.7 have Liger's loss without adapters; use hf, or trl-1.10",
         ),
         ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (

@@ -127,7 +127,8 @@ def _divided(s: Settings, total: int | None, level: str) -> Budget:
     else:
         taken, available = _left(s, total, before, parameters, step.bytes, aside)
     pool = pool_of(s, available)
-    if s.engine.kind == "tgi" and total is not None:  # its warm-up goes on without graphs that find no memory
+    # TGI 3.3.7 models/flash_causal_lm.py warmup logs that a graph finds no memory, and goes on without it
+    if s.engine.kind == "tgi" and total is not None:
         left = max(0, total - before - parameters - step.bytes - pool.bytes)
         graphs = graphs._replace(**{each: min(left, getattr(graphs, each)) for each in ("low", "usual", "high")})
     result = Budget(s, taken, weights, step, decoding, graphs, kernels, context, ranks, available, pool)
