@@ -186,6 +186,8 @@ def test_no_alias_names_two_cards() -> None:
         for alias in (name, card["hf_id"], *card.get("aliases", ())):
             joined = alias.lower().translate({ord(mark): None for mark in " -_:"})
             assert owner.setdefault(joined, name) == name
+        own = {cards._letters(alias.lower().rpartition("/")[2]) for alias in card.get("own", {})}
+        assert own.isdisjoint(cards._letters(own_name.lower().rpartition("/")[2]) for own_name in (name, card["hf_id"]))
 
 
 def test_an_unknown_model_names_the_nearest() -> None:
