@@ -467,7 +467,7 @@ def record_training(graph: Graph, options: TrainingPass, late: frozenset[str], l
     return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=""), late, labels)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # what is replayed is kept by `steps_of`
 @without_collection
 def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str], labelled: bool) -> AllocationTrace:
     if options.division is not None:
