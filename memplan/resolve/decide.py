@@ -90,10 +90,10 @@ class Resolver:
         batch = with_lengths(with_new_tokens(run).batch, model)
         length = batch.tokens + run.method.virtual_tokens
         is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-        kind = batch.packing if run.trainer in ("sft", "dpo", "gkd") else None  # others are refused
-        packed = packed_rows(kind, is_flash, is_single) if kind else None
+        trainer = TRAINERS[run.trainer]
+        packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and trainer.packs else None
         if packed is not None and packed.is_one_row:
-            length, is_single = length * batch.micro * TRAINERS[run.trainer].rows, True
+            length, is_single = length * batch.micro * trainer.rows, True
         facts = BatchFacts(
             accumulates=batch.accumulation > 1,
             windowed=window is not None and length >= window,

@@ -169,6 +169,7 @@ class TrainerFacts(NamedTuple):
     tokens       of a completion by default; 0 if the release decides
     older        it is as all trainers were in TRL 0.24
     likelihood   its loss adds the likelihood of the chosen half
+    packs        some release of it packs its batches
     rescores     it always computes the log-probabilities of completions once more before the step
     backbone     the loss with which its step calls the model's backbone, past the forward that accelerate wraps in
                  autocast, or `every` loss; empty if it calls the model. Source: trl 1.16.0 models/utils.py
@@ -188,6 +189,7 @@ class TrainerFacts(NamedTuple):
     tokens: int = 0
     older: bool = False
     likelihood: bool = False
+    packs: bool = False
     rescores: bool = False
     backbone: str = ""
     own_loop: bool = False
@@ -199,8 +201,8 @@ class TrainerFacts(NamedTuple):
 
 
 TRAINERS = {
-    "sft": TrainerFacts(),
-    "dpo": TrainerFacts("own", rows=2, backbone="fused"),
+    "sft": TrainerFacts(packs=True),
+    "dpo": TrainerFacts("own", rows=2, packs=True, backbone="fused"),
     "kto": TrainerFacts("own", least=2),
     "orpo": TrainerFacts(rows=2, older=True, likelihood=True),
     "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
@@ -210,7 +212,7 @@ TRAINERS = {
     "rloo": TrainerFacts("own", ("reward",), completions=2, rescores=True),
     # trl 1.12.0 experimental/ppo/ppo_config.py, 0.24.0 trainer/utils.py OnPolicyConfig: response_length
     "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, own_loop=True),
-    "gkd": TrainerFacts(models=("teacher",)),
+    "gkd": TrainerFacts(models=("teacher",), packs=True),
     "distill": TrainerFacts(models=("teacher",), completions=1, backbone="every"),
 }
 PAIRED = tuple(name for name, facts in TRAINERS.items() if facts.older)
