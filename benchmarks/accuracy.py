@@ -431,16 +431,18 @@ def reported() -> Iterable[str]:
     """Yield a row for each framework, then each report that a run describes, and why the others have none."""
     known = [each for each in golden.reports() if each.verdict]
     yield REPORTED.format(known=len(known), all=len(golden.reports()))
-    yield "| framework | measured | median error | within 10 % | out of memory | does not fit | tight | fits |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| framework | measured | median error | within 10 % | of known rows | died | does not fit | tight | fits |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for framework in sorted({each.row["framework"] for each in known}):
         those = [each for each in known if each.row["framework"] == framework and not each.row.get("partly")]
         errors = [abs(each.error) for each in those if each.error is not None]
         said = [each.verdict for each in those if each.row["outcome"] == "oom"]
-        middle = f"{median(errors):.1%}" if errors else ""
+        sure = [abs(each.error) for each in those if each.error is not None and each.has_known_rows]
+        middle, middle_sure = (f"{median(each):.1%}" if each else "" for each in (errors, sure))
+        middle_sure += f" of {len(sure)}" if sure else ""
         within = f"{sum(error <= golden.NEAR_REPORT for error in errors)}" if errors else ""
         counts = " | ".join(str(said.count(word)) for word in ("does not fit", "tight", "fits"))
-        yield f"| {framework} | {len(errors)} | {middle} | {within} | {len(said)} | {counts} |"
+        yield f"| {framework} | {len(errors)} | {middle} | {within} | {middle_sure} | {len(said)} | {counts} |"
     yield "\n| report | framework | grade | reported GiB | memplan | error | cause |\n|---|---|---|---|---|---|---|"
     for each in known:
         row = each.row
@@ -746,7 +748,8 @@ REPORTED = """
 today, by the newest version that memplan knows unless the report names one (`tests/golden/reports.jsonl`). Graded A if
 all settings are stated, B if one or two are assumed, C if more are. Nothing was fitted to them; lengths of data are
 rarely stated, so a peak may be of a shorter batch than the settings allow. Reserved by torch, used as `nvidia-smi`
-shows it, or the cache that an engine made. The medians leave out runs of which a part is not counted:
+shows it, or the cache that an engine made. The medians leave out runs of which a part is not counted; *of known rows*
+is the median of those whose rows have a known length: graded A, or B with packed rows:
 """
 
 BANDS = """

@@ -401,6 +401,12 @@ class Report(NamedTuple):
         return None if self.answered is None else self.answered / self.row["gib"] - 1
 
     @property
+    def has_known_rows(self) -> bool:
+        """Whether the length of every row is known: all settings are stated, or most, and packing fills rows."""
+        packing = self.row["run"].get("batch", {}).get("packing", "padding_free")
+        return self.row["grade"] == "A" or (self.row["grade"] == "B" and packing != "padding_free")
+
+    @property
     def is_missed(self) -> bool:
         """Whether the error is large, or, without a figure, the answer is another than what happened."""
         if self.error is not None and self.row["outcome"] == "ran":

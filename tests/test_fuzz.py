@@ -47,6 +47,8 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
         {"model": "mistral-7b-v0.1", "parallelism": {"world": 2, "pp": 2}, "kernels": {"checkpointing": "offload"}},
     ),
     ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
+    ("runs", {"task": "generate", "profile": "tgi-3", "gpu": "rtx-2080-super", "model": "qwen2-vl-2b"}),
+    ("configs", {"config": {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": 1}, "run": {}}),
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
     # A key of a script's arguments was printed with its control characters.

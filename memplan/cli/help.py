@@ -67,7 +67,8 @@ TOPICS = {
     "serving": Topic("Engines: --method generate --profile vllm, sglang, tgi or llama.cpp.", ("Serving engines",)),
     "gpus": Topic(
         "A card is named by its id, alias, what nvidia-smi prints, or its size: 3090, 'rtx 4090', a100-40gb, 24gb. "
-        "2x4090 is two of one, 3090,4090 are two answers, auto asks the driver. memplan gpus lists all cards.",
+        "2x4090 is two of one, g5.12xlarge those of a cloud's machine, 3090,4090 are two answers, auto asks the "
+        "driver. memplan gpus lists all cards.",
         ("GPUs", "Several GPUs"),
         ("gpu", "gpus", "gpus_per_node"),
     ),

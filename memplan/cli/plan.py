@@ -15,7 +15,7 @@ from memplan.cli.runs import check_count, format_of, runs_of, screen_of, stamp_o
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import has_rank
-from memplan.spec.options import MODEL
+from memplan.spec.options import MODEL, STRATEGIES
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
@@ -30,7 +30,7 @@ _MODES = ("max", "ladder", "buy", "advice", "nodes")
 _OF_BUYING = ("to", "tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
 _OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
-_DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes these fix part of the search
+_DIVIDING = ("gpus", "tp", "pp", "cp", "ep", *STRATEGIES)  # with --nodes these fix part of the search
 _AXES = ("batch", "sequence", "rank", "completion", "generations", "model")
 _MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
 PLAN_OPTIONS = {
@@ -305,7 +305,7 @@ def _of_nodes(asked: PlanRequest, given: Mapping[str, Any]) -> PlanRequest:
     assert asked.run.gpu is not None  # checked by `_demand`
     cluster = cluster_of(find_gpu(asked.run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
     degrees = {name: given.get(name) for name in DEGREES}
-    strategy = strategy_of(given, cluster.world) if {"zero", "fsdp"} & set(given) else None
+    strategy = strategy_of(given, cluster.world) if {*STRATEGIES} & set(given) else None
     strategies = None if strategy is None else (strategy,)
     most = None if "each" in given else given.get("most", 5)
     if "emit" in given:

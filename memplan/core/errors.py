@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
-_ALIKE = 0.6  # of the letters of a misspelt name are in the one that is meant
+_ALIKE = 0.72  # of the letters of a misspelt name are in the one that is meant
 _MAX_SHOWN = 80  # characters of a wrong name that an error message repeats
 
 
@@ -55,10 +55,9 @@ def misspelt(value: str, choices: Iterable[str]) -> str:
     >>> misspelt("lora_dropuot", ["lora_r", "lora_dropout"]), misspelt("seed", ["lora_r"])
     ('lora_dropout', '')
     """
-    from difflib import SequenceMatcher
+    from difflib import get_close_matches
 
-    near = nearest(value, choices, 1)
-    return near[0] if near and SequenceMatcher(None, value[:_MAX_SHOWN], near[0]).ratio() > _ALIKE else ""
+    return next(iter(get_close_matches(value[:_MAX_SHOWN], [*choices], 1, _ALIKE)), "")
 
 
 class MemplanError(Exception):

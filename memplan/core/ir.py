@@ -333,11 +333,18 @@ def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple
     written = {w.name for op in operations.value for w in op.weights}
     taken: dict[tuple[str, str], None] = {}
     for op in operations.value:
-        written.update([t.name for t in op.past])
-        missing = [name for name in op.reads if name not in written]
-        written.update([t.name for t in op.writes + op.wraps])
-        missing += [name for name in named(op) if name not in written]
-        taken |= dict.fromkeys([(op.name, name) for name in missing])
+        if op.past:
+            written.update([t.name for t in op.past])
+        for name in op.reads:
+            if name not in written:
+                taken[op.name, name] = None
+        for t in op.writes:
+            written.add(t.name)
+        if op.wraps:
+            written.update([t.name for t in op.wraps])
+        for name in named(op):
+            if name not in written:
+                taken[op.name, name] = None
     return tuple(taken), frozenset(written)
 
 
@@ -346,13 +353,13 @@ def named(op: Op) -> list[str]:
     names = [*op.captures]
     for keep in op.keeps:
         names += keep.what, keep.of
-    tensors = op.past + op.writes + op.wraps + op.scratch
-    for dtype in [t.dtype for t in tensors] + [s.tensor.dtype for s in op.scratch_back]:
-        own, _, source = dtype.partition("!")
-        if source:
-            names.append(source)
-        if own.startswith("="):
-            names.append(own[1:].partition("/")[0])
+    for t in (*op.past, *op.writes, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back]):
+        if "=" in t.dtype or "!" in t.dtype:
+            own, _, source = t.dtype.partition("!")
+            if source:
+                names.append(source)
+            if own.startswith("="):
+                names.append(own[1:].partition("/")[0])
     return names
 
 

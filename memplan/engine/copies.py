@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import islice
 
 from memplan.core.ir import Block, Op, Stack, Tensor
 from memplan.core.records import NamedTuple
@@ -259,10 +260,8 @@ def require_input_gradient(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tupl
     The node that accumulates the gradient holds the output. If the embeddings or an adapter around them train, the
     output has a gradient anyway, and nothing changes.
     """
-    embedding = (op for op in before if any(w.group == "embedding" for w in op.weights))
-    candidates = [
-        op for op in (next(embedding, None), *(op for op in before if op.requires_gradient)) if op is not None
-    ]
+    embedding = (op for op in before if not op.cast and op.reads and any(w.group == "embedding" for w in op.weights))
+    candidates = [*islice(embedding, 1), *(op for op in before if op.requires_gradient)]
     names: list[str] = []
     for candidate in candidates:
         module = candidate.name.removesuffix(".base_layer")

@@ -8,7 +8,7 @@ from typing import Any
 
 from memplan.core.ir import Op, Tensor
 from memplan.engine.dtypes import Scope
-from memplan.engine.operation_facts import NO_BACKWARD, Backward, weights_used_again
+from memplan.engine.operation_facts import NO_BACKWARD, Backward, GradientFlow, weights_used_again
 from memplan.engine.storages import Storage
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -57,6 +57,7 @@ class Frame:
         self.scope = scope
         self.outer = outer
         self.flows = set(flows)
+        self.flow: GradientFlow | None = None  # how they flow through the operations, if autograd records them
         self.nodes: list[Node] = []
         self.names: dict[str, Storage] = {}
         self.checkpointed = False

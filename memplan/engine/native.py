@@ -19,7 +19,8 @@ from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, Py
 from memplan.engine.events import Events
 
 SOURCE = Path(__file__).with_name("native.c")
-NONE = -1  # the block of no storage; the index of no event
+NONE = 0  # the block of no storage
+_NO_EVENT = -1
 _COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "refused", "capacity", "missing")
 
 
@@ -77,8 +78,8 @@ def library() -> Any:
     for name, returns, *takes in (
         ("allocator_new", state, i32, i64, i32),
         ("allocator_delete", None, state),
-        ("alloc", i32, state, i64, i32),
-        ("free_block", None, state, i32),
+        ("alloc", pointer, state, i64, i32),
+        ("free_block", None, state, pointer),
         ("release", None, state),
         ("replay", i64, state, pointer, pointer, pointer, pointer, i64, pointer, pointer),
         ("largest", None, pointer, pointer, i64, pointer, i64, pointer),
@@ -93,7 +94,7 @@ def _counter(name: str) -> Any:
 
 
 class NativeAllocator:
-    """One device's allocator, like `PythonAllocator`; its blocks' handles are numbers."""
+    """One device's allocator, like `PythonAllocator`; its blocks' handles are their addresses."""
 
     allocated, reserved, peak_allocated, peak_reserved, requests, refused = map(_counter, _COUNTERS[:6])
 
@@ -109,8 +110,8 @@ class NativeAllocator:
     def alloc(self, size: int, stream: int = 0) -> int:
         if size > _MOST:
             raise OverflowError(size)
-        block = self._library.alloc(self._state, size, stream)
-        if block == NONE:
+        block: int | None = self._library.alloc(self._state, size, stream)
+        if block is None:
             raise self._full()
         return block
 
@@ -121,7 +122,7 @@ class NativeAllocator:
         self._library.release(self._state)
 
     def live_blocks(self, storages: int) -> LiveBlocks:
-        return array("i", (NONE,)) * storages
+        return array("q", (NONE,)) * storages
 
     def replay(self, events: Events, sizes: Sequence[int], live: LiveBlocks) -> None:
         if max(sizes, default=0) > _MOST:
@@ -131,7 +132,7 @@ class NativeAllocator:
         by_key, spans = array("q", sizes), len(events.spans) // 4
         arrays = map(address_of, (live, events.numbers, events.keys, events.spans))
         failed: int = self._library.replay(self._state, *arrays, spans, address_of(by_key), address_of(events.streams))
-        if failed != NONE:
+        if failed != _NO_EVENT:
             raise self._full() if events.keys[failed] >= 0 else KeyError(self._state.contents.missing)
 
     def _full(self) -> OutOfMemoryError | OverflowError:

@@ -61,7 +61,7 @@ NO_BACKWARD = Backward((), (), (), (), (), {}, {}, {}, (), ())
 def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
     past = _past_with_gradients(op)
     if not (op.keeps or op.weights or op.wraps or op.scratch_back):  # as most operations
-        return NO_BACKWARD._replace(targets=targets, past=past)
+        return Backward(targets, (), (), (), past, {}, {}, {}, (), ())
     scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets)]
     return Backward(
         targets,
@@ -96,11 +96,12 @@ class GradientFlow:
 def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
     """Return how gradients flow through the operations; tensors named in `entering` need one."""
     key = Identity(ops)
-    return _gradient_flow(key, _reads(key).intersection(entering))
+    return _gradient_flow(key, names_read(key).intersection(entering))
 
 
 @lru_cache(maxsize=128)
-def _reads(ops: Identity[Ops]) -> frozenset[str]:
+def names_read(ops: Identity[Ops]) -> frozenset[str]:
+    """Return the names of the tensors that the operations read."""
     return frozenset(r for op in ops.value for r in op.reads)
 
 
@@ -127,7 +128,13 @@ def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
 
     A view counts as a use of its base. Operations that need recording run only if it is kept (`keep`).
     """
-    return _last_uses(Identity(ops), keep)
+    key = Identity(ops)
+    return _last_uses(key, keep or not _needs_recording(key))
+
+
+@lru_cache(maxsize=128)
+def _needs_recording(ops: Identity[Ops]) -> bool:
+    return any(op.needs_recording for op in ops.value)
 
 
 @lru_cache(maxsize=128)

@@ -289,7 +289,7 @@ class _Recorded(NamedTuple):
     labels: tuple[tuple[str, ...], ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _recorded(
     stack: Stack, depth: tuple[tuple[str, int], ...], one_by_one: int, options: ExecutionOptions, flags: _Flags
 ) -> _Recorded:

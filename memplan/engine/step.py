@@ -12,19 +12,14 @@ from typing import Literal
 
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack
 from memplan.core.records import NamedTuple
-from memplan.engine.copies import (
-    Copies,
-    ResolvedStack,
-    is_called,
-    resolve_stack,
-    shares_with_gradient,
-)
+from memplan.engine.copies import Copies, ResolvedStack, is_called, resolve_stack, shares_with_gradient
 from memplan.engine.dtypes import FLOATING
 from memplan.engine.frames import Frame
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
 from memplan.engine.lowered import Lowered, at_depth
 from memplan.engine.moments import Moment, PassMoments, add_to_each
 from memplan.engine.operation_facts import leaves, storages_behind
+from memplan.engine.repeats import RepeatingTape
 from memplan.engine.stash import Stash
 from memplan.engine.storages import Storage
 from memplan.engine.tape import Tape
@@ -109,7 +104,7 @@ def _lowered(
     holds_previous: Literal["", "outputs", "returned", "graph"],
     division: Division | None,
 ) -> Lowered:
-    tape = Tape(grads_exist, labelled, dict(updates))
+    tape = RepeatingTape(grads_exist, labelled, dict(updates))
     passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack, dict(depth), options)
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
@@ -149,7 +144,7 @@ def _inferred(
     division: Division | None,
     casts: str,
 ) -> Lowered:
-    tape = Tape(labelled=labelled)
+    tape = RepeatingTape(False, labelled, {})
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
     passed = run_pass(tape, gatherer, stack, dict(depth), ExecutionOptions(autocast), records=False, casts=casts)

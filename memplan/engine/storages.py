@@ -6,7 +6,7 @@ A repeated block is run once; what every further copy adds is counted per copy. 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from sys import intern
 from typing import Literal
 
@@ -32,13 +32,14 @@ class Storage:
     number  its index among all storages, if events are recorded
     shared  made outside of a run and used by all its copies
     run     the run whose every copy has a storage like it
+    at      number of allocations and frees before its last reference was dropped
     """
 
-    __slots__ = ("fresh", "number", "refs", "run", "shared", "size")
+    __slots__ = ("at", "fresh", "number", "refs", "run", "shared", "size")
 
-    def __init__(self, size: int, fresh: bool) -> None:
+    def __init__(self, size: int, fresh: bool, refs: int = 1) -> None:
         self.size = size
-        self.refs = 1
+        self.refs = refs
         self.fresh = fresh
         self.number = -1
         self.shared = False
@@ -65,7 +66,9 @@ class LiveStorages:
         self._block = ""
         self._op = Op("")
         self._in_run: int | None = None
-        self._born: set[Storage] = set()  # live storages that the current run made
+        self.made: list[Storage] = []  # in order
+        # Of each allocation: how its operation's name begins, and the operation.
+        self.origins: list[tuple[str, Op]] = [("", self._op)]
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         (name, shape, dtype), op, sizes = tensor, self._op, self.sizes
@@ -74,9 +77,8 @@ class LiveStorages:
         storage = Storage(size, fresh)
         self._changes.append(size)
         self._rising = True
-        self._allocated_in = self._layer, op
-        if self._in_run is not None:
-            self._born.add(storage)
+        self.origins.append((self._layer, op))
+        self.made.append(storage)
         return storage
 
     def alloc_buffers(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
@@ -88,15 +90,14 @@ class LiveStorages:
 
     def drop(self, storage: Storage) -> None:
         refs = storage.refs = storage.refs - 1
+        storage.at = len(self._changes)
         if refs > 0:
             return
         if refs < 0:
             raise self._freed_twice([*self.sizes][storage.size])
-        if self._in_run is not None:
-            if storage.shared:
-                self._deferred.append(storage)  # only the run's last copy frees it
-                return
-            self._born.discard(storage)
+        if storage.shared and self._in_run is not None:
+            self._deferred.append(storage)  # only the run's last copy frees it
+            return
         if self._rising:
             self.note()
         self._changes.append(~storage.size)
@@ -145,9 +146,23 @@ class LiveStorages:
         """Record the moment, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            layer, op = self._allocated_in
+            layer, op = self.origins[-1]
             where, at = intern(f"{layer}{op.name}"), len(self._changes)  # other passes have moments of the same name
             self.moments.append(Moment(self.phase, where, _NOTHING, self._changes, at, self._per_copy))
+
+    def repeat(self, events: Sequence[int], operations: Iterable[Op], layer: str) -> None:
+        """Allocate and free again, with the operation of each allocation, and note the same moments."""
+        changes, phase, per_copy, rising = self._changes, self.phase, self._per_copy, self._rising
+        origin, allocating = self.origins[-1], iter(operations)
+        for at, event in enumerate(events, len(changes)):
+            if event >= 0:
+                rising, origin = True, (layer, next(allocating))
+            elif rising:
+                rising, where = False, intern(f"{origin[0]}{origin[1].name}")
+                self.moments.append(Moment(phase, where, _NOTHING, changes, at, per_copy))
+        changes += events
+        self._rising = rising
+        self.origins.append(origin)
 
     def snapshot(self) -> Moment:
         """Return the storages alive now."""
@@ -170,7 +185,7 @@ class LiveStorages:
         self.note()
         self._in_run = run
         self._first = first
-        self._born = set()
+        self._made_before = len(self.made)
         self._deferred: list[Storage] = []
         self._before, self._entered_at = self._counts, len(self._changes)
         self._first_moment = len(self.moments)
@@ -192,7 +207,8 @@ class LiveStorages:
             for k, n in counts.items():
                 freed[keys[k][:2]] += sign * n
         frees_past = any(freed[keys[k][:2]] > 0 for k in old)  # frees what the previous pass left: the first may peak
-        renamed = self._renamed(new, passed_on)
+        born = {storage for storage in self.made[self._made_before :] if storage.refs > 0}
+        renamed = self._renamed(new, filter(born.__contains__, passed_on))
         shared: Mapping[int, Counts] | None = None
         with_new = with_old = self._per_copy
         first, run_moments = self._first_moment, self.moments[self._first_moment :]
@@ -210,7 +226,7 @@ class LiveStorages:
         if negative is not None:
             raise self._freed_twice(keys[negative])
         self._per_copy = {**self._per_copy, run: new}
-        for storage in self._born:
+        for storage in born:
             storage.run = run
         for storage in passed_on:  # exists once, not once per copy
             storage.run = None
@@ -230,7 +246,7 @@ class LiveStorages:
         keys = list(self.sizes)
         for storage in passed_on:
             entered = next((k for k, n in left.items() if n < 0 and keys[k][:2] == keys[storage.size][:2]), None)
-            if entered is not None and storage in self._born:
+            if entered is not None:
                 out[entered] = storage.size
                 left[entered] += 1
                 left[storage.size] = left.get(storage.size, 0) - 1

@@ -158,7 +158,7 @@ class Tape(LiveStorages):
     def _graph(self, frame: Frame, grad: bool) -> list[Node]:
         if not grad:
             return [NOT_RECORDED] * len(frame.ops)
-        flow = gradient_flow(frame.ops, frame.flows)
+        flow = frame.flow = gradient_flow(frame.ops, frame.flows)
         frame.flows |= flow.flows
         return [*map(Node, frame.ops, flow.backwards)]
 

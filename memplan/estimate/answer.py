@@ -336,7 +336,7 @@ def largest_first(lines: Iterable[Line]) -> list[Line]:
 class Estimate:
     """The answer for one run. Immutable; equal if the run, the calibration and `via` (one of `VIAS`) are.
 
-    The ledger, the timeline and what torch reserves beyond its tensors are computed when asked for.
+    All but the bytes of the peak is computed when asked for.
     """
 
     asked: RunSpec
@@ -355,32 +355,18 @@ class Estimate:
     _usage: Usage
 
     def __init__(self, walk: Walk, calibration: Calibration | None = None) -> None:
-        """Create the answer for the run of a walk. A `calibration` of another card is ignored.
-
-        Raises InternalError if a phase's peak is not a byte count.
-        """
-        phases, top, gpu = tuple(walk.phases), walk.top, walk.gpu
-        for phase in phases:
-            if type(phase.peak) is not int or phase.peak < 0:
-                raise InternalError(f"{phase.phase} takes {phase.peak} bytes at {phase.where or 'its peak'}")
-        calibration = calibration_of(gpu, calibration) if walk.is_calibrated else None
+        """Create the answer for the run of a walk. A `calibration` of another card is ignored."""
+        calibration = calibration_of(walk.gpu, calibration) if walk.is_calibrated else None
         usage = walk.usage(calibration)
-        vars(self).update(
-            asked=walk.run,
-            walk=walk,
-            parameters=walk.parameters,
-            bytes=Bytes(usage),
-            gpu=Card(gpu.name, gpu.usable, walk.run.parallelism.world) if gpu else None,
-            verdict=Verdict(usage),
-            peak=Peak(top.phase, top.where),
-            phases=phases,
-            unsupported=walk.unsupported,
-            notes=(*profile_note(walk.run), *walk.notes(), *((calibration.named(),) if calibration else ())),
-            origins=(),
-            calibration=calibration,
-            via=walk.via,
-            _usage=usage,
-        )
+        vars(self).update(asked=walk.run, walk=walk, calibration=calibration, origins=(), via=walk.via, _usage=usage)
+        vars(self).update(bytes=Bytes(usage), verdict=Verdict(usage))
+
+    if not TYPE_CHECKING:  # whose attributes are those above
+
+        def __getattr__(self, name):
+            if name not in _COMPUTED:
+                raise AttributeError(f"an answer has no {name}", name=name, obj=self)
+            return vars(self).setdefault(name, _COMPUTED[name](self))
 
     def read_from(self, origins: tuple[FieldOrigin, ...], unread: tuple[str, ...]) -> Estimate:
         """Return the answer for a run that was read from a file: with each value's origin, and the keys left out."""
@@ -526,6 +512,34 @@ class Estimate:
     def __repr__(self) -> str:
         return f"Estimate({self.asked.model!r}, allocated={self.bytes.allocated}, verdict={self.verdict.answer!r})"
 
+
+def _phases(answer: Estimate) -> tuple[Phase, ...]:
+    """Return the peak of each phase, in the order they run. Raises InternalError if one is not a byte count."""
+    for phase in answer.walk.phases:
+        if type(phase.peak) is not int or phase.peak < 0:
+            raise InternalError(f"{phase.phase} takes {phase.peak} bytes at {phase.where or 'its peak'}")
+    return tuple(answer.walk.phases)
+
+
+def _card(answer: Estimate) -> Card | None:
+    gpu = answer.walk.gpu
+    return Card(gpu.name, gpu.usable, answer.asked.parallelism.world) if gpu else None
+
+
+def _notes(answer: Estimate) -> tuple[str, ...]:
+    measured = (answer.calibration.named(),) if answer.calibration else ()
+    return (*profile_note(answer.asked), *answer.walk.notes(), *measured)
+
+
+# Field of an answer -> what computes it when it is first asked for.
+_COMPUTED: Mapping[str, Callable[[Estimate], Any]] = {
+    "parameters": lambda answer: answer.walk.parameters,
+    "gpu": _card,
+    "peak": lambda answer: Peak(answer.walk.top.phase, answer.walk.top.where),
+    "phases": _phases,
+    "unsupported": lambda answer: answer.walk.unsupported,
+    "notes": _notes,
+}
 
 # Part of an answer as JSON -> what writes it.
 DUMPED: Mapping[str, Callable[[Estimate], Any]] = {

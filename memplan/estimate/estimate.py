@@ -14,6 +14,7 @@ from memplan.estimate.training import TrainingWalk
 from memplan.models.model import ModelSpec
 from memplan.program.inference import gpus
 from memplan.program.run import ResolvedRun
+from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
@@ -49,6 +50,7 @@ def _walks(run: RunSpec, model: ModelSpec | None) -> list[Walk]:
 
 
 def _walks_of(run: RunSpec, decided: ResolvedRun, model: ModelSpec | None = None) -> list[Walk]:
+    check_batch(decided.batch, decided.structure.graph.model)
     column = TrainingWalk if decided.trains else InferenceWalk
     has_stages = decided.has_stages and run.parallelism.stage is None
     each = [column(run, stage) for stage in (decided.fullest_stages() if has_stages else (decided,))]

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.merging import adapted_weights, merge_moments
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import library_behaviour
@@ -28,7 +29,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
-from memplan.program.inference.passes import InferenceStep, sized
+from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
 from memplan.program.run import ResolvedRun
@@ -58,7 +59,7 @@ def side_tasks_of(
     refuse(refused_side_tasks(run, decided.structure.graph))
     standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
-    if also.evaluation is not None:
+    if also.evaluation is not None and not TRAINERS[run.trainer].own_loop:  # whose evaluation computes no loss
         tasks += evaluation(run, also.evaluation, walked, model, standing)
     if also.saving is not None:
         held, where, host = saving_peak(decided.structure, also.saving, walked.program)
@@ -71,7 +72,7 @@ def side_tasks_of(
 def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
     """Yield notes on the side tasks."""
     e = run.also.evaluation
-    if e is None:
+    if e is None or not asked:
         return
     step = asked[0].passes[0].step
     longer = run.batch.model_copy(update={"sequence": e.sequence or run.batch.sequence})
@@ -245,10 +246,29 @@ def generation(
 ) -> SideTask:
     """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it.
 
-    wide     the logits of a pass are cast to fp32
-    held     tensors held meanwhile
-    samples  tokens are sampled, from all of them
-    division how weights are divided among ranks, and gathered in each pass
+    held    tensors held meanwhile
+    others  as of `generated_passes`
+    """
+    passes = generated_passes(decided_, library, wide, samples=samples, division=division)
+    peaks = [each.peak for each in passes]
+    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
+    moving, moment, where = peaks[top]
+    return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
+
+
+def generated_passes(
+    decided_: ResolvedRun,
+    library: LibraryBehaviour,
+    wide: bool,
+    *,
+    samples: bool = False,
+    division: Division | None = None,
+) -> tuple[SizedPass, ...]:
+    """Return the passes of a generation.
+
+    wide      the logits of a pass are cast to fp32
+    samples   tokens are sampled, from all of them
+    division  how weights are divided among ranks, and gathered in each pass
     """
     graph = _generating_graph(decided_.structure.graph, library, wide, samples)
     batch = with_lengths(decided_.batch, graph.model, generates=True)
@@ -257,11 +277,7 @@ def generation(
     if division is not None:
         left = division._replace(whole=left_whole(division))
         steps = (steps[0]._replace(division=division), *(step._replace(division=left) for step in steps[1:]))
-    passes = tuple(sized(step, prompted) for step in steps)
-    peaks = [each.peak for each in passes]
-    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
-    moving, moment, where = peaks[top]
-    return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
+    return tuple(sized(step, prompted) for step in steps)
 
 
 @lru_cache(maxsize=256)

@@ -67,9 +67,10 @@ class TrainingWalk(Walk):
             asked = side_tasks_of(self.run, self.peaks, self.decided, model)
             self._side_notes = tuple(notes_of(self.run, asked))
         if trainer is not None and trainer.name in GENERATING:
-            from memplan.estimate.rollout import rollout
+            from memplan.estimate.rollout import elsewhere, rollout
 
             asked = (*rollout(self.run, self.peaks, self.decided), *asked)
+            self.unsupported = tuple(elsewhere(self.run))
         if asked:
             self._take(self.peaks.followed_by(asked))
         return self
@@ -165,7 +166,7 @@ class TrainingWalk(Walk):
     def usage(self, calibration: Calibration | None) -> Usage:
         if self.decided.colocated is None or not self.gpu:
             return super().usage(calibration)
-        from memplan.estimate.rollout import ColocatedUsage
+        from memplan.estimate.colocated import ColocatedUsage
 
         return ColocatedUsage(self, self.decided.colocated, calibration)
 

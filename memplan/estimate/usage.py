@@ -158,11 +158,11 @@ class SegmentRoom(NamedTuple):
 
 def room(usable: int, overhead: ProcessOverhead) -> SegmentRoom:
     """Return how many of a card's usable bytes are left for torch's segments."""
-
-    def left(error: int, more: int) -> int:
-        return usable * 1_000_000 // (1_000_000 + error) - overhead.context - more
-
-    return SegmentRoom(left(overhead.high, overhead.more), left(overhead.low, -overhead.less))
+    millionths = usable * 1_000_000
+    return SegmentRoom(
+        millionths // (1_000_000 + overhead.high) - overhead.context - overhead.more,
+        millionths // (1_000_000 + overhead.low) - overhead.context + overhead.less,
+    )
 
 
 def usable_for(segments: int, overhead: ProcessOverhead) -> int:

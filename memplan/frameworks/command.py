@@ -21,12 +21,8 @@ from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
 _LEFT_TO_A_FILE = ("quant_storage", "gpus_per_node", "save", "merge")
 _ROLLOUT = (
-    "batch.new_tokens",
-    "batch.generations",
-    "batch.scored",
-    "rollout",
-    "serving.sleep",
-    "serving.memory_utilization",
+    *("batch.new_tokens", "batch.generations", "batch.scored", "rollout"),
+    *("serving.sleep", "serving.memory_utilization", "serving.max_model_len"),
 )
 # Field of a training run -> the option that sets it. `_has_option` lists the exceptions.
 OPTIONS = {

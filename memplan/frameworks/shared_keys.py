@@ -203,6 +203,26 @@ EVALUATION = (
     Key("per_device_eval_batch_size", ("also.evaluation.micro",)),
     Key("eval_accumulation_steps", ("also.evaluation.accumulation",)),
 )
+_GENERATION = {
+    "num_generations": "batch.generations",
+    "max_completion_length": "batch.new_tokens",
+    "vllm_mode": "rollout",
+    "vllm_gpu_memory_utilization": "serving.memory_utilization",
+    "vllm_max_model_length": "serving.max_model_len",
+    "vllm_tensor_parallel_size": "serving.tensor_parallel",
+}
+
+
+def generation(**named: str) -> Iterator[Key]:
+    """Yield TRL's keys of a generation and of the reference; `named` has a framework's own names of some."""
+    yield from (Key(named.get(name, name), (path,), field(path)) for name, path in _GENERATION.items())
+    yield Key("beta", ("reference",), _beta)
+
+
+def _beta(run: RunSpec) -> Value:
+    return 0.0 if run.reference == "none" else None
+
+
 SDPA = Key("sdpa_kernel", ("kernels.attention",), kernel_of_sdpa, "Python")
 SEGMENTS = Key("PYTORCH_CUDA_ALLOC_CONF", ("loop.expandable_segments",), segments, "shell")
 

@@ -20,6 +20,10 @@ def _attention(run: RunSpec) -> Value:
     return "flash_attn" if run.kernels.attention == "flash_attention_2" else shared_keys.attention(run)
 
 
+def _sleep_level(run: RunSpec) -> int:
+    return int(bool(run.serving.sleep))
+
+
 def _deepspeed(run: RunSpec) -> Value:
     """One of ms-swift's own configs by its name: `zero3_offload` moves optimizer and weights to the host."""
     stage = shared_keys.stage(run)
@@ -49,6 +53,8 @@ SWIFT = Framework(
         Key("packing", (PACKING,), is_(PACKING, "binpack")),
         Key("padding_free", (PACKING,), is_(PACKING, "padding_free")),
         *shared_keys.EVALUATION,
+        Key("sleep_level", ("serving.sleep",), _sleep_level),
+        *shared_keys.generation(vllm_max_model_length="vllm_max_model_len"),
         Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),
         Key("attn_impl", ("kernels.attention",), _attention),
         Key("use_liger_kernel", ("kernels.loss", "kernels.fused"), shared_keys.liger),

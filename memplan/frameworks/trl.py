@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.frameworks import shared_keys
-from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
+from memplan.frameworks.change_table import Framework, Key, Remark, Value, field, is_
 from memplan.frameworks.shared_keys import (
     DTYPES,
     FORMAT,
@@ -105,6 +105,8 @@ _LOSSES = {
 
 def _remarks(run: RunSpec) -> Iterator[Remark]:
     yield from shared_keys.remarks(run)
+    if run.reference == "adapters":
+        yield Remark(("reference",), "the trainer disables the adapters for its reference: pass no ref_model")
     if str(run.kernels.loss) in _LOSSES:
         yield Remark(("kernels.loss",), _LOSSES[str(run.kernels.loss)])
     q, kind = run.method.quantization, run.method.kind
@@ -160,6 +162,9 @@ TRL = Framework(
         Key("packing_strategy", (shared_keys.PACKING,), _strategy),
         Key("padding_free", (shared_keys.PACKING,), is_(shared_keys.PACKING, "padding_free")),
         *shared_keys.EVALUATION,
+        *shared_keys.generation(),
+        Key("vllm_enable_sleep_mode", ("serving.sleep",), field("serving.sleep")),
+        Key("precompute_ref_log_probs", ("reference",), is_("reference", "precomputed")),
         Key("preprocess_logits_for_metrics", ("also.evaluation.preprocess",), shared_keys.likeliest, "Python"),
         Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.checkpointing", "kernels.reentrant"), _checkpointing),

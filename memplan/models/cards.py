@@ -127,7 +127,7 @@ _ADDRESS = r"(?i)^(https?://)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s?#]+).*$"
 # model/models lists them.
 _MIRRORS = (
     *("unsloth", "nousresearch", "mistral-community", "01ai", "ai-modelscope", "llm-research", "openai-mirror"),
-    "zhipuai",
+    *("zhipuai", "shanghai_ai_laboratory", "tencent-hunyuan", "swift", "modelscope"),
 )
 # Owners who publish others' checkpoints in other formats, under the same names with the format at the end.
 _CONVERTERS = (
@@ -358,7 +358,12 @@ def _original_case(alias: str) -> str:
 
 @cache
 def _names_by_letters() -> dict[str, str]:
-    return {_letters(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
+    """Return every name without separators, with its card; also ids without owner, where those are of one card."""
+    names = {_letters(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
+    owned: dict[str, set[str]] = {}
+    for name, card in _aliases().items():
+        owned.setdefault(_letters(name.rpartition("/")[2]), set()).add(card)
+    return {name: next(iter(cards)) for name, cards in owned.items() if len(cards) == 1} | names
 
 
 def _letters(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
 from memplan.core.records import NamedTuple
 
@@ -31,6 +31,7 @@ class PeftMethod(NamedTuple):
     formats  formats of quantised layers that it can adapt
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
     refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
+    again    whether checkpointed layers can compute it again: peft refuses a prefix, and a pass's hooks end with it
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
              values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
              rows of the embeddings (`tokens`)
@@ -45,6 +46,7 @@ class PeftMethod(NamedTuple):
     formats: tuple[str, ...] = ()
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
+    again: bool = True
     on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
 
 
@@ -135,6 +137,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "adalora": PeftMethod(
         _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
     ),
+    "adamss": PeftMethod(_LORA, 100, {"num_subspaces": 5, "subspace_rank": 1}),
     "adaption_prompt": PeftMethod(
         {"llama": "self_attn", "mistral": "self_attn"},
         options={"adapter_len": None, "adapter_layers": None},
@@ -151,11 +154,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         refuses=_MISTAKEN,
         formats=BITSANDBYTES,
         conv1d=True,
+        again=False,
         on="prefix",
     ),
     "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
+    "frod": PeftMethod(_WITHOUT_FC, options={"sparse_rate": 0.01}, dropout="frod_dropout", conv1d=True),
     "glora": PeftMethod(
         _LORA, 8, {"config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"}, refuses=("falcon",)
     ),
@@ -189,6 +194,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     ),
     "osf": PeftMethod(_OSF, options={"effective_rank": None}),
     "peanut": PeftMethod(_LORA, 32, {"depth": 0}),
+    "poly": PeftMethod(_LORA, 8, {"n_tasks": 1, "n_skills": 4, "n_splits": 1}, again=False),
     "psoft": PeftMethod(
         _LORA,
         32,
@@ -213,6 +219,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         refuses=_MISTAKEN,
         formats=BITSANDBYTES,
         conv1d=True,
+        again=False,
         on="prefix",
     ),
     "prompt_tuning": PeftMethod(options={"num_virtual_tokens": None}, formats=BITSANDBYTES, conv1d=True, on="prompt"),
@@ -233,6 +240,20 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     ),
     "waveft": PeftMethod(_C_PROJ, options={"n_frequency": 2592, "use_idwt": True}, conv1d=True),
     "vera": PeftMethod(_WITHOUT_FC, 256, dropout="vera_dropout", formats=BITSANDBYTES, conv1d=True),
+    "xlora": PeftMethod(  # whose adapters are LoRA's
+        _LORA,
+        8,
+        {
+            "adapters": None,
+            "layerwise_scalings": False,
+            "xlora_depth": 1,
+            "xlora_size": 2048,
+            "use_trainable_adapters": False,
+        },
+        dropout="lora_dropout",
+        alpha="lora_alpha",
+        again=False,
+    ),
 }
 
 
@@ -257,6 +278,11 @@ def trains_prefix(method: str) -> bool:
     return method in PEFT_METHODS and PEFT_METHODS[method].on == "prefix"
 
 
+def computes_again(method: str) -> bool:
+    """Whether checkpointed layers can compute a method's adapters again."""
+    return method not in PEFT_METHODS or PEFT_METHODS[method].again
+
+
 def has_rank(method: str) -> bool:
     """Whether a method has adapters with a rank."""
     return method not in PEFT_METHODS or bool(PEFT_METHODS[method].rank)
@@ -279,4 +305,6 @@ def filled_options(method: str, options: Mapping[str, Value], model_type: str) -
     filled = {**PEFT_METHODS[method].options, **options}
     if method == "ia3" and filled["feedforward_modules"] is None:
         filled["feedforward_modules"] = FEEDFORWARD.get(model_type, "")
+    if isinstance(filled.get("adapters"), Mapping):  # X-LoRA's paths by name
+        filled["adapters"] = len(cast(Mapping[str, Value], filled["adapters"]))
     return filled

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from math import inf
 from operator import itemgetter
 from typing import Any
 
@@ -13,6 +13,7 @@ from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.hardware.overhead import cuda_context
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.profiles.engines import find_engine
+from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.core.records import NamedTuple
 from memplan.core.several import several
@@ -20,7 +21,7 @@ from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate, estimate_of
 from memplan.estimate.training_peaks import workspace_of
 from memplan.estimate.usage import Answer
-from memplan.resolve.decide import decide
+from memplan.resolve.decide import Resolver
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.pool import listed
@@ -82,41 +83,53 @@ class CardAnswers:
     def _estimate(self, gpu: GPU) -> Estimate:
         """Return the estimate on this GPU, or one that differs from it only in its notes, as all capabilities for which
         the run is resolved alike have equal memory."""
-        run = self.run.model_copy(update={"gpu": gpu.name})
         if not self._only_trains:
-            return estimate(run)
-        d, context = decide(run), cuda_context(gpu.compute_capability)
+            return estimate(self.run.model_copy(update={"gpu": gpu.name}))
+        d, context = self._resolver.on(gpu.name), cuda_context(gpu.compute_capability)
         alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
         found = self._alike.get(alike)
-        return found or self._alike.setdefault(alike, estimate_of(run, d))
+        if found is None:
+            found = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
+        return self._alike.setdefault(alike, found)
+
+    @cached_property
+    def _resolver(self) -> Resolver:
+        return Resolver(self.run)
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
         if gpu.name not in self._fits:
-            self._settle({gpu.compute_capability: [(gpu.usable, gpu)]})
+            self._settle((_Kind((gpu,)),))
         return self._fits[gpu.name]
 
     def fits(self, gpus: Sequence[GPU]) -> tuple[Fit, ...]:
         """Return the answers on several GPUs."""
-        if not all(gpu.name in self._fits for gpu in gpus):
-            self._settle(_catalogue() if gpus is all_gpus() else _by_kind(gpus))
-        return tuple(self._fits[gpu.name] for gpu in gpus)
+        pool = _catalogue(self._is_shared) if gpus is all_gpus() else _Pool.of(gpus, self._is_shared)
+        if not all(map(self._fits.__contains__, pool.names)):
+            self._settle(pool.kinds)
+        return tuple(map(self._fits.__getitem__, pool.names))
 
-    def _settle(self, kinds: _Kinds) -> None:
+    def _settle(self, kinds: Iterable[_Kind]) -> None:
         """Answer on all GPUs: by bounds where they tell, then by replays."""
-        edge: list[tuple[int, GPU, Estimate]] = []
-        alone = ([card] for cards in kinds.values() for card in cards)
-        for alike in kinds.values() if self._is_shared else alone:
-            found = self.on(alike[0][1])
+        edge: list[tuple[int, _Kind, int, Estimate]] = []
+        for kind in kinds:
+            found = self.on(kind.gpus[0])
             if isinstance(found, MemplanError):
-                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for _, gpu in alike}
+                self._fits |= {gpu.name: Fit(gpu, None, str(found)) for gpu in kind.gpus}
                 continue
-            ample, least = (found.ample, found.least) if self._is_shared else (inf, 0)
-            edge += [(usable, gpu, found) for usable, gpu in alike if least <= usable < ample]
-            self._fits |= {gpu.name: Fit(gpu, "fits") for usable, gpu in alike if usable >= ample}
-            self._fits |= {gpu.name: Fit(gpu, "does not fit") for usable, gpu in alike if usable < least}
-        for usable, gpu, found in sorted(edge, key=itemgetter(0), reverse=True):  # a replay tells of smaller ones, too
-            self._fits[gpu.name] = Fit(gpu, found.answer_on(usable) if self._is_shared else found.verdict.answer)
+            low, high = 0, len(kind.usable)
+            if self._is_shared:
+                low, high = bisect_left(kind.usable, found.least), bisect_left(kind.usable, found.ample)
+            if high < len(kind.usable):
+                self._fits |= kind.fits("fits", high, len(kind.usable))
+            if low:
+                self._fits |= kind.fits("does not fit", 0, low)
+            edge += [(kind.usable[i], kind, i, found) for i in range(low, high)]
+        edge.sort(key=itemgetter(0), reverse=True)  # a replay tells of smaller cards, too
+        for usable, kind, i, found in edge:
+            answer = found.answer_on(usable) if self._is_shared else found.verdict.answer
+            assert answer is not None
+            self._fits |= kind.fits(answer, i, i + 1)
 
 
 @lru_cache(maxsize=512)
@@ -126,9 +139,10 @@ def card_answers(run: RunSpec) -> CardAnswers:
 
 
 def _kind(name: str) -> GPU:
-    if several(name)[0] is not None:
+    number, kind = several(name)
+    if (number or 1) > 1:
         raise refused("pool", f"{name!r:.80} is a number of GPUs; name the kind alone, as the run says how many")
-    return find_gpu(name)
+    return find_gpu(kind)
 
 
 def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
@@ -151,17 +165,40 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
     return found
 
 
-_Kinds = Mapping[Hashable, Sequence[tuple[int, GPU]]]
+class _Kind:
+    """GPUs that run the same kernels: of one vendor and compute capability, or one alone.
+
+    usable  their usable bytes, from the fewest on
+    """
+
+    def __init__(self, gpus: Sequence[GPU]) -> None:
+        self.gpus, self.usable = gpus, sorted({gpu.usable for gpu in gpus})
+        self._fits: dict[tuple[Answer, int, int], dict[str, Fit]] = {}
+
+    def fits(self, answer: Answer, first: int, end: int) -> dict[str, Fit]:
+        """Return the GPUs with the `first` of the usable bytes to those before the `end`, by name, with this answer."""
+        key = answer, first, end
+        if key not in self._fits:
+            sizes = self.usable[first:end]
+            self._fits[key] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus if gpu.usable in sizes}
+        return self._fits[key]
 
 
-def _by_kind(gpus: Iterable[GPU]) -> _Kinds:
-    """Return GPUs and their usable bytes by vendor and compute capability, which run the same kernels."""
-    kinds: dict[Hashable, list[tuple[int, GPU]]] = {}
-    for gpu in gpus:
-        kinds.setdefault((gpu.vendor, gpu.compute_capability), []).append((gpu.usable, gpu))
-    return kinds
+class _Pool(NamedTuple):
+    """GPUs in the order of `names`, and those of each kind."""
+
+    names: tuple[str, ...]
+    kinds: tuple[_Kind, ...]
+
+    @classmethod
+    def of(cls, gpus: Sequence[GPU], by_capability: bool) -> _Pool:
+        """Return GPUs by vendor and compute capability, or each as a kind."""
+        kinds: dict[Hashable, list[GPU]] = {}
+        for gpu in gpus:
+            kinds.setdefault((gpu.vendor, gpu.compute_capability) if by_capability else gpu.name, []).append(gpu)
+        return cls(tuple(gpu.name for gpu in gpus), tuple(map(_Kind, kinds.values())))
 
 
 @cache
-def _catalogue() -> _Kinds:
-    return _by_kind(all_gpus())
+def _catalogue(by_capability: bool) -> _Pool:
+    return _Pool.of(all_gpus(), by_capability)

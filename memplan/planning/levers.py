@@ -199,6 +199,9 @@ def _rollout(run: RunSpec) -> Iterator[Lever]:
         return
     if not run.serving.sleep:
         yield _lever("rollout_sleep", "vLLM asleep while the step trains", "sleep", ("serving.sleep", True))
+    if (run.serving.max_model_len or run.batch.tokens) > run.batch.tokens:
+        title, longest = f"vLLM for requests of {run.batch.tokens:,} tokens", run.batch.tokens
+        yield _lever("rollout_length", title, "requests", ("serving.max_model_len", longest))
     share = (run.serving.memory_utilization or 0) - 0.1
     while share >= _LEAST_SHARE:
         field = ("serving.memory_utilization", round(share, 2))

@@ -88,7 +88,7 @@ def time_between(before: Estimate, after: Estimate, costs: Iterable[LeverCost]) 
 class Proposal:
     """A set of levers that meets the plan's demand, or comes nearest.
 
-    levers     mildest first
+    levers     the one that saves most alone first
     answer     the estimate with all of them
     severity   change of the result, as an index into `SEVERITIES`
     """
@@ -97,9 +97,13 @@ class Proposal:
         answer = trials.answer(levers)
         assert answer is not None
         self._trials = trials
-        self.levers = levers
+        self.levers = tuple(sorted(levers, key=self._needed_alone))
         self.answer = answer
         self.severity = max((lever.severity for lever in levers), default=0)
+
+    def _needed_alone(self, lever: Lever) -> int:
+        """Return the allocated peak with this lever alone; of a run that cannot have it alone, the peak without it."""
+        return (self._trials.answer((lever,)) or self.before).bytes.allocated
 
     @property
     def run(self) -> RunSpec:
@@ -119,7 +123,7 @@ class Proposal:
 
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
-        """The effect of each lever on top of the previous ones."""
+        """The effect of each lever on top of the previous ones, of which the first saves most alone."""
         effects: list[Effect] = []
         before = self.before
         for n, lever in enumerate(self.levers, 1):

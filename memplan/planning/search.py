@@ -183,6 +183,8 @@ def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set
         for i, lever in enumerate(levers)
         if tiers[i] <= tier and trials.answer((lever,)) is not None and not trials.fits((lever,))
     ]
+    if all(tiers[i] < tier for i in weak):
+        return  # none of what may be millions of sets is of the tier
     # number of levers, sum of their places, and the places
     queue: list[tuple[int, int, tuple[int, ...]]] = [(1, i, (i,)) for i in weak]
     while queue:

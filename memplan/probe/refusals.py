@@ -80,7 +80,7 @@ def _refuse_trl(run: RunSpec) -> None:
         raise SpecError(
             f"profile: {installed} is installed, which {known_name(installed)} stands for, not {run.profile}", "profile"
         )
-    is_fused = run.trainer == "grpo" and run.kernels.loss == "fused"
+    is_fused = run.trainer in ("dpo", "kto", "grpo") and run.kernels.loss == "fused"
     defaults = RunSpec(model=run.model, kernels=Kernels(loss="fused") if is_fused else Kernels())
     for part, fields in _NOT_SET.items():
         for field in fields:

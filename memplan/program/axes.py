@@ -14,7 +14,7 @@ from memplan.catalogue.attention.efficient_workspace import efficient_workspace_
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
-from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, TILE_TOKENS, TILE_WIDTH
+from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, PART_TOKENS, PART_WIDTH, TILE_TOKENS, TILE_WIDTH
 from memplan.catalogue.kernels.unsloth_loss import CHUNK_BYTES, LEAST_LOGITS, LEAST_ROWS, TILE_ROWS, TILE_WORDS
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.records import NamedTuple
@@ -149,6 +149,9 @@ def axes_of(
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)
             axes |= {f"{role}.{name}": by_name[name] for name in own}
+        if role == "teacher" and "chunk_words" in needs:
+            words = max(m.vocab_size, other.model.vocab_size)
+            axes |= {"chunk_words": words, "chunk_padded": words * (m.vocab_size != other.model.vocab_size)}
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]
@@ -264,6 +267,7 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     }
 
 
+_ROWS_OF_CHUNK = 512  # ms-swift 4.6.0 rlhf_trainers/gkd_loss.py jsd_loss: chunk_size
 _SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned"))
 
 
@@ -396,15 +400,31 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         last = words - (-(-words // TILE_WIDTH) - 1) * TILE_WIDTH
         yield "tile_words_last", last
         yield "tile_words_early", min(words, TILE_WIDTH) + further - last
+    if "few_tokens" in run.needs:
+        few, part = by.least(rows, PART_TOKENS), min(run.model.vocab_size, PART_WIDTH)
+        last = (run.model.vocab_size - 1) % part + 1
+        yield "few_tokens", few
+        yield "part_words", part
+        yield "part_words_last", last
+        more = by.most(2 * few * part, (few + part) * run.model.hidden_size)
+        yield "part_operands", more + 2 * few * (part - last)
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
-    if not run.needs.isdisjoint(("row_tokens", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")):
+    pairs = ("row_tokens", "earlier_pairs", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")
+    if not run.needs.isdisjoint(pairs):
         yield "row_tokens", run.s - 1
+        yield "earlier_pairs", rows - 2 * (run.s - 1)
         yield "half_tokens", run.b * run.s // 2
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
         yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
+    if "chunk_rows" in run.needs:
+        last, several = (rows - 1) % _ROWS_OF_CHUNK + 1, rows > _ROWS_OF_CHUNK
+        earlier = by.choose(several, _ROWS_OF_CHUNK, 0)
+        yield "chunk_rows", by.most(2 * last, 2 * earlier - 7 * last)
+        both = rows + by.most(5 * earlier, rows - 6 * earlier) - 7 * last
+        yield "chunk_rows_back", by.most(5 * last, by.choose(several, by.most(rows - 6 * last, both), 0))
     if "lc_last" in run.needs:
         chunk = -(-run.s // 8)
         yield "lc", chunk
@@ -416,7 +436,7 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
-    """Logits, rows and rows' gradients of one chunk or tile of Unsloth's loss.
+    """Logits, rows and rows' gradients of one chunk or tile of Unsloth's loss, and rows of its log-probabilities.
 
     Source: unsloth_zoo 2026.10.9 fused_losses/fused_linear.py fused_linear_rows, _tiled_layout, _tiled_vocab.
     """
@@ -425,7 +445,7 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
     liger = by.power_of_two(rows * run.model.hidden_size // words + 1) // 2
     chunk = by.least(by.most(liger, least), min(TILE_ROWS, CHUNK_BYTES // (4 * words)))
     chunk = by.least(chunk, rows)
-    sums = by.choose(rows > chunk, 2 * chunk, chunk)
+    sums, scored = by.choose(rows > chunk, 2 * chunk, chunk), chunk
     logits = chunk * -(-words // 8) * 8
     splits = -(-words // TILE_WORDS)
     parts = 7 * splits * chunk if splits > 2 else 0
@@ -434,15 +454,20 @@ def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
         logits = by.choose(is_tiled, TILE_ROWS * TILE_WORDS, logits)
         parts = by.choose(is_tiled, 8 * splits * TILE_ROWS, parts)
         chunk = by.choose(is_tiled, TILE_ROWS + by.least(TILE_ROWS, rows - TILE_ROWS), chunk)
-        sums = by.choose(is_tiled, TILE_ROWS, sums)
+        sums, scored = by.choose(is_tiled, TILE_ROWS, sums), by.choose(is_tiled, TILE_ROWS, scored)
     yield f"fused_logits_{kind}", logits
     yield f"fused_rows_{kind}", chunk
     yield f"fused_sums_{kind}", sums
+    yield f"fused_scored_{kind}", scored
     yield f"fused_parts_{kind}", parts
 
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
 # Prefixes of the axes that each function yields.
+_OF_LOSSES = (
+    *("lc", "fc", "chunk_", "nll_", "tile_", "few_", "part_", "fused_", "row_", "earlier_", "half_", "entropy_"),
+    "chosen_copied",
+)
 _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("efficient_",), _workspaces),
     (("segments_",), _embedding_segments),
@@ -456,7 +481,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc", "nll_", "tile_", "fused_", "row_", "half_", "entropy_", "chosen_copied"), _losses),
+    (_OF_LOSSES, _losses),
 )
 
 

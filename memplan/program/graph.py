@@ -19,7 +19,7 @@ from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
 from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
-from memplan.catalogue.kernels.wiring import Trainer, Wiring
+from memplan.catalogue.kernels.wiring import TRAINERS, Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
 from memplan.catalogue.methods.peft_layers import with_orthogonality
@@ -201,6 +201,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
     wiring = graph.wiring._replace(by_name=graph.wiring.by_name and graph.trainer is not None)
     return graph._replace(
         wiring=wiring,
+        recipe=graph.recipe._replace(decomposition=""),
         rank=_ANY_RANK,
         checkpoint=graph.checkpoint and graph.every_n_layers > 1,  # which makes blocks of several kinds
         reentrant=False,
@@ -300,7 +301,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
 
 def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
     """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
-    own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
+    loops = graph.trainer is not None and TRAINERS[graph.trainer.name].own_loop  # its reference runs before the step
+    own = () if loops else (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
     stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
     found = {role: operations_of(other) for role, other in graph.roles}
     stacks |= {role: with_own_axes(found[role][0], role) for role, other in graph.roles if other.trainer}
@@ -309,26 +311,26 @@ def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
 
 @lru_cache(maxsize=128)
 def reference_of(graph: Graph) -> Graph | None:
-    """Return the graph of the reference model that runs in a trainer's step, if one does: a copy of the model, or the
-    model itself without its adapters."""
+    """Return the graph of the reference in a trainer's step, if there is one: a copy, or the model without adapters."""
     trainer = graph.trainer
     if trainer is None or not trainer.has_reference_pass:
         return None
     recipe, is_copy = graph.recipe, trainer.reference == "copy"
-    if recipe.kind in ADAPTERS or not trainer.trains_copy:  # the same weights without adapters, all of them frozen
-        kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
-        recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
+    if (has_adapters := recipe.kind in ADAPTERS) or not trainer.trains_copy:  # without adapters, all of it frozen
+        recipe = recipe._replace(kind=recipe.kind if has_adapters else "lora", targets=(), saved=(), selection=None)
+        recipe = recipe._replace(bias="none", tokens=0, fused="")
     if is_copy:
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
-    return without_gradients(graph._replace(recipe=recipe))
+    graph = without_gradients(graph._replace(recipe=recipe))
+    one_pass, wiring = Pass("reference", "dynamic", last_only=False), graph.wiring._replace(caching=True)
+    return graph._replace(wiring=wiring, inference=one_pass) if trainer.caches_copy else graph
 
 
 @lru_cache(maxsize=128)
 def first_pass_of(graph: Graph) -> Graph | None:
     """Return the graph of the model's own first pass without gradients, if a trainer's step has one."""
-    has_one = graph.trainer is not None and graph.trainer.has_first_pass
-    return without_gradients(graph) if has_one else None
+    return without_gradients(graph) if graph.trainer is not None and graph.trainer.has_first_pass else None
 
 
 def without_gradients(graph: Graph) -> Graph:
@@ -465,7 +467,7 @@ def record_training(graph: Graph, options: TrainingPass, late: frozenset[str], l
     return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=""), late, labels)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # what is replayed is kept by `steps_of`
 @without_collection
 def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str], labelled: bool) -> AllocationTrace:
     if options.division is not None:

@@ -12,6 +12,7 @@ from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
 from memplan.engine.walk import size
 from memplan.program.graph import NO_AXES, Graph, operations_of
+from memplan.program.weight_sizes import dims_of, elements
 
 EMPTIED = -1  # in place of a storage's number: torch.cuda.empty_cache()
 
@@ -163,11 +164,41 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         for w in in_order(graph):
             if id(w) in unpacked_later:
                 _record(tape, unpacking(w, how), unpacked_later[id(w)].pop(0))
-    unquantised |= {tape.alloc(w.shape, w.dtype): w for w in adapters}
+    unquantised |= _decomposed(graph, tape, adapters) if graph.recipe.decomposition else _adapters(tape, adapters)
     if graph.inference is not None and graph.inference.loaded.stores_head:
         for w in (w for op in stack.after for w in op.weights if w.group == "embedding"):  # tied to the embeddings
             tape.free(tape.alloc(w.shape, graph.recipe.weights))
     return unquantised
+
+
+def _adapters(tape: LoadingTape, adapters: Iterable[Weight], dtype: str = "") -> dict[int, Weight]:
+    return {tape.alloc(w.shape, dtype or w.dtype): w for w in adapters}
+
+
+def _decomposed(graph: Graph, tape: LoadingTape, adapters: Iterable[Weight]) -> dict[int, Weight]:
+    """Record how peft initialises LoRA from a decomposition of each matrix, in fp32, and return the adapters.
+
+    They have the dtype of the model until all layers are adapted.
+    Source: peft 0.21.2 tuners/lora/layer.py pissa_init, olora_init, update_layer.
+    """
+    loaded, axes = graph.recipe.weights, operations_of(graph)[1]
+    out: dict[int, Weight] = {}
+    layer: list[Weight] = []
+    for w in adapters:
+        layer.append(w)
+        if w.name.endswith("lora_B.weight"):
+            tape.free(*_adapters(tape, layer, loaded))
+            a, b = (elements(half, axes) for half in layer[-2:])
+            rank = dims_of(w, axes)[-1]
+            rows, columns = b // rank, a // rank
+            full, kept = rows * columns, min(rows, columns)
+            factors = {"olora": (rows * kept, kept * columns, b), "pissa": (rows * kept, kept, kept * columns, full)}
+            parts = [a, b, full, *factors.get(graph.recipe.decomposition, (b, rank, a, full))]
+            matrix = [full] if loaded != "fp32" else []
+            tape.free(*[tape.alloc(number, "fp32") for number in (*matrix, *parts)])
+            out |= _adapters(tape, layer, loaded)
+            layer = []
+    return _cast(tape, out | _adapters(tape, layer, loaded), loaded)
 
 
 def _alloc(tape: LoadingTape, tensors: Iterable[Tensor]) -> list[int]:

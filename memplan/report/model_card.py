@@ -17,7 +17,7 @@ _IGNORED = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path auto_map bad_words_ids
     begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_pen exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id generation_config id2label initializer_range label2id
+    finetuning_task forced_bos_token_id forced_eos_token_id generation_config initializer_range label2id
     length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params

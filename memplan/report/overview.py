@@ -167,7 +167,8 @@ def _why(key: str, lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
         dtypes = dict.fromkeys(line.dtype.partition("/")[0] for line in lines if line.bytes >= lines[0].bytes // 10)
         return f"for {words.count(answer.parameters.trainable)}, {' and '.join(dtypes)}", ""
     first = lines[0]
-    if not first.dims or not first.dtype:
+    is_pool = first.dtype == "uint8" and " x " not in words.dims(first)  # a number of bytes
+    if not first.dims or not first.dtype or is_pool:
         return first.what, ""
     n = sum(line.count for line in lines if (line.dims, line.dtype) == (first.dims, first.dtype))
     is_input = len(first.what) <= 1 and n >= max(line.count for line in answer.ledger)

@@ -1,7 +1,7 @@
 """A vLLM engine on the GPU that trains, which generates for TRL's trainers: its share of the GPU.
 
-The engine loads the model a second time. With sleep mode its weights and its cache only exist while it generates; CUDA
-graphs stay.
+The engine loads the model a second time, unless the policy is made of its weights. With sleep mode its weights and its
+cache only exist while it generates; CUDA graphs stay.
 
 Source: trl 1.16.0 generation/vllm_generation.py _init_vllm, generate; vllm 0.33.0 v1/worker/gpu_worker.py sleep.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.graph import TensorGroup, tensor_group
@@ -79,12 +80,11 @@ def _settings(
     return resolve_serving(run, model)
 
 
-def awake(b: Budget) -> tuple[TensorGroup, ...]:
-    """Return what the engine holds only while it is awake, with sleep mode."""
-    return (
-        tensor_group("parameter", "vLLM's weights", b.parameters, "uint8", _SOURCE),
-        tensor_group("buffer", "vLLM's KV cache", b.pool.bytes, "uint8", _SOURCE),
-    )
+def awake(b: Budget, profile: str) -> tuple[TensorGroup, ...]:
+    """Return what the engine holds only while it is awake, with sleep mode: its cache, and weights of its own."""
+    weights = tensor_group("parameter", "vLLM's weights", b.parameters, "uint8", _SOURCE)
+    cache = tensor_group("buffer", "vLLM's KV cache", b.pool.bytes, "uint8", _SOURCE)
+    return (cache,) if library_behaviour(profile, "", False).trainer.shares_weights else (cache, weights)
 
 
 def asleep(b: Budget) -> tuple[TensorGroup, ...]:

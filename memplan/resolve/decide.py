@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
 from memplan.catalogue.kernels.wiring import TRAINERS
@@ -11,6 +12,7 @@ from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
 from memplan.catalogue.profiles.profiles import library_behaviour
+from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, errors_about
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
@@ -21,7 +23,7 @@ from memplan.program.stack_facts import tower_dtype
 from memplan.program.structure import Structure
 from memplan.program.training.program import program
 from memplan.resolve.batches import image_axes, with_lengths
-from memplan.resolve.card import find_card
+from memplan.resolve.card import GPUFacts, find_card
 from memplan.resolve.defaults import (
     PEFT_ALPHA,
     defaults_of,
@@ -49,41 +51,67 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    run = with_known_profile(run)
-    refuse(contradictions(run))
-    model = with_objective(model or find_model(run.model), run.objective)
-    gpu, card = find_card(run.gpu, run.parallelism.world > 1) if run.gpu is not None else (None, None)
-    if gpu is not None:
-        refuse(not_on(gpu, run))
-    if run.task != "train":
+    return Resolver(run, model).on(run.gpu)
+
+
+_Lengths = tuple[Batch, int, BatchFacts, tuple[tuple[str, int], ...]]  # as `Resolver.lengths` returns them
+
+
+class Resolver:
+    """Fills in every null of a run on any GPU, whatever its own: what no GPU decides is found once.
+
+    Arguments and errors as of `decide`.
+    """
+
+    def __init__(self, run: RunSpec, model: ModelSpec | None = None) -> None:
+        self._run = with_known_profile(run)
+        refuse(contradictions(self._run))
+        self._model = with_objective(model or find_model(run.model), run.objective)
+
+    def on(self, name: str | None) -> ResolvedRun:
+        """Return the run on the GPU with this name, or without one."""
+        run = self._run if name == self._run.gpu else self._run.model_copy(update={"gpu": name})
+        gpu, card = find_card(name, run.parallelism.world > 1) if name is not None else (None, None)
+        if gpu is not None:
+            refuse(not_on(gpu, run))
+        if run.task == "train":
+            return _train(run, self._model, gpu, card, self.lengths)
         run = with_use_cache(with_new_tokens(run))
         from memplan.resolve.assisted import with_assistant
         from memplan.resolve.inference import decide_inference
 
-        return with_assistant(run, model, decide_inference(run, model, run.task == "generate"), decide)
-    window = model.sliding_window
-    pictures, filled = image_axes(model, run), with_new_tokens(run)
-    batch = with_lengths(filled.batch, model)
-    length = batch.tokens + run.method.virtual_tokens
-    is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-    packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer == "sft" else None
-    if packed is not None and packed.is_one_row:
-        length, is_single = length * batch.micro, True
-    facts = BatchFacts(
-        accumulates=batch.accumulation > 1,
-        windowed=window is not None and length >= window,
-        is_single_sequence=is_single,
-        loss_chunks=loss_chunks(batch.micro, length),
-        scans_once=length <= model.scan_chunk,
-        images=batch.sees,
-        has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
-        microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-        ungrouped=""
-        if run.roles.value is not None  # a critic compares no completions
-        else _ungrouped(batch, run.parallelism.dp, TRAINERS[run.trainer].completions == 1),
-        packing=batch.packing or "",
-        packed=packed,
-    )
+        return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
+
+    @cached_property
+    def lengths(self) -> _Lengths:
+        """The batch with its lengths filled in, its tokens, the facts about it, and the axes that images decide."""
+        run, model = self._run, self._model
+        window, pictures = model.sliding_window, image_axes(model, run)
+        batch = with_lengths(with_new_tokens(run).batch, model)
+        length = batch.tokens + run.method.virtual_tokens
+        is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
+        trainer = TRAINERS[run.trainer]
+        packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and trainer.packs else None
+        if packed is not None and packed.is_one_row:
+            length, is_single = length * batch.micro * trainer.rows, True
+        facts = BatchFacts(
+            accumulates=batch.accumulation > 1,
+            windowed=window is not None and length >= window,
+            is_single_sequence=is_single,
+            loss_chunks=loss_chunks(batch.micro, length),
+            scans_once=length <= model.scan_chunk,
+            images=batch.sees,
+            has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
+            microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
+            ungrouped=_ungrouped(run, batch),
+            packing=batch.packing or "",
+            packed=packed,
+        )
+        return batch, length, facts, pictures
+
+
+def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:
+    filled, (batch, length, facts, pictures) = with_new_tokens(run), lengths
     others: tuple[tuple[str, Graph], ...] = ()
     if not is_default(run, "roles"):
         others = graphs_of_roles(filled, model, length, facts, card, decide_training, decide)
@@ -103,11 +131,15 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if TRAINERS[run.trainer].own_loop:
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
+    step = decided.structure.graph.trainer
+    if step is not None and step.reference == "adapters":
+        decided = decided._replace(structure=_with_reference(decided.structure, run.profile))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
         engine = colocated_budget(run, batch, model)
-        held = (*(() if run.serving.sleep else awake(engine)), *asleep(engine))
+        held = (*(() if run.serving.sleep else awake(engine, run.profile)), *asleep(engine))
+        held = (*decided.structure.engine, *held)
         decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}
@@ -119,6 +151,14 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         held = (*decided.structure.engine, *_resident_critic(critic.structure))
         decided = decided._replace(structure=decided.structure._replace(engine=held), critic=critic)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
+
+
+def _with_reference(structure: Structure, profile: str) -> Structure:
+    """Return the structure with the reference's own adapters, if it has any."""
+    if not library_behaviour(profile, "", False).trainer.copies_adapters:
+        return structure
+    adapters = (w for w in sharding_of(structure).weights() if ".lora_" in w.what)
+    return structure._replace(engine=tuple(w._replace(what=f"ref.{w.what}") for w in adapters))
 
 
 def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:
@@ -135,20 +175,22 @@ def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:
         yield tensor_group("other", "value.buffers", buffers, "uint8", "the critic's update", "critic")
 
 
-def _ungrouped(batch: Batch, replicas: int, alone: bool) -> str:
+def _ungrouped(run: RunSpec, batch: Batch) -> str:
     """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
 
-    Some trainers generate one completion of a prompt (`alone`).
+    Some trainers generate one completion of a prompt, and a critic compares none.
 
     Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
     """
-    completions, group = batch.micro * batch.accumulation * replicas, batch.generations
-    if not group:
+    replicas, group = run.parallelism.dp, batch.generations
+    completions = batch.micro * batch.accumulation * replicas
+    if not group or run.roles.value is not None:
         return ""
-    if alone:
+    if TRAINERS[run.trainer].completions == 1:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
-        return "needs at least 2 completions of a prompt, to compare them"
+        takes_one = library_behaviour(run.profile, "", False).trainer.takes_one
+        return "" if takes_one else "needs at least 2 completions of a prompt, to compare them"
     if completions % group == 0:
         return ""
     parts = batch.accumulation * replicas

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TypeVar
 
-from memplan.catalogue.kernels.wiring import TRAINERS
+from memplan.catalogue.kernels.wiring import IN_PARTS, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour, RunDefaults
@@ -13,7 +13,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, default_targets
+from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, computes_again, default_targets
 from memplan.program.stack_facts import linears, modules, stacks
 from memplan.spec.base import Part
 from memplan.spec.run import RunSpec
@@ -80,9 +80,10 @@ def defaults_of(library: LibraryBehaviour, trainer: str) -> RunDefaults:
         defaults = defaults._replace(
             kernels_checkpointing="none", method_quantization_kbit_preparation=False, method_adapter_dtype="fp32"
         )
-    whole = (not facts.reference and trainer != "distill") or library.trainer.log_probs != "tiled"
-    # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`
-    return defaults._replace(kernels_loss="hf" if whole else "tiled_lm_head", kernels_fused=())
+    whole = (not facts.reference and trainer != "distill") or library.trainer.log_probs not in IN_PARTS
+    # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`; Unsloth's are of the model
+    fused = defaults.kernels_fused if library.trainer.log_probs == "chunked" else ()
+    return defaults._replace(kernels_loss="hf" if whole else defaults.kernels_loss, kernels_fused=fused)
 
 
 def fill_parts(
@@ -107,7 +108,7 @@ def fill_parts(
         method = method.model_copy(update={"quantization": quantization})
     kernels = with_defaults(
         kernels,
-        checkpointing="none" if method.has_prefix else defaults.kernels_checkpointing,  # which peft refuses
+        checkpointing=defaults.kernels_checkpointing if computes_again(method.kind) else "none",
         reentrant=defaults.kernels_reentrant,
         loss=defaults.kernels_loss,
         fused=defaults.kernels_fused,

@@ -68,10 +68,16 @@ def version_attention(
 
 
 def attention_compute_dtype(model: ModelSpec, recipe: Recipe) -> str:
-    """Return the dtype attention computes in. Whether norms cast to fp32 pass fp32 on depends on the family."""
+    """Return the dtype attention computes in.
+
+    peft's preparation casts all that is not quantised to fp32, and with it the hidden states. If embeddings or norms
+    are then cast back, the family decides what the others pass on.
+    """
     if recipe.autocast:
         return recipe.compute
-    return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
+    if recipe.preparation in ("", "fp32"):
+        return recipe.preparation or recipe.weights
+    return attention_dtype(model, recipe)
 
 
 def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: str) -> Wiring:

@@ -112,9 +112,9 @@ def method_recipe(
         bias=str(method.options.get("bias") or "none") if method.kind in LORA else "none",
     )
     if method.options and other is None:
-        from memplan.resolve.peft_options import init_note
+        from memplan.resolve.peft_options import decomposition, init_note
 
-        notes = [*notes, *init_note(method)]
+        recipe, notes = recipe._replace(decomposition=decomposition(method)), [*notes, *init_note(method)]
     if other is not None:
         options = filled_options(method.kind, method.options, model.model_type)
         if other.on != "tokens":  # whose indices change nothing but their number

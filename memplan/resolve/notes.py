@@ -21,15 +21,37 @@ from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import Method, Precision
 
+# Families whose default list of blocks for FSDP has classes that they do not: one of these, and the others.
+# Source: transformers 5.24 PreTrainedModel._no_split_modules; accelerate 1.15 dataclasses.py set_auto_wrap_policy.
+_CLIP = ("CLIPTextEmbeddings", "CLIPEncoderLayer, CLIPVisionEmbeddings and the decoder's layer")
+_SIGLIP, _SIGLIP2 = (tuple(name.replace("CLIP", tower) for name in _CLIP) for tower in ("Siglip", "Siglip2"))
+ABSENT_BLOCKS = {
+    **dict.fromkeys(("llava", "llava_next", "llava_next_video"), _CLIP),
+    **dict.fromkeys(("aya_vision", "cohere2_vision", "gemma3", "llava_onevision", "paligemma"), _SIGLIP),
+    "lfm2_vl": _SIGLIP2,
+    "minimax_m3_vl_text": ("MiniMaxM3VLVisionEncoderLayer", "MiniMaxM3VLDecoderLayer"),
+    "qwen3_5_moe_text": ("Qwen3_5MoeVisionBlock", "Qwen3_5MoeDecoderLayer"),
+    "qwen3_5_text": ("Qwen3_5VisionBlock", "Qwen3_5DecoderLayer"),
+    "roberta-prelayernorm": ("RobertaPreLayerNormCrossAttention", "RobertaPreLayerNormLayer"),
+}
+
 
 def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
-    """Yield notes on models that accelerate cannot wrap for FSDP2: it fails, and we count units that torch accepts.
+    """Yield notes on models that accelerate does not wrap for FSDP as it is configured by default, or not at all.
+
+    Those that it cannot wrap for FSDP2 are counted with units that torch accepts.
 
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model; torch 2.13 distributed/fsdp/_fully_shard.
     """
+    family = graph.model.model_type
+    if ranks.strategy in ("fsdp", "fsdp2") and ranks.wraps and family in ABSENT_BLOCKS:
+        absent, blocks = ABSENT_BLOCKS[family]
+        yield (
+            f"accelerate fails to wrap {family} for {ranks.strategy}, whose list of blocks has {absent}, unless "
+            f"fsdp_transformer_layer_cls_to_wrap names {blocks}"
+        )
     if ranks.strategy != "fsdp2" or ranks.world == 1:
         return
-    family = graph.model.model_type
     if shared_tables(graph):
         yield (
             f"accelerate 1.15 cannot wrap {family} for fsdp2: torch rejects a table shared by modules of two groups; "

@@ -102,11 +102,17 @@ def lora_options(m: Method) -> Iterator[SpecError]:
 
 
 def init_note(m: Method) -> list[str]:
-    """Return a note on an initialisation that decomposes the weights while the model is loaded."""
+    """Return a note on an initialisation that decomposes the loaded weights, if what it allocates is not counted."""
     init = str(m.options.get("init_lora_weights", ""))
-    if not init.startswith(("pissa", "olora", "loftq")):
+    if not init.startswith("loftq") and (init != "olora" or m.quantization is None):
         return []
     return [f"{init} decomposes each adapted matrix in fp32 while loading: its temporaries are not counted"]
+
+
+def decomposition(m: Method) -> str:
+    """Return the initialisation that decomposes the loaded matrices, if what it allocates is counted; else ""."""
+    init = str(m.options.get("init_lora_weights", "")).rstrip("0123456789").removesuffix("_")
+    return init if init in ("pissa", "pissa_niter", "olora") and m.quantization is None else ""
 
 
 def _pattern(field: str, pattern: str) -> Iterator[SpecError]:

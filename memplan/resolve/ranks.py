@@ -131,6 +131,7 @@ def shard(run: OpenRun) -> Ranks:
     return ranks._replace(
         loads_whole=ranks.loads_whole and library.quantises_before_sharding,
         moves_whole=library.moves_before_sharding and run.method.quantization is None and not ranks.efficient,
+        splits_trained_tables=library.splits_trained_tables,
         regathers=library.regathers_weights and run.kernels.checkpointing != "none",
     )
 

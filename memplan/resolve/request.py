@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, UnknownNameError
 from memplan.spec.option_values import listed
-from memplan.spec.options import FIELDS, OPTIONS
+from memplan.spec.options import FIELDS, OPTIONS, STRATEGIES
 
 if TYPE_CHECKING:
     from memplan.frameworks.reading.run_file import RunFile
@@ -212,7 +212,7 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any], keeps_strategy: bool
     spec["parallelism"] = {**parallelism, "world": world, "dp": replicas}
     strategy = strategy_of(given, replicas)
     set_by_file = (keeps_strategy or "deepspeed" in given) and "strategy" in parallelism
-    set_by_file = set_by_file and not {"zero", "fsdp"} & set(given)
+    set_by_file = set_by_file and not {*STRATEGIES} & set(given)
     if strategy is not None and not set_by_file:
         spec["parallelism"]["strategy"] = strategy
     word = given.get("fsdp")
@@ -242,9 +242,12 @@ def unused_option_error(given: Iterable[str], method: Method) -> MemplanError | 
 
 
 def strategy_of(given: Mapping[str, Any], replicas: int) -> str | None:
-    """Return the strategy of the replicas: that of --zero or --fsdp, else ddp; None for one replica without either."""
-    if "zero" in given and "fsdp" in given:
-        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
+    """Return the strategy of the replicas: that of an option of `STRATEGIES`, else ddp; None for one without them."""
+    named = [f"--{name.replace('_', '-')}" for name in STRATEGIES if given.get(name) not in (None, False)]
+    if len(named) > 1:
+        raise SpecError(f"parallelism.strategy: {' and '.join(named)} exclude each other", "parallelism.strategy")
+    if given.get("use_distributed_optimizer"):
+        return "megatron_dist_opt"
     if "zero" in given:
         zero = given["zero"]
         if zero not in (0, 1, 2, 3):

@@ -68,6 +68,8 @@ def graphs_of_roles(
 
     Raises SpecError for one that the step cannot have.
     """
+    if run.roles.reference is not None:
+        _refuse_vocabulary("reference", model, find_model(run.roles.reference.model), pads=False)
     refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
     facts_of_trainer = TRAINERS[run.trainer]
@@ -75,7 +77,8 @@ def graphs_of_roles(
         field = f"roles.{role}.model"
         with errors_about(field):
             found = find_model(other.model)
-        _refuse_vocabulary(role, model, found)
+        if role in ("teacher", "reference"):
+            _refuse_vocabulary(role, model, found, pads=_by_chunk(run, model))
         if facts_of_trainer.own_loop and found.objectives[0] != "causal_lm":
             raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
         if other.location != "gpu" or role not in facts_of_trainer.models:  # a program of its own
@@ -85,7 +88,7 @@ def graphs_of_roles(
         parts = _parts(Parts.of(run), other)
         try:
             if role == "reward":
-                graph = scoring_pass(run, role, decide_forward).structure.graph
+                graph = scoring_pass(run, decide_forward).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
@@ -149,11 +152,18 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
         targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
     )
     graph = graph._replace(recipe=recipe)
-    if run.trainer != "gkd":
+    if run.trainer != "gkd" or _by_chunk(run, graph.model):  # which sets use_cache to false
         return graph
     cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
     one_pass = Pass("teacher", cache, last_only=False)
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
+
+
+def _by_chunk(run: RunSpec, model: ModelSpec) -> bool:
+    """Return whether the trainer is ms-swift's GKD, which pads the logits of the smaller vocabulary."""
+    return (
+        run.trainer == "gkd" and library_behaviour(run.profile, model.model_type, False).trainer.log_probs == "rolled"
+    )
 
 
 def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
@@ -163,16 +173,15 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     return _scoring_run(model, other, run.precision, run.gpu)
 
 
-def scoring_pass(run: RunSpec, role: str, decide_forward: DecideForward) -> ResolvedRun:
-    """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
+def scoring_pass(run: RunSpec, decide_forward: DecideForward) -> ResolvedRun:
+    """Return the pass of the reward model over all completions that a step generates.
 
     It is decided once for all batches whose operations are the same.
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
-    other, batch = models_of(run)[role], run.batch
+    other, batch, alone = models_of(run)["reward"], run.batch, scoring_run(run)
     rows = batch.micro * batch.accumulation
-    alone = scoring_run(run, role)
     lengths = alone.batch.model_copy(update={"micro": min(rows, other.micro or rows), "sequence": batch.tokens})
     return decided_at(lengths, alone, find_model(alone.model), decide_forward)
 
@@ -228,14 +237,15 @@ def logits_of_completions(batch: Batch, graph: Graph) -> TensorGroup:
     return tensor_group("activation", "logits of all completions", shape, "fp32", source, "rollout")
 
 
-def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:
+def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec, pads: bool) -> None:
     """Refuse a model whose tokens are compared with those of another vocabulary.
 
     Source: trl 1.16.0 trainer/distillation_trainer.py __init__, experimental/gkd/gkd_trainer.py __init__.
     """
-    if role in ("teacher", "reference") and other.vocab_size != model.vocab_size:
+    if other.vocab_size != model.vocab_size and not (pads and other.vocab_size > model.vocab_size):
+        needs = "and a smaller one is not supported yet" if pads else "so they must be equal"
         raise refused(
             f"roles.{role}.model",
             f"its vocabulary has {other.vocab_size:,} tokens and the model's {model.vocab_size:,}; the step compares "
-            "both models token by token, so they must be equal",
+            f"both models token by token, {needs}",
         )

@@ -192,6 +192,7 @@ def _choose_trainer(run: OpenTraining) -> None:
             behaviour.log_probs,
             run.reference,
             trains_copy=bool(facts.completions) or behaviour.trained_reference,
+            caches_copy=(name, run.reference, behaviour.log_probs) == ("kto", "copy", "shifted"),  # until trl 1.13
             copy_dtype=behaviour.reference_dtype,
             shards_copy=behaviour.fsdp2_reference if run.is_sharded else "",
             rows=facts.rows,
@@ -202,19 +203,24 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "gathers block by block, and a precomputed reference needs neither"
             )
     casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
-    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
+    run.step = run.step._replace(
+        logits_dtype=behaviour.logits_dtype,
+        casts_back=casts_back,
+        has_parts=run.batch_facts.accumulates,
+        fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
+    )
+    if run.step.fused_gradients == "recomputed":
+        run.step = run.step._replace(log_probs="recomputed", fused_gradients="")
     if facts.completions:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
-            has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
             old_log_probs=name not in DISTILLING
             and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
-            fused_gradients=behaviour.fused_gradients if run.kernels.loss == "fused" else "",
         )
-        _without_autocast(run, run.step)
+    _without_autocast(run, run.step)
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
 
@@ -223,7 +229,7 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
     asked = run.precision
     if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
         run.precision = step_precision(run.trainer, run.kernels.loss, asked)
-        if asked.autocast and step.fused_gradients:
+        if asked.autocast and step.fused_gradients and step.name != "dpo":
             run.step = step._replace(scored_in=asked.compute or "bf16")
     if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
         run.notes.append(
@@ -300,6 +306,7 @@ def _choose_recipe(run: OpenTraining) -> None:
     if library.weights.trains_mxfp4 and model.card.get("stored") == "mxfp4" and is_lora and whole:
         recipe = recipe._replace(quantization="mxfp4", experts=True, packed=True)
         notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
+    moved = run.loop.trainer and method.quantization is None  # by the Trainer, so peft adapts the model on the host
     frozen = frozen_parts(model, method)
     run.kernels, idle = fused_kernels(
         model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
@@ -313,7 +320,8 @@ def _choose_recipe(run: OpenTraining) -> None:
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
         magnitudes=library.model.magnitude_dtype,
-        moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
+        moved=moved and method.kind in PEFT_METHODS,
+        decomposition="" if moved else recipe.decomposition,
     )
     run.notes += notes
 
@@ -361,13 +369,13 @@ def _build_graph(run: OpenTraining) -> None:
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS[library.checkpointing.saved_tensors] if p.offload.activations else None,
         input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
-        and run.model.only_sequence is None  # the model reads token ids
+        and (run.model.only_sequence is None or bool(kernels.reentrant))  # by itself where the model reads token ids
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
         and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
         loss_chunks=dict(facts.loss_chunks).get(loss, 0),
-        fused=tuple(sorted(kernels.fused or ())),
+        fused=tuple(sorted({*(kernels.fused or ()), *library.model.own_kernels})),
         casts_outputs=library.loss.casts_outputs or casts_logits,
         code=run.code,
         holds_previous_outputs=_previous_outputs(run),
@@ -452,6 +460,8 @@ def _build_structure(run: OpenTraining) -> None:
         workspace=megatron.engine_workspace_bytes(run.model, run.capability) if run.is_megatron_model else 0,
     )
     run.notes += [*expert_notes(run.graph, run.capability), *norm_notes(run.graph), *wrapping_notes(run.graph, ranks)]
+    if run.graph.input_requires_grad and run.model.only_sequence is not None:
+        run.notes.append("reentrant checkpoints only train layers after model.enable_input_require_grads(): counted so")
 
 
 def _check_trained(run: OpenTraining) -> None:

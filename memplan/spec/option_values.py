@@ -110,6 +110,8 @@ INSTEAD = {
     **dict.fromkeys(("flash-attn", "flash-attention", "use-flash-attn"), "--attention flash_attention_2"),
     **dict.fromkeys(("unsloth", "use-unsloth"), "--profile unsloth"),
     "use-peft": "--method lora",
+    "sleep-level": "--sleep, which levels 1 and 2 are on the GPU; level 0 is --no-sleep",
+    "beta": "--reference copy, adapters or none (beta 0)",
     **dict.fromkeys(("use-vllm", "vllm-mode"), "--rollout colocate, vLLM on the same GPUs, or server"),
 }
 

@@ -509,6 +509,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "Total number of GPUs.",
             aliases=("n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
         ),
+        "use_distributed_optimizer": Option(
+            "parallelism.strategy", "Megatron's distributed optimizer. Default off.", type=bool, combined=True
+        ),
         "zero": Option(
             "parallelism.strategy",
             "DeepSpeed's ZeRO stage, 1 to 3; 0 for DDP.",
@@ -574,6 +577,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
 }
 
 # Option -> the field that it sets.
+STRATEGIES = ("zero", "fsdp", "use_distributed_optimizer")  # options of which one may say how replicas share
 FIELDS = {name: option.field for options in OPTIONS.values() for name, option in options.items()}
 
 

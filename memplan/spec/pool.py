@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from memplan.core.errors import printable, refused
+from memplan.core.machines import find_machine
 from memplan.core.several import several
 from memplan.spec.base import Count, Flag, GPUs, Number, Part
 from memplan.spec.checks import Strict
@@ -50,7 +51,8 @@ class Job(Part):
 
 
 class NodeShape(Part):
-    """Machines of one shape. The name of a GPU stands for a machine with one, `8x a100` for one with eight.
+    """Machines of one shape. The name of a GPU stands for a machine with one, `8x a100` for one with eight, and the
+    type of a cloud's machine (`p4d.24xlarge`) also for its host memory.
 
     gpu           name of the GPU, or of a MIG instance: `a100-80gb:3g.40gb`
     cards         GPUs, or MIG instances, of one machine
@@ -91,5 +93,7 @@ class NodeShape(Part):
         """Return the node that a name of a GPU stands for."""
         if not isinstance(value, str):
             return value
+        if machine := find_machine(value):
+            return machine._asdict()
         number, gpu = several(value)
         return {"gpu": gpu, **({} if number is None else {"cards": number})}

@@ -26,6 +26,7 @@ NEWEST = {
     "ms-swift": "ms-swift-4.6",
     "unsloth": "unsloth-2026.10",
     "openrlhf": "openrlhf-0.11",
+    "automodel": "automodel-0.7",
     "verl": "verl-0.9",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
@@ -39,13 +40,15 @@ _OTHER_NAMES = {
     **dict.fromkeys(("hf", "huggingface", "peft"), "transformers"),
     **dict.fromkeys(("llama-factory", "llama_factory"), "llamafactory"),
     **dict.fromkeys(("llamacpp", "llama-cpp", "ollama", "lmstudio", "lm-studio"), "llama.cpp"),
+    **dict.fromkeys(("nemo-automodel", "nemo_automodel"), "automodel"),
     "swift": "ms-swift",
 }
 
 
 def _with_version(name: str) -> str:
-    lowered = name.lower().removesuffix("-latest")
-    return NEWEST.get(_OTHER_NAMES.get(lowered, lowered), name)
+    lowered = name.lower()
+    family = lowered.removesuffix("-latest")  # such as torchtune-latest, whose newest is torchtune
+    return NEWEST.get(_OTHER_NAMES.get(family, family), name if family == lowered else family)
 
 
 ProfileName = Annotated[str, After(_with_version)]

@@ -20,6 +20,7 @@ MethodKind = Literal[
     "dora",
     "qdora",
     "adalora",
+    "adamss",
     "adaption_prompt",
     "beft",
     "boft",
@@ -28,6 +29,7 @@ MethodKind = Literal[
     "deft",
     "delora",
     "fourierft",
+    "frod",
     "glora",
     "gralora",
     "hira",
@@ -43,6 +45,7 @@ MethodKind = Literal[
     "osf",
     "p_tuning",
     "peanut",
+    "poly",
     "prefix_tuning",
     "prompt_tuning",
     "psoft",
@@ -57,6 +60,7 @@ MethodKind = Literal[
     "vblora",
     "vera",
     "waveft",
+    "xlora",
 ]
 
 Attention = Literal[
@@ -68,9 +72,8 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
 # kind of parameters.
 _NEAREST = {
-    "lora": "adamss poly shadow xlora",
+    "lora": "shadow",
     "prompt_tuning": "cpt",
-    "fourierft": "frod",
 }
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
 

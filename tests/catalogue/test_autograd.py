@@ -24,6 +24,7 @@ from memplan.engine.lowered import Lowered
 from memplan.engine.step import lower
 from memplan.engine.walk import alive
 from memplan.models.model import ModelSpec
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.probe.libraries import model_class
 from memplan.program.axes import chunked
 from memplan.program.graph import operations_of
@@ -330,14 +331,16 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["shira", "unilora"])
+@pytest.mark.parametrize("kind", ["frod", "shira", "unilora"])
 def test_a_method_that_cannot_be_traced_keeps_what_autograd_saves(kind: str, dtype: str) -> None:
-    method = Method(kind=kind, rank=4, targets=("q_proj", "v_proj", "down_proj"))  # type: ignore[arg-type]
+    rank = {"rank": 4} if PEFT_METHODS[kind].rank else {}
+    method = Method(kind=kind, targets=("q_proj", "v_proj", "down_proj"), **rank)  # type: ignore[arg-type]
     run = {
         "model": {"config": {"model_type": "llama", **TINY["llama"]}},
         "method": method.model_dump(),
         "precision": {"weights": dtype},
         "kernels": {"attention": "eager", "checkpointing": "none"},
+        "loop": {"trainer": kind == "frod"},  # it moves the factors that are copied for each pass otherwise
     }
     stack, axes = operations_of(decide(RunSpec.model_validate(run)).structure.graph)
     axes = {**axes, "b": B, "s": S, "s1": S + 1, "targets": B * S, "padded_labels": B * (S + 1)}

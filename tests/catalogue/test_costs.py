@@ -26,7 +26,7 @@ LEVERS = {
     *("evaluation_batch", "evaluation_host", "evaluation_argmax"),
     *("reference_precomputed", "reference_adapters", "reference_none", "tiled_loss"),
     *("role_quantized", "role_server"),
-    *("rollout_sleep", "rollout_share", "rollout_server", "generations", "completions"),
+    *("rollout_sleep", "rollout_length", "rollout_share", "rollout_server", "generations", "completions"),
 }
 every_row = pytest.mark.parametrize("row", COSTS, ids=[row.lever for row in COSTS])
 

@@ -121,6 +121,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = 
     ({}, {"method": "qlora"}, SpecError, "method.kind: 'qlora' is not supported yet"),
     ({}, {"method": {"kind": "lora", "targets": ["q_proj"]}}, SpecError, "method.targets: .* is not supported yet"),
     ({"num_experts": 2, "num_experts_per_tok": 1}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not"),
+    (
+        {},
+        {"method": {"kind": "lora", "rank": 9}, "parallelism": {"world": 2, "tp": 2}},
+        SpecError,
+        "method.rank: 9 is not divided by tp 2",
+    ),
     ({}, {"precision": {"weights": "fp32", "autocast": True}}, SpecError, "precision.autocast"),
     ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is a torch kernel"),
     ({}, kernels("sdpa", "offload"), SpecError, "kernels.checkpointing: 'offload'"),
@@ -212,6 +218,32 @@ def test_lora_adapts_four_layers_and_only_adapters_have_gradients() -> None:
 
 def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:
     return {"parallelism": {"world": t, "tp": t, "sequence_parallel": tokens_divided}}
+
+
+@pytest.mark.parametrize("t", [2, 4])
+def test_adapters_keep_gathered_inputs_and_their_rank(t: int) -> None:
+    """megatron-bridge 0.3.1 peft/utils.py: both halves are divided, what is between them is gathered, and layers that
+    divide columns return their norm's output of all tokens, of which a rank keeps 1/t without adapters."""
+    r = 16
+    for divided, inputs in ((False, 0), (True, 2 * 2 * S * B * (H - H // t))):
+        full, lora = (kept_by_a_layer(method=method, **of_ranks(t, divided)) for method in ("full", "lora"))
+        assert lora - full == 4 * 2 * S * B * r + inputs
+    f = GPT["intermediate_size"]
+    halves = (H + 3 * H) + (H + H) + (H + f) + (f + H)
+    held = answer(method={"kind": "lora", "rank": r}, **of_ranks(t, False))
+    assert abs(held.categories["optstate"] - 12 * 12 * r * halves // t) < 2**16
+
+
+def test_experts_of_a_rank_share_one_adapter() -> None:
+    """megatron-bridge 0.3.1 peft/utils.py: a grouped linear layer has one, on all rows of the rank's experts."""
+    r, (h, m) = 8, (2048, 768)
+    run: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": {"kind": "lora", "rank": r}}
+    ranks = {"world": 8, "ep": 8, "dp": 8, "strategy": "megatron_dist_opt"}
+    found = answer(**run, **kernels("sdpa"), parallelism=ranks, batch={"micro": 1, "sequence": 512})
+    attention, experts = (h + 40 * 128) + (32 * 128 + h), (h + 2 * m) + (m + h)
+    assert found.parameters.trainable == 48 * r * (attention + experts)
+    states = 48 * r * (attention / 8 + experts) * 12  # a rank's experts are on no other rank
+    assert abs(found.categories["optstate"] - states) < 2**16
 
 
 @pytest.mark.parametrize("t", [2, 4])

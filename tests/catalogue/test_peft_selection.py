@@ -122,8 +122,8 @@ def test_an_initialisation_changes_no_step() -> None:
     def answer(**options: Any) -> Any:
         return estimate(run("qwen2", kind="lora", rank=2, options=options))
 
-    assert answer(init_lora_weights="pissa").phases == answer().phases
-    assert any("pissa decomposes" in note for note in answer(init_lora_weights="pissa").notes)
+    assert answer(init_lora_weights="pissa").phases[1:] == answer().phases[1:]  # after loading
+    assert any("loftq decomposes" in note for note in answer(init_lora_weights="loftq").notes)
 
 
 def test_a_pattern_of_ranks_ignores_keys_without_a_module() -> None:

@@ -47,6 +47,11 @@ QUESTIONS = {
     "qwen3-8b --method qlora --gpu t4 --per-device-train-batch-size 2 --max-length 1k": (0, "FITS  QLoRA of qwen3-8b"),
     "qwen3-4b --method qlora --profile llama-factory --gpu 3060": (0, "FITS  QLoRA of qwen3-4b"),
     "qwen3-4b --method qlora --profile trl-latest --gpu 3060": (0, "FITS  QLoRA of qwen3-4b"),
+    "qwen3-4b --method lora --profile torchtune-latest --gpu 4090": (0, "FITS  LoRA of qwen3-4b"),
+    "qwen3-8b --method lora --profile megatron-core --gpus 4 --tp 2 --use-distributed-optimizer --gpu a100": (
+        0,
+        "FITS  LoRA of qwen3-8b",
+    ),
     "qwen3-4b-instruct-2507 --method qlora --gpu 4090": (0, "FITS  QLoRA of qwen3-4b-instruct-2507"),
     "https://huggingface.co/unsloth/Qwen3-8B-bnb-4bit --method QLoRA --gpu 3090": (0, "FITS  QLoRA of qwen3-8b"),
     "qwen3-0.6b --trainer grpo --value-model qwen3-0.6b --gpu 3090": (

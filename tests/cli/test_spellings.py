@@ -14,6 +14,8 @@ from memplan.cli.plain import COMMANDS, command_of
 from memplan.cli.runs import runs_of
 from memplan.cli.typer_commands import given_by_typer
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError
+from memplan.core.machines import machines_by_type
+from memplan.core.units import GIB
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model
 from memplan.spec.options import OPTIONS, flag
@@ -76,10 +78,20 @@ def test_the_docs_list_every_other_name() -> None:
         "2xt4": TypedCard("t4", 2),
         "2x7900xtx": TypedCard("7900xtx", 2),
         "2 * RTX 3090": TypedCard("RTX 3090", 2),
+        "g5.12xlarge": TypedCard("a10g", 4),  # the types of clouds' machines
+        "ml.P4d.24xlarge": TypedCard("a100-sxm-40gb", 8),
+        "Standard_NC48ads_A100_v4": TypedCard("a100-pcie-80gb", 2),
     }.items()
 )
 def test_a_number_of_cards_is_told_from_a_name(case: tuple[str, TypedCard]) -> None:
     assert [*typed_cards([case[0]])] == [case[1]]
+
+
+def test_every_machine_of_a_cloud_has_cards_of_the_table() -> None:
+    machines = machines_by_type().values()
+    assert {find_gpu(machine.gpu).name for machine in machines} == {machine.gpu for machine in machines}
+    assert {machine.cards for machine in machines} == {1, 2, 4, 8, 16}
+    assert all(machine.host_memory >= 16 * GIB for machine in machines)
 
 
 def test_a_size_means_the_card_with_the_least_usable_memory() -> None:

@@ -95,6 +95,8 @@ def test_many_free_blocks_of_few_sizes_are_taken_in_the_same_order(seed: int) ->
         else:
             alive.append(number)
             events.append((number, random.randrange(len(sizes))))
+        if number % 400 == 399:
+            events.append((0, RELEASED))
     both = PythonAllocator(seed % 2 == 0), NativeAllocator(seed % 2 == 0)
     live = [allocator.live_blocks(len(events)) for allocator in both]
     for first in range(0, len(events), 50):

@@ -13,10 +13,11 @@ from memplan import Estimate, RunSpec, estimate, grid
 from memplan.catalogue.kernels.trl_losses import fused_policy_loss
 from memplan.core.errors import SpecError
 from memplan.core.ir import Weight
-from memplan.core.units import GIB
+from memplan.core.units import GIB, gib
 from memplan.engine.walk import size
 from memplan.models.cards import find_model
 from memplan.planning.levers import levers_of, pull
+from memplan.planning.plan import plan
 from memplan.planning.reach import reach
 from memplan.program.serving.budget import budget
 from memplan.resolve.decide import decide
@@ -100,6 +101,22 @@ def test_defaults_are_those_of_trl() -> None:
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
 
 
+def test_unsloths_engine_shares_the_policys_weights() -> None:
+    serving = {"max_model_len": 2048, "memory_utilization": 0.5}
+    fields: dict[str, Any] = {"method": "lora", "reference": "adapters", "gpu": "4090", "rollout": "colocate"}
+    held, trainable = {}, 0
+    for profile in ("unsloth-2026.10", "trl-1.15"):
+        answer = grpo(profile=profile, serving=serving, **fields)
+        held[profile] = {line.what: line.bytes for line in answer.ledger}
+        trainable = answer.parameters.trainable
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    unsloth, trl = held.values()
+    assert unsloth["vLLM's KV cache"] == trl["vLLM's KV cache"]
+    assert "vLLM's weights" in set(trl) - set(unsloth)
+    copied = sum(size for what, size in unsloth.items() if what.startswith("ref."))
+    assert copied == pytest.approx(4 * trainable, rel=1e-3)
+
+
 def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
     def scored(parts: int) -> Estimate:
         return grpo(method="lora", roles={"reward": "llama-3.1-8b"}, batch={"micro": 4, "accumulation": parts})
@@ -154,6 +171,7 @@ def test_a_critic_updates_next_to_the_policy() -> None:
     assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
     away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
     assert away.bytes.allocated == policy.bytes.allocated
+    assert f"{gib(alone.bytes.allocated)} allocated on each" in away.unsupported[0]
     long = grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1, "sequence": 2048})
     levers = {lever.title: lever for lever in levers_of(long.run)}
     for title in ("the value model on other GPUs", "micro-batch 1 of the value model"):
@@ -193,6 +211,11 @@ def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     kept = next(line for line in answer.ledger if line.what == "logits of all completions")
     assert kept.bytes == 4 * 4 * 2 * 128 * 128256
     assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
+    rows = answer.run.batch.micro * answer.run.batch.accumulation
+    evaluated = ppo(method="lora", also={"evaluation": {"micro": rows}})  # which generates and scores as many
+    assert peak_of(evaluated, "eval") == max(peak_of(answer, "generate"), peak_of(answer, "reward") + kept.bytes)
+    with pytest.raises(SpecError, match=r"also\.saving: is not supported yet with trainer ppo"):
+        ppo(method="lora", also={"saving": {}})
 
 
 def test_ppo_divides_all_its_models_under_zero3_only() -> None:
@@ -346,7 +369,7 @@ def test_passes_for_log_probs_have_the_parameters_that_zero3_leaves_gathered() -
 
 def test_completions_are_scored_as_many_at_once_as_the_framework_does() -> None:
     def scored(rows: int, **batch: int) -> Estimate:
-        fields = {"micro": 4, "generations": 2, "accumulation": 8, "scored": rows, **batch}
+        fields = {"micro": 4, "generations": 1, "accumulation": 8, "scored": rows, **batch}  # which TRL refuses
         return grpo(method="lora", profile="verl-0.9", rollout="server", batch=fields)
 
     more = 16 * (256 + 128) * 2 * (128256 + 2048)  # logits and the final norm's output, in bf16
@@ -387,6 +410,10 @@ def test_the_engine_checks_its_longest_request() -> None:
     answer = colocated(max_model_len=None)  # the model's 131,072 positions
     assert answer.verdict.answer == "does not start"
     assert "it starts with serving.max_model_len" in str(answer.verdict.reason)
+    assert not answer.fits
+    assert {p.answer.verdict.answer for p in plan(answer.asked).proposals} == {"fits"}
+    [lever] = [lever for lever in levers_of(answer.run) if lever.keys == ("rollout_length",)]
+    assert estimate(pull(answer.run, [lever])).fits
     assert colocated(memory_utilization=0.95).verdict.answer == "does not fit"
 
 
@@ -418,7 +445,9 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"reference": "precomputed"}, "grpo scores completions as it generates them; use none"),
         ({"rollout": "colocate"}, "colocate: vLLM takes a share of the GPU; name one"),
         ({"trainer": "dpo", "rollout": "server"}, "only applies to trainers that generate: grpo, rloo"),
-        ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
+        ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines, .* use --rollout colocate"),
+        ({"roles": {"reference": "qwen2-0.5b"}}, "roles.reference.model: its vocabulary has 151,936 tokens"),
+        ({"roles": {"reference": "llama-3.2-3b"}}, "roles.reference: a checkpoint of its own is not supported yet"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
         (

@@ -303,7 +303,7 @@ def test_gpus_are_divided_as_the_command_line_divides_them(given: dict[str, Any]
         ({"batch": {"micro": "1"}}, "invalid_value", "batch.micro", ()),
         ({"gpu": "h10"}, "unknown_name", "gpu", ("h100-sxm", "h20", "a10")),
         ({"kernels": {"loss": "chunked"}, "task": "generate"}, "invalid_run", "kernels.loss", ()),
-        ({"method": "adamss"}, "not_supported", "method.kind", ()),
+        ({"method": "cpt"}, "not_supported", "method.kind", ()),
         ({"model": {"config": {"model_type": "llama"}}}, "unreadable", "hidden_size", ()),
         ({"model": {"config": {**SMALLEST, "model_type": "rwkv"}}}, "unsupported_model", "model_type", ()),
         ({"model": "nobody/no-such-model"}, "model_not_available", "model", ()),
@@ -395,7 +395,7 @@ def _answer(phase: Phase, *lines: Line) -> Estimate:
 @pytest.mark.parametrize("peak", [-1, 1.5])
 def test_every_phase_of_an_answer_has_a_number_of_bytes(peak: Any) -> None:
     with pytest.raises(InternalError, match=r"backward takes .* bytes at loss.*report"):
-        _answer(Phase("backward", 1, peak, "loss"))
+        _ = _answer(Phase("backward", 1, peak, "loss")).phases
 
 
 def test_a_ledger_has_no_line_that_counts_less_than_nothing() -> None:

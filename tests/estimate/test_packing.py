@@ -71,7 +71,7 @@ REFUSED = {
     "with flash attention LLaMA-Factory 0.9.5 accepts only 1 for neat": packed("neat_packing", profile="llamafactory"),
     "dpo of TRL 1.15 and 1.16 ignores padding_free and pads its bat": packed("padding_free", trainer="dpo"),
     "kto of TRL 1.15 and 1.16 pads its batches; leave it out": packed("bfd", trainer="kto"),
-    "with trainer dpo and trl-0.24": packed("padding_free", trainer="dpo", profile="trl-0.24"),
+    "dpo of TRL 0.24 pads its batches; leave it out": packed("bfd", trainer="dpo", profile="trl-0.24"),
     "packed rows are full; leave it out, or batch.packing": packed("bfd", loop={"padded": True}),
     "batch.packing: only applies to training": packed("bfd", task="generate"),
     "not supported yet with sdpa_cudnn and batch.packing": packed("bfd", kernels={"attention": "sdpa_cudnn"}),

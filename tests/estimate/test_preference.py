@@ -34,12 +34,13 @@ def test_trainers_are_held_to_traces() -> None:
     assert min(counts["dpo", profile] for profile in ("trl-1.15", "trl-1.13", "trl-1.6", "trl-0.24")) >= 20
     assert counts["dpo", "trl-1.14"] >= 7
     assert counts["dpo", "ms-swift-4.6"] >= 17
-    assert counts["gkd", "trl-1.15"] >= 7
+    assert min(counts["gkd", profile] for profile in ("trl-1.15", "ms-swift-4.6")) >= 7
     assert len({profile for name, profile in counts if name == "gkd"}) >= 4
     assert counts["dpo", "llamafactory-0.9.5"] >= 13
     assert min(counts[trainer, "llamafactory-0.9.5"] for trainer in ("kto", "orpo", "reward")) >= 5
-    assert min(counts["kto", profile] for profile in ("ms-swift-4.6", "trl-1.14")) >= 7
+    assert min(counts["kto", profile] for profile in ("ms-swift-4.6", "trl-1.14", "trl-1.13")) >= 7
     assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
+    assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 22
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 4
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
@@ -205,7 +206,7 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
         ({"reference": "copy"}, "sft has no reference model"),
         ({"trainer": "orpo", "reference": "copy"}, "orpo has no reference model; use none, or trainer dpo"),
-        ({"trainer": "kto", "profile": "trl-1.13"}, "is not supported yet with kto and trl-1.13; supported: trl-1.15"),
+        ({"trainer": "kto", "profile": "trl-1.6"}, "is not supported yet with kto and trl-1.6; supported: trl-1.15"),
         (
             {"trainer": "dpo", "profile": "trl-0.24", "model": "gemma-3-4b"},
             "a vision or audio tower; supported: trl-1.15",
@@ -231,7 +232,10 @@ def test_a_reward_models_head_is_a_score() -> None:
         ),
         ({"trainer": "dpo", "roles": {"teacher": LLAMA}}, "only applies to trainer gkd or distill, not dpo"),
         ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo or ppo, not sft"),
-        ({"trainer": "dpo", "roles": {"reference": LLAMA}}, "roles.reference: is not supported yet"),
+        (
+            {"trainer": "dpo", "roles": {"reference": LLAMA}},
+            "roles.reference: a checkpoint of its own is",
+        ),
         ({"task": "forward", "roles": {"teacher": LLAMA}}, "roles: only applies to training"),
         (
             {"trainer": "distill", "roles": {"teacher": LLAMA}, "profile": "trl-1.13"},
@@ -243,6 +247,18 @@ def test_a_reward_models_head_is_a_score() -> None:
         ),
         ({"trainer": "dpo", "objective": "sequence_classification"}, "supported: causal_lm"),
         ({"trainer": "dpo", "kernels": {"loss": "fused"}}, "supported: tiled_lm_head"),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.13", "reference": "precomputed"},
+            "reference: Liger's loss of pairs reads the reference's hidden states; use copy or adapters",
+        ),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-0.24", "method": "lora"},
+            "kernels.loss: TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail",
+        ),
+        (
+            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.6", "method": "lora"},
+            "kernels.loss: TRL 1.6 and 1.7 have Liger's loss without adapters; use hf, or trl-1.10",
+        ),
         ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (
             {"trainer": "dpo", "parallelism": {"world": 2, "tp": 2}},

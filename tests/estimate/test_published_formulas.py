@@ -78,7 +78,7 @@ def kept_by_a_layer(
         (Op("loss", ("x",), (Tensor("loss"),)),),
     )
     if t > 1:
-        stack = megatron_parallel.divide(stack, ("q", "k", "v", "up"), ("dense", "down"), tokens_divided)
+        stack = megatron_parallel.divide(stack, ("q", "k", "v", "up"), ("dense", "down"), tokens_divided, t, 1)
     stack = methods.rewrite_weights(stack, lambda w: w._replace(dtype="bf16"))
     low = lower(stack, {"L": 24})
 

@@ -14,7 +14,7 @@ from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_trainers.jsonl")
-PROFILES = ("trl-1.15", "trl-1.13", "trl-1.6", "llamafactory-0.9.5", "axolotl-0.21", "ms-swift-4.6")
+PROFILES = ("trl-1.15", "trl-1.13", "trl-1.6", "llamafactory-0.9.5", "axolotl-0.21", "ms-swift-4.6", "automodel-0.7")
 
 
 @in_groups(sampled(ROWS), lambda row: row["name"])
@@ -23,8 +23,15 @@ def test_a_trainers_step_is_near_its_trace(row: dict[str, Any]) -> None:
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
     assert compared.peak < 5e-4, compared
-    assert compared.phase < 5e-3, compared
+    assert compared.phase < 5e-3 + _tables(row) / min(row["steps"]["2"].values()), compared
     assert compared.same
+
+
+def _tables(row: dict[str, Any]) -> int:
+    """Return the bytes of cos and sin, which NeMo Automodel keeps during the optimizer's step, and memplan does not."""
+    config, run = row["run"]["model"]["config"], row["run"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 4 * head * run["batch"].get("sequence", 2048) if run["profile"].startswith("automodel") else 0
 
 
 def test_every_profile_is_held_to_twenty_traces() -> None:

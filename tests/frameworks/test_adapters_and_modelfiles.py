@@ -97,8 +97,8 @@ def test_a_setting_that_is_not_counted_is_named(tmp_path: Path, key: str) -> Non
 
 
 def test_another_method_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="peft_type: 'XLORA' is not supported yet; supported: LORA, "):
-        adapters(tmp_path, peft_type="XLORA")
+    with pytest.raises(SpecError, match="peft_type: 'SHADOW' is not supported yet; supported: LORA, "):
+        adapters(tmp_path, peft_type="SHADOW")
 
 
 def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:

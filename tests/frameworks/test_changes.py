@@ -457,6 +457,10 @@ NOTES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "LitGPT": ({"kernels": {"loss": "chunked_lm_head"}}, ("only LitGPT",) * 3),
     "LoRA kernels": ({"kernels": {"fused": ["lora"]}}, ("Unsloth's", "", "use_unsloth")),
     "freeze": ({"method": "freeze"}, ("", "unfrozen_parameters", "")),
+    "reference": (
+        {"method": "lora", "trainer": "dpo", "reference": "adapters"},
+        ("pass no ref_model", "no key for trainer (dpo), reference (adapters)", "no key for"),
+    ),
     "held": (
         {"loop": {"hold_outputs": True}},
         tuple(f"{f.title} has no key for loop.hold_outputs (true)" for f in FRAMEWORKS),  # type: ignore[dict-item]

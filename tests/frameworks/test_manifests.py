@@ -123,6 +123,9 @@ CASES |= {
     "resources: {gpu: {name: H100, memory: 80GB, count: 4}}\ncommands: [vllm serve a -tp $DSTACK_GPUS_PER_NODE]": {
         "parallelism.tp": 4
     },
+    "resources: {instance_type: p4d.24xlarge}\nrun: vllm serve a -tp $SKYPILOT_NUM_GPUS_PER_NODE": {
+        "parallelism.tp": 8
+    },
     "resources: {accelerators: [A100:8, 'H100:8']}\nrun: vllm serve a -tp $SKYPILOT_NUM_GPUS_PER_NODE": {
         "parallelism.tp": 8
     },

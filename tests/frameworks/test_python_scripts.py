@@ -112,7 +112,7 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "Unsloth, GRPO": (  # 2 x 2 completions of a pass and step are no group of 3
         UNSLOTH.replace("SFT", "GRPO")
-        .replace("dtype=None", "dtype=None, fast_inference=True, gpu_memory_utilization=0.6")
+        .replace("dtype=None", "dtype=None, fast_inference=True, gpu_memory_utilization=0.6, unsloth_vllm_standby=True")
         .replace(
             "trainer = GRPOTrainer(model=model, max_seq_length=max_seq_length,", "trainer = GRPOTrainer(model=model,"
         )
@@ -128,8 +128,9 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
             "batch.micro": 3,
             "serving.memory_utilization": 0.6,
             "serving.max_model_len": 2 * 1024,
+            "serving.sleep": True,
         },
-        ("use_vllm (train.py:6): vLLM is counted with weights of its own, which Unsloth shares with it",),
+        (),
     ),
     "a reference that is loaded later": (
         DPO.replace("model = Auto", "policy = Auto")

@@ -123,7 +123,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model": "meta-llama/Llama-3.1-8B",
             "method.kind": "qlora",
-            "method.quantization.kbit_preparation": False,
+            "profile": "automodel-0.7",
             "method.targets": "all-linear",
             "batch.sequence": 4096,
             "batch.accumulation": 32 // (4 * 2),

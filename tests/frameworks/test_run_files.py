@@ -108,22 +108,27 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         (f"{AXOLOTL_LORA}rl: dpo", "dpo", None),
         (f"{AXOLOTL_LORA}rl: dpo\nplugins: [liger]\nliger_fused_linear_cross_entropy: true", "dpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: ipo\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
-        (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true", "dpo", "copy"),
+        (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true\ndpo_use_liger_kernel: true", "dpo", "copy"),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo", "cpo", None),
         ("base_model: a\nmicro_batch_size: 1\nrl: simpo\ncpo_alpha: 0", "simpo", None),
-        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nenable_liger_kernel: true", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: kto", "kto", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: rm", "reward", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
+        ("model_name_or_path: a\nuse_peft: true\nbeta: 0.05\noutput_dir: out/zephyr-orpo-7b", "orpo", None),
         ("model_name_or_path: a\ndataset_name: b\nmax_length: 512\ndesirable_weight: 1.0", "kto", None),
-        (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
+        (f"{SWIFT_LORA}rlhf_type: dpo\nuse_liger_kernel: true", "dpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
         (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
         (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
         (f"{SWIFT_LORA}rlhf_type: kto", "kto", None),
+        (f"{SWIFT_LORA}rlhf_type: gkd\nteacher_model: qwen2-7b", "gkd", None),
+        ("model: a\ntuner_type: boft\nboft_block_size: 8\nrlhf_type: dpo", "dpo", None),
+        ("model: a\ntuner_type: adalora\nrlhf_type: dpo", "dpo", None),
+        ("model: a\ntuner_type: full\nrlhf_type: ppo\nreward_model: [qwen2-0.5b]", "ppo", None),
         (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
@@ -171,6 +176,25 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
     bonus = f"{GENERATING['trl']}\nentropy_coef: 0.01\nuse_adaptive_entropy: false\n"
     for version, named in (("1.13", {"entropy_coef"}), ("1.15", set[str]())):
         assert {each.key for each in read(tmp_path, bonus, f"trl-{version}").unread} == named
+
+
+@pytest.mark.parametrize(("version", "packing"), [("0.24", "padding_free"), ("1.13", None)])
+def test_pairs_are_joined_without_padding(tmp_path: Path, version: str, packing: Any) -> None:
+    text = "model_name_or_path: a\nprecompute_ref_log_probs: false\npadding_free: true"
+    file = read(tmp_path, text, f"trl-{version}")
+    assert (values(file).get("batch.packing"), len(file.unread)) == (packing, packing is None)
+
+
+@pytest.mark.parametrize(
+    ("version", "key", "loss"),
+    [
+        *((version, "use_liger_kernel", "fused") for version in ("1.13", "1.14")),
+        *(("0.24", "use_liger_kernel", None), ("0.24", "use_liger_loss", "fused")),
+    ],
+)
+def test_ligers_loss_of_pairs_has_the_key_of_its_version(tmp_path: Path, version: str, key: str, loss: Any) -> None:
+    file = read(tmp_path, f"model_name_or_path: a\nprecompute_ref_log_probs: false\n{key}: true", f"trl-{version}")
+    assert (values(file)["trainer"], values(file).get("kernels.loss")) == ("dpo", loss)
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
@@ -623,9 +647,13 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\ntemplate: llama3\ninfer_backend: vllm": "run.yaml:3: infer_backend: nothing trains without",
     "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
-    "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
+    "model: a\ntuner_type: lora\nrlhf_type: pPO": "run.yaml:3: rlhf_type: 'pPO' is not supported yet; supported: rm, ",
+    "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:2: tuner_type: ppo of adapters, whose value model has some",
+    "model: a\ntuner_type: lora\nrlhf_type: gkd": "run.yaml:3: rlhf_type: gkd without a teacher_model of its own",
+    "model: a\ntuner_type: lora\nrlhf_type: gkd\nteacher_model: a": "run.yaml:4: teacher_model: gkd without a",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
+    "model_name_or_path: a\nstage: sft\ntensor_model_parallel_size: 1": "run.yaml:3: tensor_model_parallel_size: LLa",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
     "base_model: a\nadapter: qlora": "run.yaml:2: adapter: qlora needs load_in_4bit: true",
     "base_model: a\nmicro_batch_size: 1\nactivation_offloading: true": "run.yaml:3: activation_offloading: Axolotl ",
@@ -633,7 +661,6 @@ REFUSED: dict[str, str] = {
     "base_model: a\nadapter: lora\nlora_target_modules: {a: 1}": "run.yaml:3: lora_target_modules: must be a list",
     "base_model: a\nmicro_batch_size: 1\noptimizer: adamw_8bits": "run.yaml:3: optimizer: the optimizer 'adamw_8bits'",
     "base_model: a\nmicro_batch_size: 1\ngradient_checkpointing: maybe": "must be true or false, not 'maybe'",
-    "model_name_or_path: a\nuse_peft: true\nreward_model_path: b": "run.yaml:3: reward_model_path: PPO",
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
@@ -641,7 +668,7 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
-    "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: remax}": "adv_estimator: 'remax' is not supported",
+    "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: mine}": "adv_estimator: 'mine' is not supported",
     "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",

@@ -69,7 +69,21 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "automodel",
         {"batch.micro": 2, "batch.sequence": 64},
     ),
-    "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
+    "vllm serve a &\nswift rlhf --model Qwen/Qwen2-7B --max_length 64": (
+        "ms-swift",
+        {"trainer": "dpo", "batch.sequence": 64},
+    ),
+    "accelerate launch ppo.py --sft_model_path Qwen/Qwen2-7B --reward_model_path org/scores --response_length 64 "
+    "--dataset_name mine": (
+        "trl",
+        {
+            "trainer": "ppo",
+            "model": "Qwen/Qwen2-7B",
+            "roles.reward.model": "Qwen/Qwen2-7B",
+            "batch.new_tokens": 64,
+            "kernels.checkpointing": "none",
+        },
+    ),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
         {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},
@@ -131,6 +145,12 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-server -m /none/Qwen2.5-7B-Instruct-Q4_K_M-00001-of-00002.gguf -c 64": (
         "llama.cpp",
         {"model": "qwen2.5-7b", "serving.weights": "Q4_K_M"},
+    ),
+    'B=${B:-a}\nif [ "$B" = a ]; then\n  LEN=16\nelif [[ -n $B ]]; then\n  LEN=32\nelse LEN=64\nfi\n'
+    'if ! [ 3 -le 2 ] && [ -z "$LEN" ]; then\n  A=(--use_peft)\nfi\n'
+    'if [ $LEN -gt 20 ]; then\n  A=(--max_length 8)\nfi\ntrl sft --config trl.yaml --max_length $LEN "${A[@]}"': (
+        "trl",
+        {"batch.sequence": 16, "method.kind": "lora"},
     ),
     "trl sft --model_name_or_path unsloth/Qwen2-7B-bnb-4bit --dataset_name mine --use_peft": (
         "trl",
@@ -220,9 +240,12 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
     "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
-    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16": (
+    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16 "
+    "reward_model.enable=True reward_model.model.path=a reward_model.rollout.name=vllm "
+    "reward_model.rollout.gpu_memory_utilization=0.8": (
         "verl",
         {
+            "serving.memory_utilization": 0.8,
             "trainer": "rloo",
             "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
             "roles.value.micro": 16,
@@ -263,7 +286,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"batch.micro": 128 // (16 + 48), "batch.scored": 256 // (16 + 48), "reference": "none"},
     ),
     "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
-    "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (
+    "data.max_length=64 data.micro_batch_size_per_gpu=3": (
         "verl-sft",
         {"batch.micro": 3, "batch.packing": "padding_free", "kernels.fused": ["cross_entropy"], "parallelism.dp": 2},
     ),

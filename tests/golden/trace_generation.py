@@ -136,6 +136,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
             *((case, "rewarded") for case in REWARDED),
             *((case, "ddp") for case in PPO_DIVIDED[:: 1 if profile == "trl-1.10" else 3]),
+            *((case, "evaluated") for case in PPO[:: {"trl-1.10": 5, "trl-0.24": 9}.get(profile, 11)]),
         ]
     if trainer in DISTILLING:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
@@ -163,7 +164,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "reference": None if distills or (trainer, reference) == ("ppo", "none") else reference,
                     "roles": {"teacher": {"model": {"config": CONFIGS[family]}, "location": "server"}}
                     if strategy == "server"
-                    else teachers(family, method, strategy == "experts")
+                    else teachers(family, method, strategy)
                     if distills
                     else scorer(family)
                     if strategy == "rewarded"

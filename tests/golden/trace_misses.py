@@ -239,9 +239,40 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": AMP,
         "batch": {"micro": 2, "sequence": 37},
     },
+    "embeddings that a script makes require a gradient": {
+        **small("vit", SMALL),
+        "method": "lora",
+        "batch": {"micro": 4},
+        "kernels": {"reentrant": True},
+    },
+    "a bias in the dtype of what a 4-bit layer reads": {
+        **small("vit", SMALL),
+        "method": {"kind": "qdora", "quantization": {}},
+        "batch": {"micro": 4},
+        "kernels": {"attention": "flash_attention_2"},
+    },
+    "a convolution's input, of frozen weights": {
+        **small("whisper", SMALL),
+        **lora(["embed_tokens"]),
+        "batch": {"micro": 2},
+        "kernels": {"reentrant": True},
+    },
+    "the gradient of the only chunk's logits, next to the head's": {
+        "model": "qwen2-0.5b",
+        "gpu": "a100-sxm-80gb",
+        **lora(["lm_head"]),
+        "batch": {"micro": 3, "sequence": 60},
+        "kernels": {"loss": "chunked_nll", "checkpointing": "none"},
+    },
     "the gradient of interpolated positions, expanded": {
         **small("qwen3_vl_moe", TINY),
         "batch": {"micro": 2, "sequence": 64, "images": 1, "image_size": 224},
+    },
+    "fp32 attention after k-bit preparation, without flash attention 2": {
+        **small("albert", {"albert": {**SMALL["albert"], "vocab_size": 2600}}),
+        "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}},
+        "batch": {"micro": 24, "sequence": 33},
+        "kernels": {"checkpointing": "none"},
     },
 }
 

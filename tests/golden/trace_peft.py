@@ -35,6 +35,7 @@ VECTORS: dict[str, Any] = {"options": {"vector_length": 128}}
 # Settings of each method that change its parameters or operations.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 8, "dropout": 0.1},),
+    "adamss": ({"rank": 24, "options": {"num_subspaces": 3, "subspace_rank": 4}},),
     "adaption_prompt": (
         {"options": {"adapter_len": 10, "adapter_layers": 1}},
         {"options": {"adapter_len": 16, "adapter_layers": 2}},
@@ -49,6 +50,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "deft": ({"rank": 4, "dropout": 0.1}, {"options": {"para": True}}),
     "delora": ({"rank": 4},),
     "fourierft": ({"options": {"n_frequency": 300}},),
+    "frod": ({"options": {"sparse_rate": 0.05}}, {"dropout": 0.1}),
     "glora": (
         {"rank": 4},
         {"options": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}},
@@ -71,6 +73,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "miss": ({"rank": 24, "dropout": 0.1},),
     "osf": ({"options": {"effective_rank": 400}, "adapter_dtype": "bf16"},),
     "peanut": ({"rank": 8}, {"options": {"depth": 2}}),
+    "poly": ({"rank": 4, "options": {"n_tasks": 3, "n_skills": 2}}, {"options": {"n_splits": 4}}),
     "psoft": (
         {"rank": 8, "dropout": 0.1},
         {"options": {"psoft_orth": False, "ab_svd_init": "pissa_init"}},
@@ -101,6 +104,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "vblora": ({"rank": 8, "dropout": 0.1, **VECTORS}, {"options": {"vector_length": 64, "topk": 4}}),
     "waveft": ({"options": {"n_frequency": 300}}, {"options": {"use_idwt": False}}),
     "vera": ({"rank": 32, "dropout": 0.1},),
+    "xlora": (
+        {"dropout": 0.1, "options": {"adapters": 3, "use_trainable_adapters": True}},
+        {"options": {"adapters": 2, "layerwise_scalings": True, "xlora_depth": 3, "xlora_size": 256}},
+    ),
 }
 
 
@@ -184,13 +191,13 @@ def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
     if row.on != "linear":
         yield from other_runs(kind, SETTINGS[kind])
         return
-    yield one(kind)
-    yield one(
-        kind, "llama", "full", targets=["q_proj", "o_proj"] if kind in ("c3a", "lily", "vblora") else "all-linear"
-    )
-    yield one(kind, "gemma2", precision=AUTOCAST)
-    yield one(kind, precision=FP32)
-    yield one(kind, adapter_dtype="bf16")
+    needed: dict[str, Any] = {"options": {"adapters": 2}} if kind == "xlora" else {}
+    targets = ["q_proj", "o_proj"] if kind in ("c3a", "lily", "vblora") else "all-linear"
+    yield one(kind, **needed)
+    yield one(kind, "llama", "full" if row.again else "none", targets=targets, **needed)
+    yield one(kind, "gemma2", precision=AUTOCAST, **needed)
+    yield one(kind, precision=FP32, **needed)
+    yield one(kind, adapter_dtype="bf16", **needed)
     for settings in SETTINGS[kind]:
         yield one(kind, **{"targets": "all-linear", **settings})
     if row.formats:

@@ -7,7 +7,7 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. With `ms-swift-4.6` and dpo, kto, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
+makes it, and steps. With `ms-swift-4.6` and dpo, kto, orpo, cpo, simpo, reward or gkd it is ms-swift's own, with
 `llamafactory-0.9.5` and dpo, kto, orpo, simpo or reward LLaMA-Factory's, with the packages of trace_trainers.py.
 """
 
@@ -65,8 +65,28 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
     ("blocks", "qlora", BF16, 2, 4096, None, {}),
 )
 
+# With Liger's loss of DPO, whose compiled part allocates what memplan.probe.script.trl_losses.compiled_pair says.
+FUSED = ("trl-1.14", "trl-1.13", "trl-1.10", "trl-0.24")
+FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 1024, None, {}),
+    ("llama", "full", FP32, 1, 1024, None, {}),
+    ("tied", "lora", BF16, 2, 1024, None, {}),
+    ("qwen2", "qlora", BF16, 4, 512, None, {}),
+    ("mistral", "lora", FP32, 2, 512, None, {}),
+    ("blocks", "full", BF16, 2, 4096, None, {"checkpointing": "none"}),
+    ("blocks", "lora", BF16, 4, 2048, None, {}),
+)
+
+# With `padding_free` of TRL 0.24.
+JOINED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 512, None, {"attention": "flash_attention_2"}),
+    ("qwen2", "qlora", BF16, 1, 1024, None, {}),
+    ("blocks", "lora", BF16, 2, 2048, None, {"attention": "flash_attention_2", "checkpointing": "none"}),
+)
+
 # On four GPUs, under each of these strategies.
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
+PACKED = ("binpack", "padding_free")
 DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 2, 1024, None, {}),
     ("blocks", "full", BF16, 2, 2048, None, {}),
@@ -89,12 +109,13 @@ EXPERTS = {
 }
 
 
-def teachers(family: str, method: str, experts: bool = False) -> dict[str, Any]:
-    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, or one
-    with experts."""
-    if experts:
+def teachers(family: str, method: str, kind: str = "") -> dict[str, Any]:
+    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, with
+    a larger vocabulary or with experts."""
+    if kind == "experts":
         return {"teacher": {"model": {"config": EXPERTS}}}
     config = {**CONFIGS[family], "hidden_size": 1536, "num_hidden_layers": 6, "intermediate_size": 4096}
+    config["vocab_size"] += 640 * (kind == "words")
     stored = {"quantization": {"format": "nf4"}} if method == "qlora" else {}
     return {"teacher": {"model": {"config": config}, **stored}}
 
@@ -129,12 +150,20 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    cases += [(case, "padding_free") for case in JOINED if (trainer, profile) == ("dpo", "trl-0.24")]
+    if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
+        fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
+        cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]
+    if (profile, trainer) == (SWIFT, "gkd"):
+        flash = {"attention": "flash_attention_2"}
+        cases += [(("llama", "lora", BF16, 2, 256, None, {}), "words")]
+        cases += [(("llama", "full", BF16, 2, 1024, None, flash), kind) for kind in PACKED]
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
         micro = max(examples, 2) if trainer == "kto" and profile.startswith("trl") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
-        if trainer in DISTILLING and said == "precomputed":
-            continue
+        if trainer in DISTILLING and (said == "precomputed" or (profile == SWIFT and strategy.startswith("fsdp"))):
+            continue  # FSDP divides ms-swift's teacher
         if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
             continue  # it casts trained weights to fp32, and runs gemma2 with other attention
         if (profile, trainer, method, precision) == (FACTORY, "reward", "lora", FP32):
@@ -151,10 +180,10 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": reference,
-                    "roles": teachers(family, method, strategy == "experts") if trainer in DISTILLING else {},
+                    "roles": teachers(family, method, strategy) if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
-                    "batch": {"micro": micro, "sequence": tokens},
+                    "batch": {"micro": micro, "sequence": tokens, "packing": strategy if strategy in PACKED else None},
                     "kernels": kernels,
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": also,

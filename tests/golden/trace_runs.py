@@ -138,7 +138,7 @@ def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
         for step, peaks in steps.items() if any(p.phase == phase for p in traced.phases) else ():
             peaks[word] = traced.peak_of(phase, int(step)) or 0
     if any(p.phase == "eval" for p in traced.phases):
-        steps["2"]["eval"] = traced.peak_of("eval", 0) or 0
+        steps["2"]["eval"] = max(p.peak for p in traced.phases if p.phase == "eval")
     top = max((p for p in traced.phases if p.step or p.phase == "eval"), key=lambda p: p.peak)
     event = traced.events[top.peak_at]
     storage = traced.storages[event if event >= 0 else ~event]

@@ -9,6 +9,7 @@ Runs with a row in a file that is given are not traced again. Other trainers nee
     llamafactory  llamafactory==0.9.5 transformers==5.6.0 trl==0.24.0
     axolotl       axolotl==0.21.0 with what it pins, and triton (for Python 3.11 its wheel must be unpacked)
     unsloth       unsloth==2026.10.9 transformers==5.17.0 trl==1.15.0 (rows in traced_unsloth.jsonl)
+    automodel     nemo-automodel==0.7.0 with megatron-fsdp==0.5.0, flashoptim and torchdata, without their dependencies
     ms-swift      ms-swift==4.6.0 transformers==5.17.0 trl==0.24.0 peft==0.20.0
 
 The trainer itself wraps the model: it adds the adapters and casts them, enables checkpointing, patches the head and
@@ -37,7 +38,14 @@ from memplan.probe.run import child
 from memplan.probe.run.trace import read
 from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import line
-from tests.golden.trainer_scripts import AxolotlScript, LlamaFactoryScript, SwiftScript, TrainerScript, UnslothScript
+from tests.golden.trainer_scripts import (
+    AutomodelScript,
+    AxolotlScript,
+    LlamaFactoryScript,
+    SwiftScript,
+    TrainerScript,
+    UnslothScript,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -122,6 +130,18 @@ OF_UNSLOTH: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...
     ("qwen3", "dora", BF16, 2, 2048, {}),
     ("blocks", "qlora", BF16, 2, 4096, {"checkpointing": "none"}),
 )
+# Of Unsloth, for the trainers that compare: trainer, then as above.
+COMPARED: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
+    ("dpo", "llama", "lora", 2, 1024, {}),
+    ("dpo", "blocks", "lora", 2, 4096, {"checkpointing": "none"}),
+)
+# Of NeMo Automodel, whose recipes have dropout.
+OF_AUTOMODEL: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
+    ("llama", "lora", BF16, 2, 2048, {"dropout": 0.1}),
+    ("blocks", "lora", BF16, 4, 2048, {"dropout": 0.1}),
+    ("qwen3", "full", BF16, 2, 1024, {"checkpointing": "full"}),
+    ("qwen2", "lora", BF16, 2, 2048, {"checkpointing": "full"}),
+)
 # Of TRL 1.15, without checkpointing and with `activation_offloading`.
 OFFLOADED: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 1, 512, {}),
@@ -143,33 +163,56 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile, as transformers' Trainer runs them."""
     framework = profile.rpartition("-")[0]
     offloaded = [(*case, {**changes, "checkpointing": "offloaded"}) for *case, changes in OFFLOADED]
-    others = {"unsloth": OF_UNSLOTH, "trl": offloaded if profile == "trl-1.15" else ()}.get(framework, ())
+    others = {"unsloth": OF_UNSLOTH, "automodel": OF_AUTOMODEL, "trl": offloaded if profile == "trl-1.15" else ()}.get(
+        framework, ()
+    )
     for family, method, precision, micro, tokens, changes in (*CASES, *others):
         if (framework, method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
-        if framework in ("axolotl", "ms-swift", "unsloth") and precision == FP32:
+        if framework in ("axolotl", "ms-swift", "unsloth", "automodel") and precision == FP32:
             continue  # with bf16 they load weights in bf16
+        if framework == "automodel" and ("dora" in method or family in ("gemma2", "phi3")):
+            continue
         if framework == "unsloth" and (method == "full" or family == "phi3"):
             continue  # FastModel runs those, with transformers' code
+        is_own_loop = framework == "automodel"  # without autocast
         kernels, offloads = dict(changes), changes.get("checkpointing") == "offloaded"
         if (framework, family) == ("axolotl", "phi3") and method != "full":
             kernels["fused"] = []  # its kernels refuse fused projections
         if (framework, family) == ("llamafactory", "gemma2"):
             kernels["attention"] = "eager"  # its configure_attn_implementation; transformers 5.6 would take sdpa
         named = ["q_proj", "v_proj", "down_proj"]
-        if framework in ("axolotl", "unsloth"):  # their kernels need adapters on all of q, k and v, or of an MLP
+        # their kernels need adapters on all of q, k and v, or of an MLP
+        if framework in ("axolotl", "unsloth") or (is_own_loop and family != "llama"):
             named = "all-linear"
-        targets = {} if method == "full" else {"targets": named}
+        targets = {} if method == "full" else {"targets": named, "dropout": kernels.pop("dropout", 0.0)}
         yield (
             f"{profile} {family} {method} {precision['weights']} {micro}x{tokens}{_suffix(changes)}",
             RunSpec.model_validate(
                 {
                     "model": {"config": CONFIGS[family]},
                     "method": {"kind": method, **targets},
-                    "precision": precision,
+                    "precision": {"weights": "bf16"} if is_own_loop else precision,
                     "batch": {"micro": micro, "sequence": tokens},
                     "kernels": {**kernels, **({"checkpointing": "none"} if offloads else {})},
                     "parallelism": {"offload": {"activations": True}} if offloads else {},
+                    "loop": {"trainer": not is_own_loop},
+                    "profile": profile,
+                }
+            ),
+        )
+
+    for trainer, family, method, micro, tokens, kernels in COMPARED if framework == "unsloth" else ():
+        yield (
+            f"{profile} {trainer} {family} {method} bf16 {micro}x{tokens}{_suffix(kernels)}",
+            RunSpec.model_validate(
+                {
+                    "model": {"config": CONFIGS[family]},
+                    "trainer": trainer,
+                    "method": {"kind": method, "targets": "all-linear"},
+                    "precision": BF16,
+                    "batch": {"micro": micro, "sequence": tokens},
+                    "kernels": kernels,
                     "loop": {"trainer": True},
                     "profile": profile,
                 }
@@ -183,6 +226,7 @@ SCRIPTS = {
     "axolotl": AxolotlScript,
     "ms-swift": SwiftScript,
     "unsloth": UnslothScript,
+    "automodel": AutomodelScript,
 }
 
 

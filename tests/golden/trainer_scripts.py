@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.probe.libraries import library
 from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
-from memplan.probe.script.trl_trainers import TrainerScript, without_extras
+from memplan.probe.script.trl_trainers import TrainerScript, trainer_of, without_extras
 from memplan.spec.run import RunSpec
 
 
@@ -30,6 +31,76 @@ class _Packed(TrainerScript):
             inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
         return inputs
+
+
+class AutomodelScript:
+    """A run of NeMo Automodel's recipe on one GPU: its own classes of Llama, Qwen2 and Qwen3, its LoRA and its loss."""
+
+    def __new__(cls, run: RunSpec, device: Any, phase: Any) -> Any:
+        """Return memplan's own script, as patched."""
+        from memplan.resolve.decide import fill_from_profile
+
+        script: Any = library("memplan.probe.script.script")
+        made = script.Script(fill_from_profile(run), library("torch").device(device), phase)
+        adapters = made.trainable if run.method.kind != "full" else 0
+        made.counted = tuple(count - adapters for count in made.counted)
+        return made
+
+    imported: tuple[str, ...] = (
+        "transformers.modeling_utils",
+        "nemo_automodel.components._peft.lora",
+        "nemo_automodel.components.loss.masked_ce",
+        *(f"nemo_automodel.components.models.{family}.model" for family in ("llama", "qwen2", "qwen3")),
+    )
+    unused: tuple[str, ...] = ()
+
+    @staticmethod
+    def patch() -> None:
+        """Have memplan's script build the model, adapt it and compute the loss as the recipe does."""
+        model: Any = library("memplan.probe.script.model")
+        auto: Any = library("transformers").AutoModelForCausalLM
+        plain, common = auto.from_config, library("nemo_automodel.components.models.common.utils")
+        backend = common.BackendConfig(attn="sdpa", linear="torch", rope_fusion=False)
+
+        def build(config: Any, **options: Any) -> Any:
+            if config.model_type not in ("llama", "qwen2", "qwen3"):
+                return plain(config, **options)
+            kind = library(f"nemo_automodel.components.models.{config.model_type}.model").ModelClass
+            config._attn_implementation, config.torch_dtype = (
+                options.get("attn_implementation", "sdpa"),
+                options["dtype"],
+            )
+            return kind(config, backend=backend).to(options["dtype"])
+
+        def adapt(model: Any, run: RunSpec) -> Any:
+            lora: Any = library("nemo_automodel.components._peft.lora")
+            names = ["*_proj"] if run.method.targets == "all-linear" else [f"*{name}" for name in run.method.targets]
+            config = lora.PeftConfig(target_modules=names, dim=run.method.rank, dropout=run.method.dropout)
+            lora.apply_lora_to_linear_modules(model, config, run.method.quantization)
+            return model
+
+        def compute(kind: str, model: Any, inputs: Any, labels: Any, in_fp32: bool, **options: Any) -> Any:
+            outputs = model(**inputs, **options)
+            loss: Any = library("nemo_automodel.components.loss.masked_ce").MaskedCrossEntropy()
+            return loss(outputs.logits, labels, num_label_tokens=labels.numel()), None
+
+        common._float32_rms_norm_fwd = library(
+            "torch"
+        ).ops.nemo_automodel.float32_rms_norm  # what the compiled function calls
+        tracker: Any = library("memplan.probe.fake.tracker")
+        replacements = tracker.data_free_kernels
+        norm = library("torch").ops.nemo_automodel.float32_rms_norm.default
+        tracker.data_free_kernels = lambda: {**replacements(), norm: common._float32_rms_norm_impl._init_fn}
+        mlp: Any = library("nemo_automodel.components._peft.lora_mlp")
+        mlp._is_silu = lambda function: True  # it compares values
+        mlp._swiglu_fwd, mlp._swiglu_bwd_inplace = (lambda e, g: library("torch").empty_like(e)), (lambda *given: given)
+        auto.from_config, model._adapt = build, adapt
+        library("memplan.probe.script.script").compute = compute
+
+    @staticmethod
+    def answer(run: RunSpec, value: Any) -> bool | int:
+        """Answer that nothing is padded."""
+        return True
 
 
 _STAGES = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "kto": "kto", "reward": "rm"}
@@ -247,7 +318,13 @@ class SwiftScript(_Packed):
         register: Any = library("swift.model.register")
         is_sft = run.trainer == "sft"
         has_copy = run.trainer in ("dpo", "kto") and method.kind == "full"
-        models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
+        models = [model, self._copied(run)()] if has_copy else [model]  # the reference or teacher first
+        teacher = {}
+        for role, other in run.roles.named:
+            models.append(self._other(run, other))
+            teacher = {f"{role}_model": tempfile.mkdtemp(), f"{role}_model_type": models[-1].config.model_type}
+            for part in (models[-1].config, self._tokenizer()):
+                part.save_pretrained(teacher[f"{role}_model"])
         register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
@@ -279,6 +356,7 @@ class SwiftScript(_Packed):
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
             **({} if is_sft else {"rlhf_type": _TYPES.get(run.trainer, run.trainer), "use_logits_to_keep": False}),
             **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),
+            **teacher,
         )
         train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
         pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
@@ -298,14 +376,26 @@ class SwiftScript(_Packed):
             return inputs, labels
         import torch
 
-        micro, is_kto = self.run.batch.micro, self.run.trainer == "kto"
-        rows = micro if is_kto else 2 * micro
+        is_kto = self.run.trainer == "kto"
+        rows = self.run.batch.micro * TRAINERS[self.run.trainer].rows
         ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        if not self.run.batch.packing:
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if is_kto:
             kinds = ("completion_", "KL_completion_")
             inputs = {f"{kind}{name}": value.clone() for kind in kinds for name, value in inputs.items()}
             inputs |= {"label": [row % 2 == 0 for row in range(rows)]}
+        if self.run.trainer == "gkd":
+            from memplan.probe.fake.kernels import selections
+            from memplan.probe.fake.tracker import scalar_answers
+
+            scalar_answers[:] = [lambda _: True]  # student and teacher have the same labels
+            data: Any = library("swift.rl_core.data")
+            sequences, tokens = inputs["labels"].shape
+            selections[sequences, tokens] = sequences * (tokens - 1)
+            batch = data.GKDBatch(data_source=library("swift.rlhf_trainers.gkd_loss").DataSource.DATASET)
+            self.trainer._prepare_inputs = lambda inputs: inputs  # it would generate
+            inputs = {"model_inputs": inputs, "gkd_batch": batch, "teacher_model_inputs": dict(inputs)}
         return inputs, labels
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
@@ -313,7 +403,7 @@ class SwiftScript(_Packed):
 
 
 class UnslothScript(TrainerScript):
-    """A run of Unsloth: its model's and its adapters' patches, and TRL's SFTTrainer as it patches that."""
+    """A run of Unsloth: its model's and its adapters' patches, and TRL's SFT, DPO or KTO as it patches them."""
 
     imported = ("trl", "torch._inductor.config", "torch._dynamo.trace_rules")
 
@@ -366,15 +456,27 @@ class UnslothScript(TrainerScript):
         fake.data_ptr = lambda tensor: tensor.untyped_storage()._cdata  # by which Unsloth knows a tied head
         tracker: Any = library("memplan.probe.fake.tracker")
         replacements = tracker.data_free_kernels
-        loss = getattr(torch.ops.unsloth_zoo, losses._CE_OP).default
-        tracker.data_free_kernels = lambda: {**replacements(), loss: losses._ce_impl}  # what the operation runs
+        zoo = torch.ops.unsloth_zoo
+
+        def log_probs(*given: Any) -> Any:
+            *same, wants_gradient, need_h, need_w, need_b, rows, _ = given
+            recomputes = (need_h or need_w or need_b) and not wants_gradient
+            return losses._logprobs_impl(*same, wants_gradient, rows, recomputes, need_w)
+
+        run = {  # what the operations run
+            getattr(zoo, losses._CE_OP).default: losses._ce_impl,
+            getattr(zoo, losses._LP_OP).default: log_probs,
+            zoo.fused_linear_scale_rows.default: losses._scale_rows_impl,
+        }
+        tracker.data_free_kernels = lambda: {**replacements(), **run}
         cuda.is_available = lambda: False
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         from memplan.probe.script.model import target_modules
 
         method, tokenizer, losses = run.method, self._tokenizer(), library("unsloth_zoo.fused_losses.fused_linear")
-        losses._keep_index = lambda targets, *_: _rows_but(run.batch.micro, targets)
+        sequences = run.batch.micro if run.trainer == "sft" else 0
+        losses._keep_index = lambda targets, *_: _rows_but(sequences, targets)
         family = model.config.model_type
         fast: Any = getattr(library(f"unsloth.models.{family}"), _FAST_MODELS[family])
         model, tokenizer = fast.post_patch(model, tokenizer)
@@ -399,15 +501,15 @@ class UnslothScript(TrainerScript):
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )
-        return library("trl").SFTTrainer(
+        trainer = trainer_of(run)
+        kind = getattr(library("trl"), f"{trainer.name}Trainer")
+        for name in ("_prepare_dataset", "_precompute_ref_logps") if run.trainer != "sft" else ():
+            for owner in (kind, kind.__mro__[1]):
+                setattr(owner, name, lambda _, dataset, *__, **___: dataset)
+        return kind(
             model=model,
             args=self._arguments(
-                run,
-                "trl",
-                "SFTConfig",
-                max_length=run.batch.sequence,
-                bf16=True,
-                dataset_kwargs={"skip_prepare_dataset": True},
+                run, "trl", f"{trainer.name}Config", bf16=True, **dict(trainer.options), **self.options(run)
             ),
             train_dataset=self._dataset(),
             processing_class=tokenizer,

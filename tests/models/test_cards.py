@@ -18,6 +18,7 @@ from memplan.catalogue.families.megatron import KIND
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, UnsupportedModelError
 from memplan.core.ir import outside
+from memplan.models import cards
 from memplan.models.cards import card_folder, card_names, find_config, find_model, load_card
 from memplan.models.configs import DENSE, MODULES, family
 from memplan.models.model import ModelSpec
@@ -149,7 +150,9 @@ def test_a_model_is_found_by_hub_id_and_aliases_in_any_case() -> None:
     for name in ("qwen2-7b", "llama-3.1-8b"):
         card = read_card(name)
         for alias in (card["hf_id"], card["hf_id"].upper(), name.upper(), *card["aliases"]):
-            assert find_model(alias) == load_card(name)
+            own = alias in card.get("own", {})
+            assert find_model(alias).axes() == load_card(name).axes()
+            assert (find_model(alias) != load_card(name)) == own
 
 
 @pytest.mark.parametrize(
@@ -160,10 +163,20 @@ def test_a_model_is_found_by_hub_id_and_aliases_in_any_case() -> None:
         ("qwen 2.5 7b", "qwen2.5-7b"),
         ("qwen2_7b", "qwen2-7b"),
         ("gpt-2", "gpt2"),
+        ("zephyr-7b-beta", "mistral-7b-v0.1"),  # ids without their owner
+        ("Qwen3 VL 8B Thinking", "qwen3-vl-8b"),
+        ("Ministral-3-3B-Instruct-2512", "ministral-3-3b-instruct"),  # and an alias before an id of another card
     ],
 )
 def test_a_name_is_the_same_however_its_parts_are_joined(typed: str, name: str) -> None:
     assert find_model(typed) == load_card(name)
+
+
+def test_an_id_without_owner_is_a_name_unless_cards_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "_aliases", lambda: {"a/one": "gpt2", "b/both": "gpt2", "c/both": "qwen2-7b"})
+    names = cards._names_by_letters.__wrapped__()
+    assert names["one"] == "gpt2"
+    assert "both" not in names
 
 
 def test_no_alias_names_two_cards() -> None:
@@ -173,6 +186,8 @@ def test_no_alias_names_two_cards() -> None:
         for alias in (name, card["hf_id"], *card.get("aliases", ())):
             joined = alias.lower().translate({ord(mark): None for mark in " -_:"})
             assert owner.setdefault(joined, name) == name
+        own = {cards._letters(alias.lower().rpartition("/")[2]) for alias in card.get("own", {})}
+        assert own.isdisjoint(cards._letters(own_name.lower().rpartition("/")[2]) for own_name in (name, card["hf_id"]))
 
 
 def test_an_unknown_model_names_the_nearest() -> None:

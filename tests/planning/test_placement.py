@@ -237,11 +237,16 @@ def test_every_gpu_has_the_answer_of_an_estimate(run: RunSpec) -> None:
 
 def test_a_pool_is_answered_in_its_order() -> None:
     assert [fit.gpu for fit in fits(RUN)] == list(all_gpus())
-    assert [(fit.gpu.name, fit.fits) for fit in fits(RUN, ["h100:1g.10gb", "3090", find_gpu("t4")])] == [
+    assert [(fit.gpu.name, fit.fits) for fit in fits(RUN, ["h100:1g.10gb", "3090", find_gpu("t4"), "g5.xlarge"])] == [
         ("h100-sxm:1g.10gb", False),
         ("rtx-3090", True),
         ("t4", True),
+        ("a10g", True),
     ]
+
+
+def test_the_type_of_a_machine_is_a_node() -> None:
+    assert NodeShape.model_validate("p4d.24xlarge") == NodeShape(gpu="a100-sxm-40gb", cards=8, host_memory=1152 * GIB)
 
 
 def test_a_run_that_no_gpu_allows_is_an_error() -> None:

@@ -26,7 +26,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import Proposal, plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.search import Trials, answer_with_one_lever, strongest
+from memplan.planning.search import Trials, _by_cost, answer_with_one_lever, strongest
 from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
@@ -146,6 +146,19 @@ SPACES = [
 ]
 
 
+def test_no_set_is_searched_for_in_a_tier_whose_levers_are_refused() -> None:
+    searched: list[object] = []
+    levers: Any = [SimpleNamespace(tier=i // 8, group=str(i)) for i in range(9)]  # the last is of tier 1
+    trials: Any = SimpleNamespace(
+        answer=lambda pulled: None if pulled[0].tier else 0,
+        fits=lambda _: False,
+        known=searched.append,
+    )
+    assert next(_by_cost(trials, levers, 1), None) is None
+    assert not searched
+    assert next(_by_cost(trials, levers, 0)) == (levers[0], levers[1])
+
+
 def test_a_set_is_pulled_and_kept_in_its_levers_order() -> None:
     run = RunSpec(model="tinyllama-1.1b", gpu="rtx-4090")
     trials, tried = Trials(run, Demand(), None), strongest(Trials(run, Demand(), None), levers_of(run))[::-1]
@@ -208,6 +221,15 @@ def test_lever_savings_sum_to_the_difference_of_two_estimates() -> None:
             assert effect.saves == peaks[0] - peaks[1]
             assert set(effect.phases) <= {"load", "forward", "loss", "backward", "step"}
     assert any(len(proposal.levers) > 1 for proposal in found.proposals)
+
+
+@ALL
+def test_of_a_way_the_change_that_saves_most_is_told_first() -> None:
+    # Full training peaks in the step, where a chunked loss saves nothing: it does once LoRA has no such step.
+    found = plan(RunSpec(model="qwen3-32b", gpu="h100", parallelism={"world": 8}))
+    way = next(way for way in found.proposals if "a chunked loss" in {lever.title for lever in way.levers})
+    assert [effect.lever.title for effect in way.effects] == ["LoRA", "a chunked loss"]
+    assert all(effect.before.bytes.used > effect.after.bytes.used for effect in way.effects)
 
 
 @ALL

@@ -484,6 +484,18 @@ def test_every_strategy_divides_the_layers_of_every_family_that_checkpoints() ->
     assert {name for name, _ in found.units} >= {"tied", "0.0"}
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "own"),
+    [("llama-3.1-8b", "full", {"before", "after"}), ("llama-3.1-8b", "lora", set()), ("llama-3.2-1b", "full", set())],
+)
+def test_automodel_splits_tables_that_train_untied(model: str, method: str, own: set[str]) -> None:
+    run = {"model": model, "method": method, "profile": "automodel-0.7"}
+    found = sharding_of(decide(RunSpec(**divided(run, "fsdp2", 2))).structure).division()
+    assert found is not None
+    assert {name for name, _ in found.units if name.isalpha()} == {"root", *own}
+    assert dict(found.outside)["model.norm.weight"] == "root"
+
+
 MEASURED: list[dict[str, Any]] = rows("ranks.jsonl")
 
 

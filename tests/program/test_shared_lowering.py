@@ -10,7 +10,9 @@ from memplan import RunSpec
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine import lowered, record, step
 from memplan.engine.events import packed
+from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment, PassMoments
+from memplan.engine.repeats import RepeatingTape
 from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
 from memplan.program import graph
 from memplan.program.axes import run_axes
@@ -57,6 +59,23 @@ def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: p
     for one, other in zip((*shared.moments, shared.kept), (*own.moments, own.kept), strict=True):
         assert (one.phase, one.where) == (other.phase, other.where)
         assert alive(one, shared.runs, axes) == alive(other, own.runs, axes)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_block_that_repeats_what_another_did_has_its_own_moments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, fields = RUNS[case]
+    structure = decide(deep(kind, 9, fields)).structure
+
+    def lowered_once() -> Lowered:
+        for cache in (graph._lowered, step._lowered):  # pyright: ignore[reportPrivateUsage]
+            cache.cache_clear()
+        return pass_of(structure)
+
+    shared = lowered_once()
+    monkeypatch.setattr(RepeatingTape, "_runs_alike", lambda tape, frame: False)  # pyright: ignore
+    own = lowered_once()
+    assert shared is not own
+    assert ([*shared.moments], shared[1:]) == ([*own.moments], own[1:])
 
 
 @pytest.mark.parametrize("case", RUNS)

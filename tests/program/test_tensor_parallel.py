@@ -210,7 +210,7 @@ REFUSED = {
         run(2, {"model_type": "glm"}, profile="megatron-core", parallelism={"world": 4, "dp": 2, "strategy": "ddp"}),
         "parallelism.dp",
     ),
-    "adapters": (run(2, profile="megatron-core", method="lora"), "method.kind: 'lora' is not supported yet"),
+    "adapters": (run(2, profile="megatron-core", method="dora"), "method.kind: 'dora' is not supported yet"),
     "nf4": (stored(2, "nf4"), "method.quantization.format: transformers 5.24 cannot run nf4 with tensor"),
     "blocks": (stored(8), "parallelism.tp: 8 ranks would divide blocks of 128 x 128 fp8 weights (of 256)"),
     "profile": (run(2, profile="transformers-4.48"), "parallelism.tp: 2 is not supported yet with profile"),

@@ -115,8 +115,9 @@ def test_a_change_that_only_a_file_can_say_is_not_proposed() -> None:
     engine = {"memory_utilization": 0.9, "max_model_len": 1024}  # no option takes the length back
     batch = {"micro": 6, "sequence": 256, "new_tokens": 768, "generations": 6}
     run = {"trainer": "grpo", "reference": "none", "rollout": "colocate", "profile": "trl-1.15", "serving": engine}
-    found = ways(answer_of(model="llama-3.1-8b", method="qlora", gpu="t4", batch=batch, **run))
-    assert [way.text for way in found if "uses" in way.text] == []
+    answer = answer_of(model="llama-3.1-8b", method="qlora", gpu="t4", batch=batch, **run)
+    assert [way.text for way in ways(answer) if "uses" in way.text] == []
+    assert [row.why for row in rows(answer) if row.key == "kv"] == ["vLLM's KV cache"]  # bytes, no tensor of a dtype
 
 
 def test_other_stacks_take_what_their_own_profiles_take() -> None:

@@ -438,6 +438,7 @@ def _math(
         (ops.view if wiring.has_one_query else ops.copy)(f"{n}.q_flat", "q.scaled", "q.flat", heads),
         (ops.view if kv_contiguous else ops.copy)(f"{n}.k_flat", "k.scaled", "k.flat", across["k"]),
         ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores)._replace(autocast=""),
+        ops.release_names("k.scaled"),
         *ops.softmax(f"{n}.softmax", "scores", "probs.whole" if wiring.drops else "probs", scores, to),
         *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if wiring.drops else ()),
         ops.cast(f"{n}.second", "probs", "second", scores, f"={q}.low"),

@@ -141,7 +141,7 @@ def _embedded(m: ModelSpec, row: _Row, half: str, ids: str, y: str) -> tuple[Op,
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: str = "") -> tuple[Op, ...]:
     """Attention, with keys and values computed from x or from `states`, or read from a cache of these."""
-    n, masked, caching, wiring = f"{name}.attention", wiring.has_mask(), wiring.caching, wiring._replace(caching=False)
+    n, masked, caching = f"{name}.attention", wiring.has_mask(), wiring.caching
     backend, source, drop = wiring.masked if masked else wiring.backend, states or x, drops(m, "attention_dropout")
     back = "new" if backend in ("eager", "math") else "same"
     keys_and_values = (
@@ -154,7 +154,7 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
     kernel = (
         plain_attention_ops(n, drop, ("mask",) if masked else (), wiring.decodes, caching)
         if wiring.backend == "eager"
-        else attention(n, "q", "k", "v", "o", wiring._replace(drops=drop), False)
+        else attention(n, "q", "k", "v", "o", wiring._replace(drops=drop), False)[caching:]  # without its own cache
     )
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),

@@ -33,8 +33,7 @@ def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
     for key, value in _ONLY.items():
         if (said := m.config.get(key)) != value:
             raise UnsupportedModelError(f"{key}: {said!r:.60} is not supported yet; supported: {value!r}", key)
-    kinds = {*(m.config.get("pos_att_type") or ())}
-    if kinds != {"c2p", "p2c"}:
+    if m.config.get("pos_att_type") not in ("p2c|c2p", "c2p|p2c", ("p2c", "c2p"), ("c2p", "p2c")):
         raise UnsupportedModelError("pos_att_type: only p2c|c2p is supported yet", "pos_att_type")
     body = "" if m.objective == "feature_extraction" else "deberta."
     head, loss = _head(m, body)

@@ -25,12 +25,13 @@ _SOURCE = "transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py"
 
 
 def _mlp(x: str, y: str, name: str, width: str) -> tuple[Op, ...]:
-    shape = f"b s {width}"
+    *gated, frame = experts.clamped_gate(name, "gate_up", "product", f"b s {width}")  # here the MLP's own frame
     return (
         ops.linear(f"{name}.gate_up_proj", x, "gate_up", f"2 {width}", "h", "mlp"),
-        *experts.clamped_gate(name, "gate_up", "product", shape),
+        *gated,
         ops.linear(f"{name}.down_proj", "product", y, "h", width, "mlp"),
-        ops.release_names(x),
+        ops.release_names("product", x),
+        frame,
     )
 
 

@@ -124,9 +124,9 @@ def _mlp(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
     bias = m.get("enable_bias", True)
     relu = m.hidden_act == "relu"
     return (
-        ops.linear("fc1", x, "up", "f", "h", "mlp", bias),
+        ops.linear("fc1", x, "up", "f", "h", "mlp", bias, flat=True),
         *((_relu("activation_fn", "up", "act"),) if relu else activation(m, "activation_fn", "up", "act", "b s f")),
-        ops.linear("fc2", "act", y, "h", "f", "mlp", bias),
+        ops.linear("fc2", "act", y, "h", "f", "mlp", bias, flat=True),
     )
 
 

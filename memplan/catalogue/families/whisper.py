@@ -109,7 +109,7 @@ def _convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
         (x,),
         (Tensor(y, shape),),
         (w, bias),
-        (Keep(w.name, x), Keep(x, w.name), Keep(w.name, w.name)),
+        (Keep(w.name, x), Keep(x, w.name), Keep(w.name, w.name), Keep(x, x)),
         autocast="lower",
         product="matrix",
         source=f"{ops.DERIVATIVES}: convolution",

@@ -34,6 +34,7 @@ _WORKSPACE, _WORKSPACE_HOPPER = 8_519_680, 32 * MIB
 
 
 @cache
+@cache
 def cublas_workspace(capability: tuple[int, int] | None) -> Overhead:
     """One handle's workspace. Hopper and later data-centre GPUs take 32 MiB (read in the source, not measured)."""
     if capability and capability[0] in (9, 10):
@@ -99,6 +100,7 @@ SURVIVAL_MARGIN = Margin(
 )
 
 
+@cache
 def cuda_context(capability: tuple[int, int] | None) -> Overhead:
     """Bytes the driver holds for a process before torch's first tensor, and kernels loaded later."""
     name = "CUDA context and loaded kernels"

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias
 from memplan.catalogue.kernels.policy_gradient import with_generated
-from memplan.catalogue.kernels.preference import begins_head, returned, with_masks
+from memplan.catalogue.kernels.preference import returned, with_masks
 from memplan.catalogue.kernels.trl_losses import TILE_WIDTH
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
@@ -19,6 +20,7 @@ from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 _GKD = "trl 1.16.0 experimental/gkd/gkd_trainer.py compute_loss, generalized_jsd_loss; the same since 0.24.0"
 _TILES = "trl 1.16.0 trainer/distillation_trainer.py _compute_loss, kernels/chunked_divergence.py"
 _SERVER = "trl 1.16.0 experimental/server_distillation/server_distillation_trainer.py compute_loss"
+_CHUNKS = "ms-swift 4.6.0 rlhf_trainers/gkd_loss.py extract_active, jsd_loss"
 _ROWS = "shifted_rows v"
 _WHO = ("student", "teacher")
 
@@ -42,8 +44,7 @@ def _in_tiles(stack: Stack, trainer: Trainer, teacher: Stack | None) -> Stack:
         states = (op._replace(holds="cache") if any(t.name == "n" for t in op.writes) else op for op in body)
         unread = (Op(op.name, weights=op.weights, gradient="none") for op in head if op.weights)
         return stack._replace(after=(*states, *unread))
-    matrix = next(w for op in head for w in op.weights if w.rows)
-    bias = tuple(w for op in head for w in op.weights if w is not matrix)
+    matrix, bias = matrix_and_bias(head)
     rows, theirs, numbers = "loss.rows", "loss.teacher_rows", ("log_z", "teacher_log_z", "aux")
     vectors = (*(f"loss.{name}" for name in numbers), "loss.entropy")
     of_teacher = Tensor(theirs, "completion_rows teacher.h", trainer.teacher_dtype)
@@ -113,9 +114,44 @@ def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: 
     if trainer.is_reference:
         return stack._replace(after=(*stack.after, *tail))
     before = (new for op in stack.before for new in (with_masks(op) if op.name == "inputs" else (op,)))
-    written = (Tensor("teacher_outputs", "b s v", trainer.teacher_dtype),)
+    written = (Tensor("teacher_outputs", "b s teacher.v", trainer.teacher_dtype),)
     passed = Op("teacher", (), written, gradient="none", model=teacher, source=_GKD)
-    return stack._replace(before=tuple(before), loss=(*tail, passed, *_divergence(outputs)))
+    divergence = _divergence_by_chunk if trainer.log_probs == "rolled" else _divergence
+    return stack._replace(before=tuple(before), loss=(*tail, passed, *divergence(outputs)))
+
+
+def _divergence_by_chunk(outputs: str) -> Iterator[Op]:
+    """Compute the divergence of copies of the labelled rows, chunk by chunk: all chunks' graphs exist until backward.
+
+    The student's rows are padded to the teacher's vocabulary. A chunk keeps the student's log-softmax, both
+    log-probabilities weighted, their mixture, both models' probabilities and the student's gap from the mixture. Its
+    gradient is written into zeros for all rows.
+    """
+    copies: list[str] = []
+
+    def copied(name: str, read: str, words: str, gradient: str) -> Op:
+        copies.append(name)
+        copy = Tensor(name, f"shifted_rows {words}", f"={read}")
+        return Op(f"loss.{name}", (read,), (copy,), gradient=gradient, source=_CHUNKS)
+
+    yield copied("labelled", outputs, "v", "new")
+    yield copied("teacher_labelled", "teacher_outputs", "teacher.v", "none")
+    yield copied("scaled", "labelled", "chunk_words", "new")._replace(
+        scratch=(Tensor("padded", "shifted_rows chunk_padded", "=labelled"),)
+    )
+    yield copied("teacher_scaled", "teacher_labelled", "chunk_words", "none")
+    rows = "shifted_rows chunk_words"
+    kept = (Tensor("log_probs", rows, "=scaled"), Tensor("probs", rows, "=scaled"), Tensor("chunks", f"5 {rows}", ""))
+    yield Op(
+        "loss.chunks",
+        ("scaled", "teacher_scaled"),
+        (*kept, Tensor("loss", "", "fp32")),
+        keeps=tuple(Keep(tensor.name, "scaled", is_gradient=tensor is kept[0]) for tensor in kept),
+        scratch=(Tensor("teacher's log-softmax and a product", "chunk_rows chunk_words", "=chunks"),),
+        scratch_back=(Scratch(Tensor("gradients of a chunk", "chunk_rows_back chunk_words", "=chunks"), "scaled"),),
+        source=_CHUNKS,
+    )
+    yield ops.release_names(*copies, *(tensor.name for tensor in kept), outputs, "teacher_outputs")
 
 
 def _divergence(outputs: str) -> Iterator[Op]:

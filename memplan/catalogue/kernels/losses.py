@@ -57,7 +57,7 @@ def attach(
         else:
             stack = _with_class_loss(stack, hold_outputs, converts)
         return stack
-    start = next(i for i, op in enumerate(stack.after) if _begins_head(op))
+    start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     released = {op for op in head if op.name == "return" and "n" in op.reads}  # the loss's frame does not reference it
     head = tuple(op for op in head if op not in released)
@@ -83,14 +83,14 @@ def attach(
             head = tuple(_cast_by_chunk(op, autocast) for op in _intermediates_by_chunk(summed))
             return stack._replace(after=(*body, *head), loss=_converted_chunks(last))
         case "fused":
-            matrix, unused = _matrix_and_bias(head)  # a bias, which Liger ignores
+            matrix, unused = matrix_and_bias(head)  # a bias, which Liger ignores
             body = (*body, Op("loss.unused", weights=unused, gradient="none")) if unused else body
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case "tiled_lm_head" | "fused_chunks":
             write = tiled_lm_head if loss == "tiled_lm_head" else fused_chunks
-            return stack._replace(after=body, loss=write(*_matrix_and_bias(head), autocast))
+            return stack._replace(after=body, loss=write(*matrix_and_bias(head), autocast))
         case "chunked_nll" | "chunked_nll_fp32":
-            matrix, bias = _matrix_and_bias(head)
+            matrix, bias = matrix_and_bias(head)
             return stack._replace(
                 after=body, loss=chunked_nll(head, matrix, bias, autocast, loss == "chunked_nll_fp32", chunks == 1)
             )
@@ -98,13 +98,13 @@ def attach(
             raise AssertionError(other)
 
 
-def _matrix_and_bias(head: tuple[Op, ...]) -> tuple[Weight, tuple[Weight, ...]]:
+def matrix_and_bias(head: tuple[Op, ...]) -> tuple[Weight, tuple[Weight, ...]]:
     """Return the head's matrix and its other weights."""
     matrix = next(w for op in head for w in op.weights if w.rows)
     return matrix, tuple(w for op in head for w in op.weights if w is not matrix)
 
 
-def _begins_head(op: Op) -> bool:
+def begins_head(op: Op) -> bool:
     """Return whether the operation starts the head: a cast of its input, or the operation that computes the logits."""
     return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
 
@@ -217,10 +217,12 @@ def cross_entropy(
     if form in _LABELS_SHIFTED:
         source, kernel = _LABELS_SHIFTED[form]
         x = logits if fused and kernel is _overwriting else "logits32"
+        inside = ("n",) if kernel is _overwriting else ()  # else the model has returned
         return (
+            *(() if inside else (ops.release_names("n"),)),
             *(() if x == logits else (_float(logits, source),)),
             *kernel("loss", x, "log_probs", "labels", "b s v"),
-            ops.release_names(*dict.fromkeys((x, logits, "n"))),
+            ops.release_names(*dict.fromkeys((x, logits, *inside))),
         )
     source, kernel_logits = _SHIFTED[form], logits if form == "half" else "logits32"
     return (

@@ -44,11 +44,11 @@ def linear(
 
 
 def axes_of(op: Op) -> tuple[str, str, str]:
-    """Return the axes of a linear layer: the leading axes, the output axes and the input axes."""
-    w = next(w for w in op.weights if w.matrix)
-    axes = w.shape.split()
-    out = " ".join(axes[: w.rows])
-    return op.writes[0].shape.removesuffix(out).strip(), out, " ".join(axes[w.rows :])
+    """Return the axes of a linear layer, or of one of stacked ones: leading axes, output axes and input axes."""
+    w = next(w for w in op.weights if w.matrix or w.stacked)
+    axes, rows = w.shape.split()[w.stacked :], w.rows - w.stacked
+    out = " ".join(axes[:rows])
+    return op.writes[0].shape.removesuffix(out).strip(), out, " ".join(axes[rows:])
 
 
 def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.preference import RETURNED, begins_head, returned, selected_log_probs
-from memplan.catalogue.kernels.trl_losses import fused_policy_loss, tiled_lm_head
-from memplan.catalogue.kernels.wiring import Trainer
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias
+from memplan.catalogue.kernels.preference import RETURNED, log_probs_in_parts, returned, selected_log_probs
+from memplan.catalogue.kernels.trl_losses import fused_policy_loss
+from memplan.catalogue.kernels.wiring import IN_PARTS, Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 
 _ROWS = "completion_rows"
 _COPIES = ("copied", "divided")
 _SOURCES = {
     "tiled": "trl 1.16.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, utils.py add_fused_lm_head",
+    "recomputed": "trl 1.14.1 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, trainer/utils.py",
+    "chunked": "unsloth_zoo 2026.10.9 rl_replacements.py grpo_accumulated_loss, grpo_chunked_hidden_states_logprobs",
     "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
     "rolled": "ms-swift 4.6.0 rlhf_trainers/grpo_trainer.py _get_logps_via_local_forward",
@@ -48,16 +51,15 @@ def attach(
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    if trainer.log_probs == "tiled" or (trainer.fused_gradients and not trainer.is_reference):
-        matrix = next(w for op in head for w in op.weights if w.rows)
-        bias = tuple(w for op in head for w in op.weights if w is not matrix)
+    if trainer.log_probs in IN_PARTS or (trainer.fused_gradients and not trainer.is_reference):
+        matrix, bias = matrix_and_bias(head)
         if trainer.fused_gradients:
             read = tuple(t.name for op in scored for t in op.writes)
             ends = ops.release_names(*read)
             return stack._replace(after=body, loss=(*fused_policy_loss(matrix, bias, trainer.fused_gradients), ends))
         after, loss = (
             body,
-            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), RETURNED),
+            (*log_probs_in_parts(matrix, bias, autocast, trainer, _ROWS), ops.release_names("n"), RETURNED),
         )
     else:
         after = (*body, *(head if trainer.prompt_logits else _kept_tokens(head, trainer)))

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.losses import nll
+from memplan.catalogue.kernels.losses import begins_head, matrix_and_bias, nll
 from memplan.catalogue.kernels.rewriting import idle, renamed, rewrite
-from memplan.catalogue.kernels.trl_losses import tiled_lm_head
-from memplan.catalogue.kernels.wiring import PAIRED, Trainer
-from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor
+from memplan.catalogue.kernels.trl_losses import fused_pair_loss, recomputed_log_probs, tiled_lm_head
+from memplan.catalogue.kernels.unsloth_loss import chunked_log_probs
+from memplan.catalogue.kernels.wiring import IN_PARTS, PAIRED, Trainer
+from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor, Weight
 
 _SOURCES = {
     "joined": "trl 0.24.0 trainer/dpo_trainer.py concatenated_forward, trainer/utils.py selective_log_softmax",
@@ -23,6 +24,8 @@ _SOURCES = {
     "kernel": "trl 1.14.1 trainer/dpo_trainer.py _compute_loss, kernels/logprob_entropy.py _LogProbEntropyFunction",
     "gathered": "llamafactory 0.9.5 train/dpo/trainer.py concatenated_forward, train/trainer_utils.py get_batch_logps",
     "tiled": "trl 1.16.0 trainer/dpo_trainer.py _compute_loss, trainer/utils.py add_fused_lm_head",
+    "recomputed": "trl 1.14.1 trainer/dpo_trainer.py _get_per_token_logps_and_entropies",
+    "chunked": "trl 1.15.0 trainer/dpo_trainer.py; unsloth 2026.10.9 models/rl.py _UnslothFusedLinearHead",
     "kto": "trl 1.16.0 trainer/kto_trainer.py _compute_loss, _compute_kl_logps",
     "reward": "trl 1.16.0 trainer/reward_trainer.py compute_loss",
     "orpo": "trl 1.16.0 experimental/orpo/orpo_trainer.py concatenated_forward, get_batch_logps",
@@ -39,7 +42,7 @@ def source_of(trainer: Trainer) -> str:
     return by_log_probs if trainer.log_probs == "gathered" else _SOURCES.get(trainer.name, by_log_probs)
 
 
-def attach(
+def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities)
     stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
 ) -> Stack:
     """Return the stack with the trainer's log-probabilities, the reference's pass and the loss.
@@ -58,14 +61,20 @@ def attach(
         return stack._replace(loss=(RETURNED, scores))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    if trainer.log_probs == "tiled":
-        matrix = next(w for op in head for w in op.weights if w.rows)
-        bias = tuple(w for op in head for w in op.weights if w is not matrix)
-        result = Tensor("log_probs", "shifted_rows", "fp32")
-        tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
-        return _finished(stack._replace(after=body), trainer, tail, reference, ())
+    matrix, bias = matrix_and_bias(head)
     if trainer.log_probs == "joined":
-        stack = returning_states(stack)
+        stack = returning_states(stack, "cache" if trainer.fused_gradients and trainer.is_reference else "states")
+        body = stack.after[: start + 1]
+    if trainer.fused_gradients:
+        read_later = Op("lm_head", weights=(matrix, *bias), gradient="none")
+        loss = () if trainer.is_reference else fused_pair_loss(matrix, bias, trainer, reference)
+        return stack._replace(after=(*body, read_later) if trainer.is_reference else body, loss=loss)
+    if trainer.log_probs in IN_PARTS:
+        tail = log_probs_in_parts(matrix, bias, autocast, trainer)
+        if trainer.log_probs == "recomputed":  # past the backbone, whose output the trainer holds
+            tail = (RETURNED, *tail, *((ops.release_names("n"),) if trainer.is_reference else ()))
+            return _finished(stack._replace(after=body), trainer, tail, reference, ("n",))
+        return _finished(stack._replace(after=body), trainer, (*tail, RETURNED), reference, ())
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
@@ -168,9 +177,16 @@ def _finished(
     return stack._replace(loss=tuple(loss))
 
 
-def begins_head(op: Op) -> bool:
-    """Return whether the operation is the first of the model's head."""
-    return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
+def log_probs_in_parts(
+    matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, trainer: Trainer, labelled: str = "shifted_rows"
+) -> tuple[Op, ...]:
+    """Compute log-probabilities from the hidden states of the labelled tokens, in a way of `IN_PARTS`."""
+    if trainer.log_probs == "chunked":
+        return chunked_log_probs(matrix, bias, autocast, labelled, trainer)
+    result = Tensor("log_probs", labelled, "fp32")
+    if trainer.log_probs == "recomputed":
+        return recomputed_log_probs(matrix, bias, autocast, result)
+    return tiled_lm_head(matrix, bias, autocast, result, labelled)
 
 
 def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:
@@ -201,20 +217,20 @@ def with_masks(op: Op, *more: str) -> Iterator[Op]:
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
 
 
-def returning_states(stack: Stack) -> Stack:
+def returning_states(stack: Stack, holds: str = "states") -> Stack:
     """Return the stack of a model that returns each layer's input and the last norm's output (`output_hidden_states`).
 
     A layer's input is the output of the one before, so all outputs are held until the last layer has returned.
     """
-    stack = rewrite(stack, _with_held_state)
-    last = (op._replace(holds="states") if any(t.name == "n" for t in op.writes) else op for op in stack.after)
-    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="last states")
+
+    def held(op: Op) -> tuple[Op, ...]:
+        is_state = any(t.name in ("y", "embeds") for t in op.writes)
+        return (op._replace(holds=holds) if is_state and not op.holds else op,)
+
+    stack = rewrite(stack, held)
+    last = (op._replace(holds=holds) if any(t.name == "n" for t in op.writes) else op for op in stack.after)
+    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases=f"last {holds}")
     return stack._replace(after=(dtype, *last))
-
-
-def _with_held_state(op: Op) -> tuple[Op, ...]:
-    is_state = any(t.name in ("y", "embeds") for t in op.writes)
-    return (op._replace(holds="states") if is_state and not op.holds else op,)
 
 
 def converted(logits: str, shape: str = "b s v") -> Op:

@@ -85,6 +85,14 @@ def matrix(op: Op) -> Weight | None:
     return next((w for w in op.weights if w.matrix), None)
 
 
+def adaptable(op: Op) -> Weight | None:
+    """Return the weight that LoRA wraps: a linear layer's, or those of a rank's experts in Megatron-core, all at once.
+
+    Source: megatron-bridge 0.3.1 peft/utils.py TECL, TERL: a grouped linear layer is one module.
+    """
+    return next((w for w in op.weights if w.matrix or w.shape.startswith("Eown ")), None)
+
+
 def rewrite_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
     """Return the stack with every block changed."""
     return stack._replace(runs=tuple(run._replace(blocks=tuple(map(change, run.blocks))) for run in stack.runs))

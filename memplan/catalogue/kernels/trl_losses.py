@@ -1,4 +1,4 @@
-"""TRL's losses that never hold all logits: in chunks that backward recomputes, tile by tile, and Liger's of GRPO.
+"""TRL's losses that never hold all logits: in chunks that backward recomputes, tile by tile, and Liger's of RL.
 
 The first two gather the rows of hidden states that have a label; memplan counts a label for every token but the last.
 `head` is the model's own head, of which all use the matrix and the bias; soft capping stays inside a chunk or kernel.
@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from functools import partial
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.wiring import FusedGradients
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.catalogue.kernels.wiring import FusedGradients, Trainer
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 TRL_LOSSES = ("chunked_nll", "chunked_nll_fp32", "tiled_lm_head")  # values of `kernels.loss`
 CHUNK = 256  # trl 1.14 trainer/sft_trainer.py _CHUNKED_LM_HEAD_CHUNK_SIZE
 TILE_TOKENS = 4096  # trl 1.16 kernels/chunked_logprob.py TOKEN_CHUNK_SIZE
 TILE_WIDTH = 32768  # trl 1.16 trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
+PART_TOKENS = 2048  # trl 1.14 trainer/utils.py _CHUNKED_LOGPROB_TOKEN_CHUNK_SIZE
+PART_WIDTH = 8192  # trl 1.14 trainer/dpo_trainer.py _CHUNKED_LOGPROB_CHUNK_SIZE
 
 _ROWS = "shifted_rows"
 
 
-def _labelled_rows(selector: Tensor, source: str, rows: str = _ROWS) -> tuple[Op, ...]:
+def labelled_rows(selector: Tensor, source: str, rows: str = _ROWS) -> tuple[Op, ...]:
     """Copy the rows of hidden states that `selector` picks, a mask or indices, and their labels.
 
     Backward adds their gradients into zeros of the same size, by indices that it sorts, and copies the result into
@@ -79,7 +81,7 @@ def tiled_lm_head(
         Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
     )
     return (
-        *_labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
+        *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
         Op(
             "loss.tiles",
             ("loss.rows", "targets"),
@@ -93,6 +95,52 @@ def tiled_lm_head(
             source=source,
         ),
         ops.release_names("loss.rows", "targets", "loss.mask", "n", *(t.name for t in outputs)),
+    )
+
+
+_OF_TILE = ("exponents", "gradients")
+
+
+def recomputed_log_probs(
+    matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, result: Tensor
+) -> tuple[Op, ...]:
+    """Compute log-probabilities in tiles of 2,048 tokens by 8,192 words, in fp32 by torch's own operations.
+
+    Two buffers hold a tile, in the compute dtype and in fp32; the exponents of the tile before live until those of this
+    one exist. Backward computes tiles again. Its largest moment has the exponents and gradients of two tiles, or of one
+    and the operands of its products in fp32; at its end the gradients are cast, unless they are of fp32 tensors.
+    """
+    source, labelled = "trl 1.14.1 trainer/utils.py _ChunkedLogProbFunction", result.shape
+    compute = autocast or "=loss.rows"
+    outputs = tuple(Tensor(f"loss.{what}", labelled, "fp32") for what in ("entropy", "log_z"))
+    buffers = (
+        Tensor("products of a tile", f"few_tokens {PART_WIDTH}", compute),
+        Tensor("logits of a tile", f"few_tokens {PART_WIDTH}", "fp32"),
+        Tensor("rows of a tile, cast", "few_tokens h", f"{compute}!loss.rows"),
+        Tensor("part of the matrix, cast", "part_words h", f"{compute}!{matrix.name}"),
+    )
+    tile = Tensor("exponents of a tile", "few_tokens part_words", "fp32")
+    last = tuple(Tensor(f"{what} of the last tile", "few_tokens part_words_last", "fp32") for what in _OF_TILE)
+    wide = (
+        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
+        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
+    )
+    largest = Tensor("more of two tiles, or operands of products", "part_operands", "fp32")
+    return (
+        *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
+        Op(
+            "loss.tiles",
+            ("loss.rows", "targets"),
+            (result, *outputs),
+            (matrix, *bias),
+            tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
+            scratch=(*buffers, *(tile for _ in range(3))),
+            scratch_back=(*wide, *map(Scratch, (*buffers, *last)), Scratch(largest, early=matrix.dtype != "fp32")),
+            gradient="own",
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("loss.rows", "targets", "loss.mask", *(t.name for t in outputs)),
     )
 
 
@@ -110,7 +158,7 @@ def chunked_nll(
     logits are, and when the matrix's gradient of a second chunk is added to that of the first in a new tensor, because
     that is a view. Later ones are added in place.
 
-    single         there is one chunk, whose view of the matrix's gradient is all of it
+    single         there is one chunk, whose view of the matrix's gradient, made next to its logits', is all of it
     casts_to_fp32  a chunk casts the matrix and its rows to fp32 first, as TRL 1.6 to 1.12 do; autocast casts them back
     """
     version = "1.10.0" if casts_to_fp32 else "1.14.1"
@@ -135,16 +183,18 @@ def chunked_nll(
     rows = Tensor("gradient of rows so far", f"{_ROWS} h", "=loss.rows")
     gradient = Tensor("gradient of the matrix so far", f"nll_several {matrix.shape}", matrix.dtype)
     so_far = (rows, gradient) if matrix.trains else (rows,)
-    added_rows = (
-        "nll_tokens" if matrix.trains else _ROWS
-    )  # laid out for all rows once the matrix's gradients are summed
+    added_rows = "nll_tokens" if matrix.trains else _ROWS  # all rows' once the matrix's gradients are summed
     added = (
-        Scratch(Tensor("gradient of a chunk's rows", f"{added_rows} h", "=loss.rows"), "loss.rows"),
-        Scratch(gradient, matrix.name),
-        Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
+        (Scratch(logits._replace(name="gradient of a chunk's logits"), matrix.name),)
+        if single
+        else (
+            Scratch(Tensor("gradient of a chunk's rows", f"{added_rows} h", "=loss.rows"), "loss.rows"),
+            Scratch(gradient, matrix.name),
+            Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
+        )
     )
     return (
-        *_labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),
+        *labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),
         Op(
             "loss.products",
             ("loss.rows", "targets"),
@@ -237,4 +287,74 @@ def fused_policy_loss(
             source=source,
         ),
         ops.release_names("kept", "shifted", "n"),
+    )
+
+
+def fused_pair_loss(
+    matrix: Weight, bias: tuple[Weight, ...], trainer: Trainer, reference: Stack | None
+) -> tuple[Op, ...]:
+    """Compute Liger's loss of DPO, a pair at a time, from the states that the policy and its reference return.
+
+    Forward computes what backward returns. A pair's logits, their gradient and the fp32 sum that it begins with are
+    alive together, as Inductor of torch 2.13 schedules them, which frees the reference's logits before; then the pair's
+    gradients of rows and matrix are made. Backward scales all gradients into copies if a step has several
+    micro-batches, whose loss the Trainer divides. TRL 0.24 copies no rows, and asks both models for all their states.
+    """
+    views = trainer.log_probs == "joined"
+    source = "liger-kernel 0.8.5 chunked_loss/fused_linear_preference.py LigerFusedLinearPreferenceBase"
+    has_gradient = matrix.trains or trainer.fused_gradients != "trained"
+    gradient = (Tensor("head_gradient", matrix.shape, matrix.dtype),) if has_gradient else ()
+    rows, pair, logits = "shifted_rows h", "2 row_tokens h", "2 row_tokens v"
+    inputs = (Tensor("pair", pair, "=rows"), Tensor("pair of the reference", pair, "=ref_rows"))
+    of_pair = (Tensor("logits of a pair", logits, "=rows"), Tensor("gradient of the logits", logits, "=rows"))
+    moments = {
+        "logits": (Tensor("sum of the gradient", logits, "fp32"),),
+        "products": (
+            Tensor("gradient of the pair", pair, "=rows"),
+            *(t._replace(name="gradient of the matrix by a pair") for t in gradient),
+        ),
+    }
+    before = (*gradient, Tensor("gradients of earlier pairs", "earlier_pairs h", "=rows"), *inputs)
+    is_kept = not trainer.has_parts
+    return (
+        Op("loss.shift", ("n",), (Tensor("rows", rows),), view=views, source=source),
+        Op(
+            "reference",
+            (),
+            (Tensor("ref_n", "0" if views else "b s h", "=n"),),
+            gradient="none",
+            model=reference,
+            source=source,
+        ),
+        Op("loss.shift_reference", ("ref_n",), (Tensor("ref_rows", rows),), gradient="none", view=views, source=source),
+        Op("loss.shift_labels", ("ids",), (Tensor("targets", "shifted_rows", "int64"),), gradient="none"),
+        *(
+            Op(
+                f"loss.{name}",
+                ("rows",),
+                weights=(matrix, *bias),
+                scratch=(*before, *of_pair, *made),
+                gradient="none",
+                source=source,
+            )
+            for name, made in moments.items()
+        ),
+        Op(
+            "loss.fused",
+            ("rows", "ref_rows", "targets"),
+            (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", rows, "=rows"), *gradient),
+            (matrix, *bias),
+            (
+                Keep("hidden_gradient", "rows", is_gradient=is_kept),
+                *(
+                    Keep(t.name, matrix.name if matrix.trains else "rows", is_gradient=matrix.trains and is_kept)
+                    for t in gradient
+                ),
+            ),
+            scratch=(Tensor("gradients of pairs", rows, "=rows"), *inputs),
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("rows", "ref_rows", "targets", "ref_n", "n"),
+        *((Op("return", releases="states"),) if views else ()),
     )

@@ -8,6 +8,8 @@ take tiles of fewer rows, too, which need less than the chunks that are counted.
 from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.trl_losses import labelled_rows
+from memplan.catalogue.kernels.wiring import GENERATING, Trainer
 from memplan.core.ir import Keep, Op, Tensor, Weight
 
 TILE_ROWS = 4096  # unsloth_zoo 2026.10.9 fused_losses/fused_linear.py _BWD_ROWS, and _MAX_ROWS of a chunk
@@ -53,4 +55,42 @@ def fused_chunks(matrix: Weight, bias: tuple[Weight, ...], autocast: str | None)
             source=_SOURCE,
         ),
         ops.release_names("targets", "n"),
+    )
+
+
+def chunked_log_probs(
+    matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, labelled: str, trainer: Trainer
+) -> tuple[Op, ...]:
+    """Compute log-probabilities of labelled tokens and their gradients by rows, in the chunks and tiles of the loss.
+
+    Backward scales these gradients into a new tensor. TRL's trainers of pairs ask for entropies, too, whose gradient,
+    of which none arrives, would be computed from the rows again. The head is frozen.
+    """
+    source = "unsloth_zoo 2026.10.9 fused_losses/fused_linear.py fused_linear_logprobs, _logprobs_impl, _lp_backward"
+    compute, has_entropies = autocast or "=loss.rows", trainer.name not in GENERATING
+    numbers = ("log_z", "log_probs again", *(("entropy", "mean logits") if has_entropies else ()))
+    written = tuple(Tensor(f"loss.{what}", labelled, "fp32") for what in ("log_probs", *numbers))
+    gradients = () if trainer.is_reference else (Tensor("loss.gradients", f"{labelled} h", "=loss.rows"),)
+    positions = Tensor("positions of labels", labelled, "int64")
+    kept = ("loss.rows", "targets", "loss.log_z", "loss.entropy", "loss.log_probs again") if has_entropies else ()
+    return (
+        *labelled_rows(Tensor("loss.mask", "shifted_rows", "bool"), source, labelled),
+        Op(
+            "loss.chunks",
+            ("loss.rows", "targets"),
+            (written[0]._replace(name="log_probs"), *written[1:], positions, *gradients),
+            (matrix, *bias),
+            tuple(Keep(what, "loss.rows") for what in (*(t.name for t in gradients), *kept)),
+            scratch=(
+                Tensor("matrix, cast", matrix.shape, f"{compute}!{matrix.name}"),
+                Tensor("logits of a chunk", "fused_logits_frozen", "fp32"),
+                Tensor("statistics by tile", "fused_parts_frozen", "fp32"),
+                *(Tensor("gradients of a chunk's rows", "fused_scored_frozen h", "fp32") for _ in gradients),
+            ),
+            gradient="own",
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("loss.rows", "targets", "loss.mask", "n", positions.name, *(t.name for t in written[1:])),
+        *(ops.release_names(t.name) for t in gradients),
     )

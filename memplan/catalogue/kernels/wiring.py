@@ -148,9 +148,13 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-FusedGradients = Literal["", "trained", "always", "compiled"]
+FusedGradients = Literal["", "trained", "always", "compiled", "recomputed"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
+LogProbs = Literal[
+    "joined", "rolled", "shifted", "kernel", "gathered", "tiled", "recomputed", "chunked", "overwritten", "sliced"
+]
+
+IN_PARTS: tuple[LogProbs, ...] = ("tiled", "recomputed", "chunked")  # ways that never hold all logits
 
 
 class TrainerFacts(NamedTuple):
@@ -165,11 +169,12 @@ class TrainerFacts(NamedTuple):
     tokens       of a completion by default; 0 if the release decides
     older        it is as all trainers were in TRL 0.24
     likelihood   its loss adds the likelihood of the chosen half
+    packs        some release of it packs its batches
     rescores     it always computes the log-probabilities of completions once more before the step
     backbone     the loss with which its step calls the model's backbone, past the forward that accelerate wraps in
                  autocast, or `every` loss; empty if it calls the model. Source: trl 1.16.0 models/utils.py
                  _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl 1.13.0
-                 trainer/grpo_trainer.py compute_liger_loss
+                 trainer/grpo_trainer.py compute_liger_loss, trainer/dpo_trainer.py _compute_loss_liger
     own_loop     it does not run transformers' loop. Its own checkpoints nothing, prepares no quantised model, casts no
                  adapters, clips nothing, leaves use_cache on, divides logits in place, and holds the outputs of a
                  micro-batch and the logits of all completions until the next ones exist. A value model trains in the
@@ -184,6 +189,7 @@ class TrainerFacts(NamedTuple):
     tokens: int = 0
     older: bool = False
     likelihood: bool = False
+    packs: bool = False
     rescores: bool = False
     backbone: str = ""
     own_loop: bool = False
@@ -195,8 +201,8 @@ class TrainerFacts(NamedTuple):
 
 
 TRAINERS = {
-    "sft": TrainerFacts(),
-    "dpo": TrainerFacts("own", rows=2),
+    "sft": TrainerFacts(packs=True),
+    "dpo": TrainerFacts("own", rows=2, packs=True, backbone="fused"),
     "kto": TrainerFacts("own", least=2),
     "orpo": TrainerFacts(rows=2, older=True, likelihood=True),
     "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
@@ -206,7 +212,7 @@ TRAINERS = {
     "rloo": TrainerFacts("own", ("reward",), completions=2, rescores=True),
     # trl 1.12.0 experimental/ppo/ppo_config.py, 0.24.0 trainer/utils.py OnPolicyConfig: response_length
     "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, own_loop=True),
-    "gkd": TrainerFacts(models=("teacher",)),
+    "gkd": TrainerFacts(models=("teacher",), packs=True),
     "distill": TrainerFacts(models=("teacher",), completions=1, backbone="every"),
 }
 PAIRED = tuple(name for name, facts in TRAINERS.items() if facts.older)
@@ -221,9 +227,12 @@ class Trainer(NamedTuple):
     log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
                   `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
                   no copies (`kernel`, TRL 1.14) and may overwrite them with their gradient (`overwritten`, verl); from
-                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
+                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`; in torch's
+                  own operations `recomputed`, TRL 1.14 with use_liger_kernel), or with their gradients in forward
+                  (`chunked`, Unsloth)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
+    caches_copy   a copy returns the keys and values of all layers
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
     shards_copy   how FSDP2 shards a copy, which nothing wraps in autocast: as one `unit` or in `blocks`; under
                   FSDP1 either, and empty if no rank does
@@ -235,18 +244,20 @@ class Trainer(NamedTuple):
     rows          sequences of one example
     value_head    a reward model's scores are of a head next to the language model's
     teacher_dtype dtype of what a teacher returns; empty without one on this GPU
+    has_parts     a step has several micro-batches
+
+    fused_gradients  Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
+                     `always`; or all logits of a completion at once, `compiled`; empty without it. Of pairs, `compiled`
+                     and `always` are the same. A profile's may be `recomputed`: then `log_probs` is
 
     For trainers that generate:
 
     has_one_sequence  a micro-batch is one completion
-    has_parts         a step has several micro-batches
     generates         the model itself generates the completions
     old_log_probs     log-probabilities of completions are computed before the step, too
     prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
-    fused_gradients   Liger's loss, tile by tile with its gradients in forward: of the head if it is `trained`, or
-                      `always`; or all logits of a completion at once, `compiled`; empty without it
     scored_in         dtype to which autocast computes passes without gradients, if the step itself has no autocast
     """
 
@@ -254,6 +265,7 @@ class Trainer(NamedTuple):
     log_probs: LogProbs
     reference: str
     trains_copy: bool = True
+    caches_copy: bool = False
     copy_dtype: str = "weights"
     shards_copy: str = ""
     logits_dtype: LogitsDtype = "autocast"

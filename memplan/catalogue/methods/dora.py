@@ -146,8 +146,11 @@ def dora(op: Op, x: str, result: str, dtype: str, again: bool, autocast: str, ma
             source=_TRANSPOSED if w.transposed else _DORA,
         )
     elif bias := tuple(v._replace(trains=False) for v in op.weights if not v.matrix):
-        base = f"{p}.unbiased"
-        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), bias, gradient="same")
+        base, like = (
+            f"{p}.unbiased",
+            f"={result}" if w.stored else "",
+        )  # bitsandbytes casts the bias itself to its input
+        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape, like),), bias, gradient="same")
     yield Op(f"{n}.minus_one", (f"{p}.scale",), (Tensor(f"{p}.less", out),), gradient="same")
     for a, b, output in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
         yield times_scale(op.name, a, b, output, y.shape)

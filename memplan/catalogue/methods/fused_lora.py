@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.methods.peft_layers import features
-from memplan.catalogue.quantization.quantization import absmax
+from memplan.catalogue.quantization.quantization import absmax, quantised_linear
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.core.records import NamedTuple
 
@@ -32,6 +32,7 @@ class LoraLibrary(NamedTuple):
     overwrites_input  the input's gradient is written over the input where it can be
     takes_dora        the functions have DoRA too; else its layers are left to peft
     owns_swiglu       the library fuses SwiGLU in these functions only
+    adds_in_place     a layer's own product is separate, and added to the adapter's in place; only MLPs are functions
     """
 
     source: str
@@ -42,12 +43,16 @@ class LoraLibrary(NamedTuple):
     overwrites_input: bool = True
     takes_dora: bool = False
     owns_swiglu: bool = False
+    adds_in_place: bool = False
 
 
 LIBRARIES = {
     "unsloth": LoraLibrary("unsloth 2025.1 kernels/fast_lora.py", adds_products=True),
     "unsloth-2026": LoraLibrary(
         "unsloth 2026.10.9 kernels/fast_lora.py", takes_bias=False, has_buffer=True, owns_swiglu=True
+    ),
+    "automodel": LoraLibrary(
+        "nemo_automodel 0.7.0 components/_peft", overwrites_input=False, owns_swiglu=True, adds_in_place=True
     ),
     "axolotl": LoraLibrary("axolotl 0.21 kernels/lora.py", keeps_casts=True, overwrites_input=False, takes_dora=True),
 }
@@ -99,13 +104,19 @@ def fuse_lora(
         if takes(op) and op.reads and (how.library.takes_bias or not has_bias):
             module, _, role = op.name.rpartition(".")
             modules.setdefault(module, {})[role] = _layer(op, dtype)
-    units = {op.unit for op in operations}
+    units, separate = {op.unit for op in operations}, how.library.adds_in_place
     out: list[Op] = []
     for op in operations:
         module, _, role = op.name.rpartition(".")
         layers = modules.get(module, {})
         is_gated = _share_input(layers, _MLP[:-1]) and _MLP[-1] in layers and f"{_SWIGLU} {module}" in units
-        if role in _QKV and _share_input(layers, _QKV):
+        if separate and (
+            how.dropout or any(layer.base.stored or len(layer.op.weights) > 1 for layer in layers.values())
+        ):
+            is_gated = False
+        if separate and role in layers and not (is_gated and role in _MLP):
+            out += _separate(layers[role], how)
+        elif role in _QKV and _share_input(layers, _QKV):
             if role == _QKV[0]:
                 out += _fused_qkv([layers[n] for n in _QKV], how)
         elif role == "o_proj" and role in layers:
@@ -290,6 +301,39 @@ def _fused_linear(layer: FusedLayer, how: LoraFunctions) -> Iterator[Op]:
     yield fused._replace(gradient="view")
 
 
+def _separate(layer: FusedLayer, how: LoraFunctions) -> Iterator[Op]:
+    """A linear layer, and a function of its adapter that keeps only its input; their sum is written over the latter.
+
+    Source: nemo_automodel 0.7.0 components/_peft/lora.py LinearLoRA.forward, LoRATritonFunction.
+    """
+    op, source = layer.op, how.library.source
+    (x,), (y,) = op.reads, op.writes
+    own, delta, products = f"{y.name}.base", f"{y.name}.delta", (f"{layer.lead} r", how.compute)
+    base: tuple[Op, ...] = (op._replace(name=f"{op.name}.base_layer", writes=(y._replace(name=own),)),)
+    if layer.base.stored:
+        base = tuple(quantised_linear(op, f"{op.name}.base_layer", own, how.compute))
+    for o in base:  # no longer a matrix that takes an adapter
+        yield o._replace(weights=tuple(w._replace(matrix=False) for w in o.weights))
+    yield Op(
+        f"{op.name}.lora",
+        (x,),
+        (Tensor(delta, y.shape, f"={x}"),),
+        (layer.a, layer.b),
+        (*(Keep(x, w.name) for w in (layer.a, layer.b)), *(Keep(w.name, x) for w in (layer.a, layer.b))),
+        scratch=(Tensor("x times A", *products), Tensor("scaled", *products)),
+        scratch_back=(Scratch(Tensor("gradient times B", *products)), Scratch(Tensor("x times A", *products))),
+        product="matrix",
+        source=source,
+    )
+    if how.dropout:
+        yield ops.dropout(f"{op.name}.lora_dropout", delta, f"{delta}.dropped", y.shape)
+        yield ops.release_names(delta)
+        delta = f"{delta}.dropped"
+    added = ops.add(f"{op.name}.add", delta, own, y.name, y.shape)
+    yield added._replace(view=True, source=source)
+    yield ops.release_names(x, own, delta)
+
+
 def _fused_mlp(layers: list[FusedLayer], how: LoraFunctions) -> Iterator[Op]:
     """A gated MLP in one function: it keeps its input, gate and up, and recomputes their product in backward."""
     gate, x = layers[0].op, layers[0].op.reads[0]
@@ -299,9 +343,11 @@ def _fused_mlp(layers: list[FusedLayer], how: LoraFunctions) -> Iterator[Op]:
     name = f"{gate.name.rpartition('.')[0]}.lora_mlp"
     yield from _dequantise_bases(layers, how, [inner[:1], inner, (*inner, hidden, output)])
     fused = _function(layers, name, [output], how, inner)
-    gradient = Scratch(Tensor("gradient of product", shape, how.compute))
+    gradient = (Scratch(Tensor("gradient of product", shape, how.compute)),)
+    if how.library.adds_in_place:
+        gradient += (Scratch(Tensor("product", shape, how.compute), early=True),)
     yield fused._replace(
         scratch=(*fused.scratch, hidden),
-        scratch_back=(gradient, *fused.scratch_back),
+        scratch_back=(*gradient, *fused.scratch_back),
     )
     yield ops.release_names(x)

@@ -10,7 +10,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import idle, matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
+from memplan.catalogue.kernels.rewriting import (
+    adaptable,
+    idle,
+    matrix,
+    rewrite,
+    rewrite_blocks,
+    rewrite_lists,
+    rewrite_weights,
+)
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
@@ -77,6 +85,7 @@ class Recipe(NamedTuple):
     bias           biases that train: `none`, `all`, or `lora_only` for those of adapted layers
     tokens         number of trained rows of the embeddings
     magnitudes     dtype of DoRA's magnitudes, or "" if it is the adapters'
+    decomposition  peft's `init_lora_weights` that decomposes the loaded matrices on the GPU: pissa, pissa_niter, olora
     """
 
     kind: str
@@ -112,6 +121,7 @@ class Recipe(NamedTuple):
     bias: str = "none"
     tokens: int = 0
     magnitudes: str = ""
+    decomposition: str = ""
 
     @property
     def virtual_tokens(self) -> int:
@@ -169,7 +179,7 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     n, p = op.name, y.name
     lead, out, into = ops.axes_of(op)
     flat = op.gradient == "new"
-    w = matrix(op)
+    w = adaptable(op)
     assert w is not None
     scheme = family_of(w) if w.stored else ""
     quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not recipe.keeps)
@@ -240,7 +250,12 @@ def apply(
     """
     if recipe.wide:
         stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
-    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
+    stack = _rewritten(stack, recipe, axes)
+    if recipe.kind == "xlora":
+        from memplan.catalogue.methods.xlora import with_scalings
+
+        stack = with_scalings(stack, dict(recipe.options), recipe.weights, axes)
+    return _idle_unreached(_idle_unread(_drop_skipped(stack, keeps_casts)))
 
 
 def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
@@ -341,7 +356,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
             return litgpt_lora.takes(op, recipe.targets)
-        w, name = matrix(op), op.name.rpartition(".")[2]
+        w, name = adaptable(op), op.name.rpartition(".")[2]
         if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
             return False
         return _is_target(op, recipe) or (all_linear and (head is None or op.name != head.name))
@@ -368,7 +383,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         return new if op.gradient != "none" else (o._replace(gradient="none") for o in new)
 
     def replacement(op: Op) -> Iterable[Op]:
-        w = matrix(op)
+        w = adaptable(op)
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # fused already
             return (op,)
         stacked = next((v for v in op.weights if v.stacked and v.stored and not v.kernel), None)

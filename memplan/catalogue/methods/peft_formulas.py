@@ -6,133 +6,15 @@ Source: peft 0.21.2 tuners/*/layer.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.methods.formula import Formula, word
+from memplan.catalogue.methods.peft_decompositions import adamss, frod, osf, psoft, shared_factors, tinylora
 from memplan.catalogue.methods.peft_layers import Wrapped, part
 from memplan.catalogue.methods.peft_updates import divides
-from memplan.core.errors import UnknownNameError, refused
+from memplan.catalogue.methods.xlora import xlora
+from memplan.core.errors import refused
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
-
-Factor = str | Weight
-
-
-class Formula:
-    """The operations of a layer; each method appends one and returns the name of the tensor that it computes."""
-
-    def __init__(self, layer: Wrapped) -> None:
-        self.layer, self.operations = layer, list[Op]()
-        self.shapes = {layer.x: layer.x_shape}
-
-    def call(
-        self,
-        name: str,
-        *factors: Factor,
-        shape: str = "",
-        dtype: str = "",
-        keeps: tuple[tuple[int, int], ...] = (),
-        **fields: Any,
-    ) -> str:
-        """Append an operation that keeps factors for the gradients of others, by position; -1 is its output."""
-        y = f"{self.layer.y}.{name}"
-        names = (*(f if isinstance(f, str) else f.name for f in factors), y)
-        self.shapes[y] = shape or self.shape(factors[0])
-        self.operations.append(
-            Op(
-                f"{self.layer.name}.{name}",
-                tuple(f for f in factors if isinstance(f, str)),
-                (Tensor(y, self.shapes[y], dtype),),
-                tuple(f for f in factors if isinstance(f, Weight)),
-                tuple(Keep(names[what], names[of]) for what, of in keeps),
-                source=ops.DERIVATIVES,
-            )._replace(**fields)
-        )
-        return y
-
-    def shape(self, factor: Factor) -> str:
-        return factor.shape if isinstance(factor, Weight) else self.shapes[factor]
-
-    def base(self) -> str:
-        """Return the output of the frozen layer."""
-        y = f"{self.layer.y}.base"
-        self.operations += self.layer.base(self.layer.x, y)
-        self.shapes[y] = self.layer.y_shape
-        return y
-
-    def cast(self, factor: Factor, dtype: str, name: str) -> str:
-        return self.call(name, factor, dtype=dtype, cast=True)
-
-    def input(self, dtype: str = "", dropout: bool = True) -> tuple[str, str]:
-        """Return the input in the adapter's dtype, and what dropout leaves of it."""
-        x = self.cast(self.layer.x, dtype or self.layer.dtype, "x")
-        if not (self.layer.dropout and dropout):
-            return x, x
-        dropped = f"{self.layer.y}.dropped"
-        self.operations.append(ops.dropout(f"{self.layer.name}.dropout", x, dropped, self.layer.x_shape))
-        self.shapes[dropped] = self.layer.x_shape
-        return x, dropped
-
-    def product(self, name: str, a: Factor, b: Factor, shape: str, **fields: Any) -> str:
-        """Return a matrix product, which keeps both factors."""
-        fields = {"autocast": "lower", "product": "matrix", **fields}
-        return self.call(name, a, b, shape=shape, keeps=((1, 0), (0, 1)), **fields)
-
-    def fixed(self, name: str, a: str, b: Factor, shape: str) -> str:
-        """Return a product with a matrix that does not train."""
-        fields = {"autocast": "lower", "product": "matrix", "gradient": "view"}
-        return self.call(name, a, b, shape=shape, keeps=((1, 0),), **fields)
-
-    def through(self, new: str, x: str) -> str:
-        """Return the output of the layer with a new matrix instead of the frozen one."""
-        y = self.product("out", x, new, self.layer.y_shape, gradient="view")
-        bias = tuple(v._replace(trains=False) for v in self.layer.op.weights if not v.matrix)
-        self.operations[-1] = self.operations[-1]._replace(weights=bias)
-        return y
-
-    def lora(self, a: Factor, b: Factor, base: str, *locals_: str) -> list[Op]:
-        """Return the operations that end with LoRA of two matrices that are computed."""
-        x, dropped = self.input()
-        low = self.product("low", dropped, a, f"{self.layer.lead} r", gradient="view")
-        delta = self.product("delta", low, b, self.layer.y_shape, gradient="view")
-        return self.result(self.plus("sum", base, delta), self.layer.x, x, *locals_)
-
-    def times(self, name: str, a: Factor, b: Factor) -> str:
-        """Return the product by elements. A `b` of another shape is spread, and its gradient is made in full first."""
-        small = self.shape(a) != self.shape(b)
-        y, of = f"={self.layer.y}.{name}", b if isinstance(b, str) else b.name
-        summed = (Scratch(Tensor("product", self.shape(a), y), of, summed=True),) if small else ()
-        return self.call(name, a, b, keeps=((1, 0), (0, 1)), scratch_back=summed)
-
-    def scale(self, name: str, a: Factor) -> str:
-        return self.call(name, a)
-
-    def plus(self, name: str, a: Factor, b: Factor) -> str:
-        return self.call(name, a, b, gradient="same")
-
-    def minus(self, name: str, a: Factor, b: str) -> str:
-        negative = Scratch(Tensor("negative", self.shape(b), f"={b}"), b, summed=True)
-        return self.call(name, a, b, gradient="same", scratch_back=(negative,))
-
-    def relu(self, name: str, a: Factor) -> str:
-        return self.call(name, a, keeps=((-1, 0),))
-
-    def release(self, *names: str) -> None:
-        """Python's locals let go of these tensors."""
-        self.operations.append(ops.release_names(*names))
-
-    def result(self, y: str, like: str, *locals_: str) -> list[Op]:
-        """Return the operations, the last of which casts `y` to the dtype of `like`. Locals are released after it."""
-        layer = self.layer
-        back = ops.cast(f"{layer.name}.cast_back", y, layer.y, layer.y_shape, f"={like}")
-        return [*self.operations, back, ops.release_names(layer.x, *locals_)]
-
-
-def _word(layer: Wrapped, setting: str, *known: str) -> str:
-    """Return a setting that is one of the known words. Raises UnknownNameError."""
-    value = str(layer.options[setting])
-    if value not in known:
-        raise UnknownNameError(f"method.options.{setting}", value, known)
-    return value
 
 
 def beft(layer: Wrapped) -> list[Op]:
@@ -250,44 +132,6 @@ def _lily_experts(layer: Wrapped) -> Weight:
     return Weight(name, f"{layer.options['num_B']} r {layer.out}", "adapter", layer.dtype, rows=2)
 
 
-def osf(layer: Wrapped) -> list[Op]:
-    """OSF: the small half of the singular vectors and values, less what they were.
-
-    Vectors in the model's dtype are views of all of them, until the Trainer moves them. Casting them loses the hooks
-    that project their gradients, and the gradient of V is then a view of that of V and its initial value together.
-    """
-    f, smaller = Formula(layer), min(layer.rows, layer.columns)
-    kept = layer.options["effective_rank"] or smaller // 2
-    if not isinstance(kept, int) or kept < 1:
-        raise refused("method.options.effective_rank", f"must be a whole number above 0, not {kept!r:.40}")
-    rank = smaller - min(kept, smaller)
-    high, cast = smaller - rank, layer.base_weight.dtype != layer.dtype
-    all_of_them = layer.base_weight.dtype == "fp32" and not layer.moved
-    shapes = {"U": f"{layer.rows} {rank}", "S": str(rank), "V": f"{rank} {layer.columns}"}
-    u, s, v = (layer.weight(f"{name}_low", shape, int(name != "S")) for name, shape in shapes.items())
-    v = v._replace(gradient=f"{2 * rank} {layer.columns}" if cast else "")
-    rest = {f"{name}_low_init": shape for name, shape in shapes.items()}
-    rest |= {"U_high": f"{layer.rows} {high}"} if layer.rows > layer.columns else {}
-    rest |= {"V_high": f"{high} {layer.columns}"} if layer.columns > layer.rows or all_of_them else {}
-    rest |= {"S_high": str(high)} if all_of_them else {}
-    buffers = [
-        Weight(f"{layer.name}.{name}", shape, "buffer", layer.dtype, trains=False) for name, shape in rest.items()
-    ]
-    u0, s0, v0 = buffers[:3]
-    base = f.base()
-    f.operations.append(Op(f"{layer.name}.high", weights=tuple(buffers[3:]), gradient="none"))
-    us = f.times("US", u, s)
-    us0 = f.call("US0", u0, s0, gradient="none")
-    negative = f.call("negative", us0, gradient="none")
-    a = f.call("A", us, negative, shape=f"{layer.rows} {2 * rank}", gradient="same")
-    b = f.call("B", v, v0, shape=f"{2 * rank} {layer.columns}", gradient="same")
-    x, _ = f.input(f"={a}", dropout=False)
-    h = f.product("low", x, b, f"{layer.lead} {2 * rank}", gradient="view")
-    delta = f.product("delta", h, a, layer.y_shape, gradient="view")
-    total = f.plus("sum", base, f.cast(delta, f"={layer.x}", "delta_cast"))
-    return f.result(total, total, base, x, h, a, b, delta)
-
-
 def peanut(layer: Wrapped) -> list[Op]:
     """PEANuT: a small network that computes the update from the frozen matrix."""
     f, depth = Formula(layer), int(layer.options["depth"])
@@ -313,49 +157,6 @@ def peanut(layer: Wrapped) -> list[Op]:
     change = f.product("delta", x, scaled, layer.y_shape, gradient="view")
     total = f.plus("sum", base, f.cast(change, f"={base}", "delta_cast"))
     return f.result(total, total, base, x, scaled, change)
-
-
-def psoft(layer: Wrapped) -> list[Op]:
-    """PSOFT: an orthogonal matrix between the layer's principal singular vectors, which stay frozen."""
-    f, o, low = Formula(layer), layer.options, f"{layer.lead} r"
-    shapes, rank = {"psoft_A": f"r {layer.into}", "psoft_B": f"{layer.out} r"}, layer.rank
-    whole = _word(layer, "psoft_svd", "full", "lowrank") == "full"
-    if _word(layer, "ab_svd_init", "psoft_init", "pissa_init") == "psoft_init" and whole and not layer.moved:
-        # A stays a view of all singular vectors, until the Trainer moves it
-        shapes["singular_vectors"] = f"{min(layer.rows, layer.columns) - rank} {layer.columns}"
-    first, second, *rest = (
-        Weight(f"{layer.name}.{name}", shape, "buffer", "fp32", trains=False) for name, shape in shapes.items()
-    )
-    number = rank * (rank - 1) // 2
-    w = layer.weight("psoft_R.weight", str(number) if o["psoft_orth"] else "r r", 0 if o["psoft_orth"] else 1)
-    base = f.base()
-    f.operations.append(Op(f"{layer.name}.svd", weights=tuple(rest), gradient="none"))
-    x, dropped = f.input("fp32")
-    xa = f.fixed("low", dropped, first, low)
-    r: Factor = w
-    if o["psoft_orth"]:
-        indices = tuple(
-            Weight(f"{layer.name}.psoft_R.{name}", str(number), "buffer", "int64", trains=False)
-            for name in ("rows", "cols")
-        )
-        f.operations.append(Op(f"{layer.name}.psoft_R.indices", weights=indices, gradient="none"))
-        skew = f.call("skew", f.call("upper", w, shape="r r"))
-        eye = f.call("eye", shape="r r", gradient="none", dtype=layer.dtype)
-        plus, minus = f.plus("plus", skew, eye), f.minus("minus", eye, skew)
-        r = f.call("solved", plus, minus, keeps=((1, 0), (1, 1), (-1, 0), (-1, 1)))
-        lu, pivots = Tensor(f"{r}.lu", "r r", f"={plus}"), Tensor(f"{r}.pivots", "r", "int32")
-        solved = f.operations[-1]
-        kept = tuple(Keep(t.name, minus) for t in (lu, pivots))
-        f.operations[-1] = solved._replace(writes=(*solved.writes, lu, pivots), keeps=(*solved.keeps, *kept))
-        f.release(skew, eye)
-    for name in ("vector_b", "vector_a"):
-        if o["psoft_mag_b" if name == "vector_b" else "psoft_mag_a"]:
-            r = f.times(f"by_{name}", r, layer.weight(f"psoft_R.{name}", "r"))
-    xr = f.product("turned", xa, r, low, gradient="view")
-    difference = f.minus("difference", xr, xa)
-    delta = f.fixed("delta", difference, second, layer.y_shape)
-    total = f.plus("sum", base, f.scale("scaled", delta))
-    return f.result(total, base, base, x, dropped, xa, xr, delta)
 
 
 def pvera(layer: Wrapped) -> list[Op]:
@@ -423,9 +224,9 @@ def glora(layer: Wrapped) -> list[Op]:
         return f.cast(y, f"={w.name}", name)
 
     base = f.base()
-    ab = _word(layer, "config_A_B", "lora", "vector", "constant", "none")
-    c = _word(layer, "config_C", "lora", "vector", "none")
-    de = _word(layer, "config_D_E", "constant", "vector", "none")
+    ab = word(layer, "config_A_B", "lora", "vector", "constant", "none")
+    c = word(layer, "config_C", "lora", "vector", "none")
+    de = word(layer, "config_D_E", "constant", "vector", "none")
     parts = [path(name, ab, layer.out, layer.into) for name in ("A", "B")]
     parts += [path("C", c if bias else "", layer.into, "1")]
     parts += [path(name, de if bias else "", layer.out, "") for name in ("D", "E")]
@@ -460,27 +261,6 @@ def shira(layer: Wrapped) -> list[Op]:
     )
     y = f.through(new, layer.x)
     return f.result(y, y, new)
-
-
-def tinylora(layer: Wrapped) -> list[Op]:
-    """TinyLoRA: LoRA between frozen singular vectors, whose small matrix a few numbers combine from random ones."""
-    f, number = Formula(layer), int(layer.options["u"])
-    rank = min(layer.rank, layer.rows, layer.columns)
-    low = f"{layer.lead} {rank}"
-    shapes = {"A": f"{rank} {layer.into}", "B": f"{layer.out} {rank}", "P": f"{number} {rank} {rank}"}
-    a, b, p = (
-        Weight(f"{layer.name}.tinylora_{name}", shape, "buffer", layer.dtype, trains=False)
-        for name, shape in shapes.items()
-    )
-    base = f.base()
-    v = layer.weight("tinylora_v", str(number))
-    projections = f.cast(p, layer.dtype, "P")
-    r = f.call("R", v, projections, shape=f"{rank} {rank}", keeps=((1, 0),))
-    small = f.cast(r, f"={a.name}", "R_cast")
-    x, dropped = f.input(f"={a.name}")
-    turned = f.product("turned", f.fixed("low", dropped, a, low), small, low, gradient="view")
-    delta = f.fixed("delta", turned, b, layer.y_shape)
-    return f.result(f.plus("sum", base, delta), layer.x, x, dropped, turned, delta, r, small)
 
 
 def unilora(layer: Wrapped) -> list[Op]:
@@ -555,6 +335,38 @@ def waveft(layer: Wrapped) -> list[Op]:
     return f.result(total, layer.x, x, scaled)
 
 
+def poly(layer: Wrapped) -> list[Op]:
+    """Poly: LoRA whose matrices mix those of a few skills, by weights that a router draws for a sequence's task."""
+    f, o = Formula(layer), layer.options
+    splits, skills, tasks = (int(o[name]) for name in ("n_splits", "n_skills", "n_tasks"))
+    divides("n_splits", splits, layer, layer.rows, layer.columns)
+    f.by_sequence("poly")
+    a = layer.weight("poly_lora_A", f"{splits} {skills} {layer.columns // splits} r", 3)
+    b = layer.weight("poly_lora_B", f"{splits} {skills} r {layer.rows // splits}", 3)
+    base = f.base()
+    logits = layer.weight("poly_router.module_logits", f"{tasks} {splits * skills}", 1)
+    chosen = f.call("chosen", logits, "tasks", shape=f"b {splits} {skills}", keeps=((1, 0),))
+    chance = f.call("clamped", f.call("chance", chosen, keeps=((-1, 0),)), keeps=((0, 0),))
+    noisy = f.call("noisy", chance, f.call("negative", chance), keeps=((0, 0), (1, 1)))
+    drawn = f.call("clipped", f.call("drawn", noisy, keeps=((-1, 0),)), keeps=((0, 0),))
+    total = f.call("total", drawn, shape=f"b {splits} 1")
+    weights = f.call("weights", drawn, total, keeps=((1, 0), (0, 1), (1, 1)))
+    halves: list[str] = []
+    for half, w, shape in (("A", a, f"b {layer.into} r"), ("B", b, f"b r {layer.out}")):
+        mixed = f.product(f"{half}.mixed", weights, w, shape)
+        halves.append(f.call(half, mixed) if splits > 1 else mixed)
+    x = f.cast(layer.x, f"={halves[0]}", "x")
+    low = f.product("low", x, halves[0], f"{layer.lead} r")
+    delta = f.scale("scaled", f.product("delta", low, halves[1], layer.y_shape))
+    total = f.call("sum", base, delta, dtype=f"={base}", view=True, gradient="same")
+    return f.result(total, layer.x, x, weights, *halves)
+
+
+def _tasks(layers: tuple[Wrapped, ...], _: str) -> Op:
+    """The task of each sequence, which all layers read."""
+    return Op("tasks", (), (Tensor("tasks", "b", "int64"),), gradient="none", holds="forward")
+
+
 def _shared(name: str, layers: tuple[Wrapped, ...], dtype: str, *sizes: str) -> Op:
     """A parameter that all layers share, whose sizes are settings."""
     shape = " ".join(str(layers[0].options[size]) for size in sizes)
@@ -575,20 +387,25 @@ def _shared_experts(layers: tuple[Wrapped, ...], dtype: str) -> Op:
 
 
 SHARED_FORMULAS: dict[str, Callable[[tuple[Wrapped, ...], str], Op]] = {
+    "frod": shared_factors,
     "lily": _shared_experts,
+    "poly": _tasks,
     "pvera": _shared_distributions,
     "unilora": lambda layers, dtype: _shared("unilora_theta_d", layers, dtype, "theta_d_length"),
     "vblora": lambda layers, dtype: _shared("vblora_vector_bank", layers, dtype, "num_vectors", "vector_length"),
 }
 FORMULAS: dict[str, Callable[[Wrapped], list[Op]]] = {
+    "adamss": adamss,
     "beft": beft,
     "deft": deft,
+    "frod": frod,
     "glora": glora,
     "gralora": gralora,
     "hra": hra,
     "lily": lily,
     "osf": osf,
     "peanut": peanut,
+    "poly": poly,
     "psoft": psoft,
     "pvera": pvera,
     "shira": shira,
@@ -597,4 +414,5 @@ FORMULAS: dict[str, Callable[[Wrapped], list[Op]]] = {
     "unilora": unilora,
     "vblora": vblora,
     "waveft": waveft,
+    "xlora": xlora,
 }

@@ -11,21 +11,36 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
-from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 _SOURCE = "megatron-core 0.12 tensor_parallel"
+_ADAPTER = "megatron-bridge 0.3.1 and 0.6.2 peft/utils.py ParallelLinearAdapter"
+_ADAPTED_INPUT = (
+    "megatron-bridge 0.3.1 peft/utils.py get_adapter_attributes_from_linear: return_layernorm_output_gathered"
+)
 _LINEAR = f"{_SOURCE}/layers.py LinearWithGradAccumulationAndAsyncCommunication"
 _ALL = "b s h"
 
 
-def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequence: bool) -> Stack:
+def divide(
+    stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequence: bool, ranks: int, expert_ranks: int
+) -> Stack:
     """Return the rank's operations, given a stack built from the rank's part of the model.
 
-    columns   names of column-parallel linear layers
-    rows      names of row-parallel linear layers
-    sequence  whether the tokens are divided too
+    columns       names of column-parallel linear layers
+    rows          names of row-parallel linear layers
+    sequence      whether the tokens are divided too
+    ranks         number of ranks that divide a matrix
+    expert_ranks  number of ranks that divide an expert's matrices
     """
-    stack = rewrite(stack, _with_tensor_parallelism)
+
+    def change(op: Op) -> Iterator[Op]:
+        name, half = module_of(op)
+        parts = expert_ranks if op.name.startswith("mlp.experts.") else ranks
+        divides = (half == "lora_A" and name in columns) or (half == "lora_B" and name in rows)
+        yield from gathered(op, parts, _ADAPTER) if divides and parts > 1 else _with_tensor_parallelism(op)
+
+    stack = rewrite(stack, change)
     if not sequence:
         return stack
     before = _with_sequence_parallelism(_scattered(stack.before), columns, rows)
@@ -54,6 +69,39 @@ def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequen
         _with_sequence_parallelism(stack.after, (*columns, *heads), rows),
         stack.loss,
     )
+
+
+def module_of(op: Op) -> tuple[str, str]:
+    """Return the linear layer of an operation, and which half of its adapter the operation is, if any.
+
+    lora_B of a column-parallel layer is divided like the layer, and lora_A of a row-parallel layer; peft replicates the
+    other matrices, and Megatron-Bridge divides their rows.
+    Source: peft 0.21 tuners/lora/model.py _create_and_replace, add_lora_tp_hooks_dtensor.
+    """
+    path, _, last = op.name.rpartition(".")
+    if last in ("lora_A", "lora_B", "base_layer"):
+        return path.rpartition(".")[2], last.removeprefix("base_layer")
+    return last, ""
+
+
+def part(axes: str, t: int) -> str:
+    """Return the share of the product of axes of the rank that has most."""
+    return f"{axes.replace(' ', '*')}/{t}"
+
+
+def gathered(op: Op, t: int, source: str, held: tuple[str, ...] = ()) -> Iterator[Op]:
+    """A linear layer of which a rank has some rows, and the gather of its output: rank by rank, then copied into one
+    contiguous tensor. Tensors in `held` stay alive meanwhile."""
+    lead, out, into = ops.axes_of(op)
+    local = f"{op.name}.part"
+
+    def divided(w: Weight) -> Weight:
+        return w._replace(shape=f"{part(out, t)} {into}", rows=1) if w.matrix else w._replace(shape=part(out, t))
+
+    one = Tensor(local, f"{lead} {part(out, t)}")
+    yield op._replace(writes=(one,), weights=tuple(map(divided, op.weights)))
+    ranks = Tensor(f"{op.name}.parts", f"{t} {one.shape}", f"={local}")
+    yield Op(f"{op.name}.gather", (local, *held), op.writes[:1], scratch=(ranks,), source=source)
 
 
 def _with_tensor_parallelism(op: Op) -> Iterator[Op]:
@@ -98,23 +146,39 @@ def _scatter(name: str, x: str, y: str, kind: str = "scatter") -> Op:
     return Op(name, (x,), (Tensor(y, "b s_tp h"),), source=source)
 
 
+def _with_gathered_inputs(operations: tuple[Op, ...], columns: tuple[str, ...]) -> Iterator[Op]:
+    """The operations, with adapted layers that return their gathered input, which the adapter reads and keeps."""
+    whole: dict[str, str] = {}
+    for op in operations:
+        if op.name.endswith(".base_layer") and matrix(op) and module_of(op)[0] in columns:
+            (x,), y = op.reads, f"{op.name}.input"
+            yield Op(f"{op.name}.gather", (x,), (Tensor(y, _ALL, f"={x}"),), source=_ADAPTED_INPUT)
+            yield ops.release_names(x)
+            whole[x] = y
+        yield op if whole.keys().isdisjoint(op.reads) else ops.renamed(op, lambda name: whole.get(name, name))
+
+
 def _with_sequence_parallelism(
     operations: tuple[Op, ...], columns: tuple[str, ...], rows: tuple[str, ...]
 ) -> tuple[Op, ...]:
     """The operations with the tokens divided, except between a product that gathers and one that scatters."""
     of_all_tokens: set[str] = {"tokens", "summed", "embeds.whole", "places"}
     out: list[Op] = []
-    for op in operations:
-        name = op.name.rpartition(".")[2]
-        if matrix(op) and name in columns:
+    for op in _with_gathered_inputs(operations, columns):
+        name, half = module_of(op)
+        if matrix(op) and op.name.rpartition(".")[2] in columns:
             of_all_tokens.update(t.name for t in op.writes)
             gradient = Scratch(Tensor("gradient of all tokens", _ALL, f"={op.reads[0]}"), op.reads[0])
             out.append(op._replace(scratch_back=(*op.scratch_back, gradient)))
-        elif matrix(op) and name in rows:
+        elif name in rows and matrix(op) and not half:
             y, summand = op.writes[0], f"{op.name}.summand"
             out.append(op._replace(writes=(y._replace(name=summand),)))
             out.append(_scatter(f"{op.name}.reduce_scatter", summand, y.name, "reduce_scatter"))
-        elif not of_all_tokens.isdisjoint(op.reads):
+        elif op.name.endswith(".lora_B.gather") and op.reads[0] in of_all_tokens:
+            (y,) = op.writes
+            out.append(op._replace(writes=(y._replace(name=f"{y.name}.whole"),)))
+            out.append(ops.view(f"{op.name}.scatter", f"{y.name}.whole", y.name, "b s_tp h", "new"))
+        elif op.name.endswith(".base_layer.gather") or not of_all_tokens.isdisjoint(op.reads):
             of_all_tokens.update(t.name for t in op.writes if op.name != "return" and "s_tp" not in t.shape)
             out.append(op)
         elif any(w.group == "embedding" and w.rows for w in op.weights):

@@ -16,8 +16,9 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.catalogue.parallelism import megatron_parallel
 from memplan.catalogue.parallelism.expert_parallel import local_parameters
+from memplan.catalogue.parallelism.megatron_parallel import gathered, module_of, part
 from memplan.core.errors import nearest, refused
-from memplan.core.ir import Op, Scratch, Stack, Tensor, Weight, operations
+from memplan.core.ir import Op, Scratch, Stack, Tensor, operations
 from memplan.models.configs import families
 from memplan.models.configs.megatron import padded
 from memplan.models.facts import Family
@@ -143,7 +144,8 @@ def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = Tru
     t, plan = degrees.tp, _plan(model, degrees.style)
     records = records or degrees.style == "litgpt"  # LitGPT's all-reduce always writes a new tensor
     if degrees.style == "megatron":
-        return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
+        sequence = degrees.sequence_parallel
+        return megatron_parallel.divide(stack, plan.columns, plan.rows, sequence, t, degrees.etp)
     if degrees.style == "torchtitan":
         return torchtitan.divide(stack, degrees.sequence_parallel)
     uses = Counter(w.name for op in operations(stack) for w in op.weights)
@@ -151,13 +153,13 @@ def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = Tru
     def change(op: Op) -> Iterator[Op]:
         if plan.experts and degrees.ep == 1 and op.name.endswith("experts.sort"):
             yield local_parameters(op.name.removesuffix(".sort"))
-        if degrees.style == "litgpt" and _module(op)[0] not in (*plan.columns, *plan.rows):
+        if degrees.style == "litgpt" and module_of(op)[0] not in (*plan.columns, *plan.rows):
             yield op
             return
         if not op.weights or not set(plan.replicated).isdisjoint(op.name.split(".")):
             yield op
             return
-        w, (name, half) = matrix(op), _module(op)
+        w, (name, half) = matrix(op), module_of(op)
         if any(v.group == "embedding" and v.rows and not v.matrix for v in op.weights):
             yield _embedding(op, t, tied=uses[op.weights[0].name] > 1)
         elif w is None:
@@ -176,19 +178,6 @@ def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = Tru
             yield op
 
     return rewrite(stack, change)
-
-
-def _module(op: Op) -> tuple[str, str]:
-    """Return the linear layer of an operation, and which half of its adapter the operation is, if any.
-
-    lora_B of a column-parallel layer is divided like the layer, and lora_A of a row-parallel layer; other adapter
-    matrices are replicated.
-    Source: peft 0.21 tuners/lora/model.py _create_and_replace, add_lora_tp_hooks_dtensor.
-    """
-    path, _, last = op.name.rpartition(".")
-    if last in ("lora_A", "lora_B", "base_layer"):
-        return path.rpartition(".")[2], last.removeprefix("base_layer")
-    return last, ""
 
 
 def _with_names(op: Op, names: Mapping[str, str]) -> Op:
@@ -243,41 +232,21 @@ def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
     yield Op(f"{op.name}.bias", (summand, *inputs), (y,), weights=biases, source=source)
 
 
-def _part(axes: str, t: int) -> str:
-    """The share of the product of axes of the rank that has most."""
-    return f"{axes.replace(' ', '*')}/{t}"
-
-
 def _gathered(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """A column-parallel layer whose output is all-gathered rank by rank, then copied into one contiguous tensor."""
     view, x = _replicated_input(op)
-    lead, out, into = ops.axes_of(op)
-    y, local, gathered = op.writes[0], f"{op.name}.part", f"{op.name}.parts"
-    part = _part(out, t)
-
-    def divided(w: Weight) -> Weight:
-        return w._replace(shape=f"{part} {into}", rows=1) if w.matrix else w._replace(shape=part)
-
     yield view
-    yield _with_names(op, {op.reads[0]: x})._replace(
-        writes=(Tensor(local, f"{lead} {part}"),), weights=tuple(map(divided, op.weights))
-    )
-    yield Op(
-        f"{op.name}.gather",
-        (local,) if records else (local, x),  # the layer's call still holds its input
-        (y,),
-        scratch=(Tensor(gathered, f"{t} {lead} {part}", f"={local}"),),
-        source=f"{_SOURCE} ColwiseParallel",
-    )
+    held = () if records else (x,)  # the layer's call still holds its input
+    yield from gathered(_with_names(op, {op.reads[0]: x}), t, f"{_SOURCE} ColwiseParallel", held)
 
 
 def _split(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """A row-parallel layer that first copies its slice of a replicated input; the partial sums are all-reduced."""
     lead, out, into = ops.axes_of(op)
     x, y, local, summand = op.reads[0], op.writes[0], f"{op.name}.input", f"{op.name}.summand"
-    part = _part(into, t)
-    yield ops.copy(f"{op.name}.split", x, local, f"{lead} {part}", "new")
-    weights = tuple(w._replace(shape=f"{out} {part}") if w.matrix else w for w in op.weights)
+    share = part(into, t)
+    yield ops.copy(f"{op.name}.split", x, local, f"{lead} {share}", "new")
+    weights = tuple(w._replace(shape=f"{out} {share}") if w.matrix else w for w in op.weights)
     if not records:
         yield from _rows_in_place(_with_names(op, {x: local})._replace(weights=weights), x)
         return
@@ -294,9 +263,9 @@ def _embedding(op: Op, t: int, tied: bool) -> Op:
     """
     y, (w, *others) = op.writes[0], op.weights
     rows, axis = w.shape.split()
-    part = f"{_part(rows, t)} {axis}"
-    table = w._replace(shape=part, gradient="" if tied else w.shape)
-    gradients = (Tensor("gradient of all rows", w.shape, f"={w.name}"), Tensor("sum of gradients", part, f"={w.name}"))
+    share = f"{part(rows, t)} {axis}"
+    table = w._replace(shape=share, gradient="" if tied else w.shape)
+    gradients = (Tensor("gradient of all rows", w.shape, f"={w.name}"), Tensor("sum of gradients", share, f"={w.name}"))
     backward = tuple(Scratch(tensor, w.name) for tensor in gradients) if tied else ()
     return op._replace(
         weights=(table, *others),

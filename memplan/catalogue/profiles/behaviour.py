@@ -41,7 +41,9 @@ class ModelBehaviour(NamedTuple):
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
     magnitude_dtype            dtype of DoRA's magnitudes, if they have another than the adapters
-    fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
+    fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, axolotl's, or NeMo
+                               Automodel's
+    own_kernels                what the library's own class of the model computes in one function
     fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
 
@@ -52,7 +54,8 @@ class ModelBehaviour(NamedTuple):
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
     magnitude_dtype: Literal["", "fp32"]
-    fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
+    fused_lora: Literal["unsloth", "unsloth-2026", "axolotl", "automodel"]
+    own_kernels: tuple[str, ...]
     fp32_ends: bool
 
 
@@ -138,6 +141,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
+    splits_trained_tables      FSDP2's root has embeddings, last norm and head, except tables that train untied
     delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
@@ -153,6 +157,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
+    splits_trained_tables: bool
     delays_reduction: tuple[str, ...]
     finds_unused: bool
     moves_before_sharding: bool
@@ -221,7 +226,8 @@ class TrainerBehaviour(NamedTuple):
     trainers           those that the version has
     log_probs          how log-probabilities of tokens are computed
     value_head         a reward model's scores are of a head next to the language model's, which computes logits, too
-    takes_one          KTO takes one completion a batch, whose divergence is then estimated from it
+    takes_one          KTO takes one completion a batch, whose divergence is then estimated from it; trainers that
+                       compare completions take one of a prompt
     logits_dtype       when the model's logits are cast to fp32
     prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
@@ -230,8 +236,11 @@ class TrainerBehaviour(NamedTuple):
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
     completion_tokens  most tokens of a completion, of trainers that generate
     divided_logits     how these trainers divide the logits by the temperature
-    fused_gradients    how Liger's loss of GRPO computes the head's gradient; empty without it
+    fused_gradients    how Liger's loss computes the head's gradient; empty without it
+    fused_trainers     trainers that have such a loss
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
+    shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
+    copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
     """
 
     trainers: tuple[str, ...]
@@ -247,7 +256,10 @@ class TrainerBehaviour(NamedTuple):
     completion_tokens: int
     divided_logits: DividedLogits
     fused_gradients: FusedGradients
+    fused_trainers: tuple[str, ...]
     reward_caches: bool
+    shares_weights: bool
+    copies_adapters: bool
 
 
 class LibraryBehaviour(NamedTuple):

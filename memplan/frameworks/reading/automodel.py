@@ -30,8 +30,6 @@ def _method(config: Config) -> None:
         config.set("method.quantization.double_quant", config.flag(key), key)
     elif bits == 8:
         config.set("method.quantization.format", "int8", "quantization.load_in_8bit")
-    if bits < 16:
-        config.set("method.quantization.kbit_preparation", False, why=f"{config.title} casts nothing to fp32")
     has_adapter = config.said("peft") is not None
     trainer.adapter(config, has_adapter, config.flag("peft.use_dora"), "peft")
     if not has_adapter:
@@ -43,7 +41,6 @@ def _method(config: Config) -> None:
         config.leave("peft.target_modules", "a pattern: all linear layers are counted instead")
     elif names is not None:
         config.set("method.targets", [name.rpartition(".")[2] for name in names], "peft.target_modules")
-    config.set("method.adapter_dtype", "bf16", why=f"{config.title}: the dtype of the weights")
 
 
 def _batch(config: Config) -> None:
@@ -91,6 +88,8 @@ def _parallelism(config: Config) -> None:
         size = config.whole(f"distributed.{degree}_size")
         if size is not None and size > 1:
             config.set(f"parallelism.{degree}", size, f"distributed.{degree}_size")
+    if config.value("parallelism.tp"):
+        config.set("kernels.fused", [], why=f"{config.title}'s functions take no tensors that ranks divide")
     if isinstance(world, int) and world > 1:
         ranks = 1
         for degree in ("tp", "cp", "pp") if launch is None else ():

@@ -224,7 +224,7 @@ def _kernels(config: Config) -> None:
             fused += [_LIGER[key] for key in on]
             keys += on
             if config.flag("liger_fused_linear_cross_entropy"):
-                config.set("kernels.loss", "fused", "liger_fused_linear_cross_entropy")
+                trainer.fused_loss(config, "liger_fused_linear_cross_entropy")
         elif "cut_cross_entropy" in plugin:
             if config.flag("cut_cross_entropy"):
                 config.set("kernels.loss", "fused", "plugins", why="Cut Cross-Entropy, on with its plugin")
@@ -234,6 +234,9 @@ def _kernels(config: Config) -> None:
         config.set("kernels.loss", "chunked", "chunked_cross_entropy")
     if config.value("trainer") not in (None, "sft"):  # TRL calls the model without labels, and takes its own loss
         config.found.pop("kernels.loss", None)
+    for name, key in (("dpo", "dpo_use_liger_kernel"), ("grpo", "trl.use_liger_loss")):
+        if config.value("trainer") == name and config.flag(key):
+            trainer.fused_loss(config, key)
     set_kernels = [key for key in _LORA_KERNELS if config.said(key) is not None]
     if any(config.flag(key) for key in set_kernels) and (
         _is_at_least_0_21(config) or not config.number("lora_dropout")

@@ -35,6 +35,11 @@ def _method(config: Config) -> None:
         raise config.error(
             key, "nothing trains without do_train: true; memplan MODEL --method generate counts inference"
         )
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if config.said(key) is not None:
+            raise config.error(
+                key, "LLaMA-Factory with Megatron is not supported yet; memplan MODEL --tp counts its core"
+            )
     stage = config.get("stage")
     if stage == "ppo":
         raise config.error("stage", _PPO)
@@ -128,7 +133,7 @@ def _kernels(config: Config) -> None:
     elif name not in (None, "auto"):
         raise config.error("flash_attn", f"must be auto, disabled, sdpa, fa2 or fa3, not {name!r:.40}")
     if config.flag("enable_liger_kernel"):
-        config.set("kernels.loss", "fused", "enable_liger_kernel")
+        trainer.fused_loss(config, "enable_liger_kernel")
         config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "enable_liger_kernel")
     off = "disable_gradient_checkpointing"
     kind = "none" if config.flag(off) else "offload" if config.flag("use_unsloth_gc") else "full"

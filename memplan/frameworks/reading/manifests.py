@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import SpecError
+from memplan.core.machines import find_machine
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.shell import (
@@ -110,8 +111,11 @@ def _script(values: Mapping[str, Any]) -> str:
 
 def _of_task(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the variables of a SkyPilot or dstack task: its own, and those that say its nodes and their GPUs."""
-    asked: object = _section(values, "resources").get("accelerators", _section(values, "resources").get("gpu"))
-    gpus = min(map(int, _COUNT.findall(f":{asked}")), default=1)  # the fewest, if several kinds of GPUs will do
+    resources = _section(values, "resources")
+    asked: object = resources.get("accelerators", resources.get("gpu"))
+    machine = find_machine(str(resources.get("instance_type")))
+    # the fewest, if several kinds of GPUs will do
+    gpus = machine.cards if machine else min(map(int, _COUNT.findall(f":{asked}")), default=1)
     nodes, ranks = str(values.get("num_nodes", values.get("nodes", 1))), str(gpus)
     own = {**_environment({"env": values.get("env", values.get("envs"))}, None), **visible(gpus)}
     names = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": ranks, "DSTACK_NODES_NUM": nodes}

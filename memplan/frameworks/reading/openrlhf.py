@@ -99,11 +99,7 @@ def _critic(config: Config) -> None:
     name = config.text(key)
     if name is None and rewards:
         key, name = "reward.model_name_or_path", rewards[0]
-    if name is not None:
-        trainer.role(config, "value", name, key)
-    if config.value("roles.value.model") is None:
-        why = "the policy's model, without another" if name is None else "assumed: as large as the policy"
-        config.set("roles.value.model", config.value("model"), why=why)
+    trainer.role(config, "value", name, key, needed=True)
     if not config.flag("train.colocate_all"):
         config.set("roles.value.location", "server", why="it has GPUs of its own: train.colocate_all is not set")
 

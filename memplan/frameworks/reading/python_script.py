@@ -105,8 +105,12 @@ _UNSLOTH_TRAINED = {
     "eval_strategy": "eval_strategy",
     "neftune_noise_alpha": "neftune_noise_alpha",
 }
-# What the trainers that compare or generate read: keys of TRL's, of which its loader sets two.
-_UNSLOTH_LOADED_RL = {"fast_inference": "use_vllm", "gpu_memory_utilization": "vllm_gpu_memory_utilization"}
+# What the trainers that compare or generate read: keys of TRL's, of which its loader sets three.
+_UNSLOTH_LOADED_RL = {
+    "fast_inference": "use_vllm",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "unsloth_vllm_standby": "vllm_enable_sleep_mode",
+}
 _UNSLOTH_RL = (
     *("num_generations", "max_completion_length", "max_prompt_length", "steps_per_generation", "num_iterations"),
     *("generation_batch_size", "beta", "loss_type", "cpo_alpha", "precompute_ref_log_probs"),

@@ -20,6 +20,7 @@ from memplan.core.files import expanded, is_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, is_there, paths
+from memplan.frameworks.reading.shell_branches import Branches
 from memplan.spec.file import read_text
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
@@ -81,6 +82,7 @@ _LATER = {
 _HYDRA = "verl."  # programs that take key=value anywhere among their flags
 _MODULE = re.compile(r"\w+(?:\.(?!py$)\w+)+")
 _OVERRIDE = re.compile(r"\+{0,2}[\w.]+=")
+_SERVER = re.compile(r"vllm|sglang|llama-|text-generation-launcher|swift (?:deploy|infer)")
 Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
 
@@ -112,7 +114,9 @@ class Launched(NamedTuple):
 
     @property
     def may_train(self) -> bool:
-        """Whether it is no script without a launcher, a file or a model, which may as well prepare data."""
+        """Whether it is no server, and no script without a launcher, a file or a model, which may prepare data."""
+        if _SERVER.match(self.shown):
+            return False
         is_bare = self.program.endswith(".py") and not self.launcher and not self.config
         return not is_bare or any("model" in flag for flag in self.flags)
 
@@ -141,24 +145,24 @@ def launched(
     line: int | None = None,
     folder: Path | None = None,
 ) -> Launched:
-    """Return the first command that trains or serves. Raises SpecError if there is none.
+    """Return the first command that trains; else that serves. Raises SpecError if there is none.
 
     variables  the environment that is known
     line       the line of all commands, if they are not a script's; 0 for a command that is typed
     folder     where files of variables that it sources are, if not in the working directory
     """
-    skipped, script = "", None
+    skipped, other = "", None
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
         found = _LONG if words == [_LONG] else _launched(words, environment, at, programs, folder)
         if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):
-            script = script or found
+            other = other or found
             continue
         skipped = skipped or (f"{name}:{at}: {found}" if found and at else found or "")
-    if script is not None:
-        return script
+    if other is not None:
+        return other
     *others, last = sorted(name for name in programs if "." not in name and "_" not in name)
     known = f"accelerate launch, torchrun, deepspeed, tune run, {', '.join(others)} and {last} are read"
     raise SpecError(skipped or f"{name} does not train or serve; {known}")
@@ -218,7 +222,7 @@ def _commands(
     text: str, name: str, variables: Mapping[str, str], folder: Path | None = None
 ) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
-    variables, spent = dict(variables), 0
+    variables, spent, branches = dict(variables), 0, Branches()
     for line, joined in _joined_lines(text):
         if joined == _LONG:
             yield line, [_LONG], dict(variables)
@@ -229,6 +233,8 @@ def _commands(
             words = _words(_ARITHMETIC.sub(partial(_computed, variables), text))
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
+        if array is not None and branches.is_skipping:
+            continue
         if array is not None:  # NAME=(a b), NAME+=(c)
             before = variables.get(array[1], "") if array[2] else ""
             parts = shlex.join(part for word in words for part in resolved(word, variables))
@@ -239,7 +245,7 @@ def _commands(
                 variables[array[1]] = ""
             continue
         for simple in _simple(words):
-            command = [part for word in simple for part in resolved(word, variables)]
+            command = branches.followed([part for word in simple for part in resolved(word, variables)])
             spent += sum(map(len, command))
             if spent > _MOST_TEXT:
                 raise SpecError(f"{name}:{line}: the variables of the script hold too much text")

@@ -28,13 +28,19 @@ _DEEPSPEED: dict[str, dict[str, Any]] = {
     "zero3": {"stage": 3, **_AUTO},
     "zero3_offload": {"stage": 3, **_AUTO, "offload_optimizer": _HOST, "offload_param": _HOST},
 }
+# Other tuners of peft: its rank or settings -> the key, and ms-swift's default.
+_TUNERS = {
+    "adalora": {"rank": ("adalora_init_r", 12)},
+    "boft": {"boft_block_size": ("boft_block_size", 4), "boft_block_num": ("boft_block_num", 0)},
+    "fourierft": {"n_frequency": ("fourier_n_frequency", 2000)},
+}
 _SAMPLES = 16
 _OBJECTIVES = {"seq_cls": "sequence_classification", "embedding": "feature_extraction"}
 _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpointing": True}
 
 
 _GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
-_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo")}}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo", "gkd", "ppo")}}
 
 
 def _program(config: Config) -> None:
@@ -57,19 +63,40 @@ def _trainer(config: Config) -> None:
     if kind not in _TRAINERS:
         raise config.refuse("rlhf_type", ", ".join(_TRAINERS))
     name = _TRAINERS[kind]
-    if name != "grpo":
+    if name == "ppo":
+        if config.get("tuner_type") != "full":
+            raise config.error("tuner_type", "ppo of adapters, whose value model has some, too, is not supported yet")
+        trainer.ppo(config, "reward_model", "response_length", "rlhf_type")
+    elif name != "grpo":
         name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
         trainer.preference(config, name, "rlhf_type")
-        return
-    config.defaults = {**config.defaults, "beta": 0.04}
-    adapts = config.get("tuner_type") != "full"
-    trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
-    if config.value("rollout") == "colocate" and config.whole("sleep_level"):
-        config.set("serving.sleep", True, "sleep_level")
+        if name == "gkd":
+            _teacher(config)
+    else:
+        config.defaults = {**config.defaults, "beta": 0.04}
+        adapts = config.get("tuner_type") != "full"
+        trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
+        if config.value("rollout") == "colocate" and config.whole("sleep_level"):
+            config.set("serving.sleep", True, "sleep_level")
+
+
+def _teacher(config: Config) -> None:
+    """GKD's teacher, which is a model of its own. Completions are generated for a share `lmbda` of the steps."""
+    name, itself = config.text("teacher_model"), config.said("model")
+    if name is None or (name == itself and config.get("tuner_type") == "lora" and not config.said("teacher_adapters")):
+        key = "rlhf_type" if name is None else "teacher_model"
+        raise config.error(key, "gkd without a teacher_model of its own is not supported yet; name one")
+    trainer.role(config, "teacher", name, "teacher_model")
+    if config.number("sft_alpha"):
+        config.leave("sft_alpha", "the model's own loss, next to the divergence, is not counted")
+    if config.number("lmbda") == 1:
+        config.leave("lmbda", "completions are counted as rows of max_length tokens, all of them labelled")
+    if config.flag("use_vllm") and config.text("vllm_mode") == "colocate":
+        config.leave("vllm_mode", "the engine's share of the GPUs is not counted")
 
 
 def _method(config: Config) -> None:
-    kind = config.word("tuner_type", "lora", "full") or "lora"
+    kind = config.word("tuner_type", "lora", "full", *_TUNERS) or "lora"
     method, bits = config.text("quant_method"), config.whole("quant_bits")
     if method == "bnb" and bits in (4, 8):
         name = config.word("bnb_4bit_quant_type", "nf4", "fp4") if bits == 4 else "int8"
@@ -82,7 +109,15 @@ def _method(config: Config) -> None:
     if "method.quantization.format" in config.found and kind == "full":
         raise config.error("quant_method", "quantised weights train only under adapters; set tuner_type: lora")
     trainer.adapter(config, kind == "lora", config.flag("use_dora"), "tuner_type", "use_dora")
-    if kind == "lora":
+    if kind in _TUNERS:
+        config.set("method.kind", kind, "tuner_type")
+        for field in ("rank", "alpha", "dropout"):
+            config.found.pop(f"method.{field}", None)
+        said = {name: config.whole(key) or default for name, (key, default) in _TUNERS[kind].items()}
+        keys = (key for key, _ in _TUNERS[kind].values())
+        rank = said.get("rank")
+        config.set("method.rank" if rank else "method.options", rank or said, *keys)
+    if kind != "full":
         _adapters(config)
     model = trainer.model_of(config)
     if model is not None and model.has_tower:
@@ -127,7 +162,7 @@ def _kernels(config: Config) -> None:
     if towers is not None and config.flag("vit_gradient_checkpointing") != config.flag("gradient_checkpointing"):
         config.leave("vit_gradient_checkpointing", "the tower is counted as gradient_checkpointing says")
     if config.flag("use_liger_kernel"):
-        config.set("kernels.loss", "fused", "use_liger_kernel")
+        trainer.fused_loss(config, "use_liger_kernel")
         config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "use_liger_kernel")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.optimizers.states import optimizer_names
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.core.files import expanded
 from memplan.frameworks.deepspeed import read as deepspeed_parts
@@ -35,6 +36,7 @@ ALIASES = {
 # FSDP1's sharding strategies, by the number that old files have.
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
 _MOST_SEQUENCES = 2**16  # of a micro-batch whose size is that of its tokens
+_AS_LARGE = "assumed: as large as the policy"
 _NODE = 8  # GPUs among which hybrid sharding shards
 
 
@@ -70,6 +72,14 @@ def optimizer(config: Config, key: str = "optim") -> None:
             raise config.error("optim_args", f"momentum must be a number, not {shown(text)}") from None
 
 
+def fused_loss(config: Config, key: str) -> None:
+    """A loss of Liger's: that of the model's forward, to which only SFT passes labels, or the trainer's own."""
+    name = str(config.value("trainer") or "sft")
+    facts = library_behaviour(str(config.value("profile")), "", False).trainer
+    if name == "sft" or (facts.fused_gradients and name in facts.fused_trainers):
+        config.set("kernels.loss", "fused", key)
+
+
 def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
     """A trainer of TRL, and whether its reference's log-probabilities are precomputed."""
     config.set("trainer", name, *keys, why=why)
@@ -77,14 +87,35 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
-def role(config: Config, name: str, model: str, key: str) -> None:
-    """Another model of the trainer's step, if memplan knows it."""
-    try:
-        find_model(model)
-    except MemplanError:
-        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
-    else:
+def role(config: Config, name: str, model: str | None, key: str, needed: bool = False) -> None:
+    """Another model of the trainer's step, if memplan knows it. One that is `needed` is else taken to be as large as
+    the policy."""
+    if model is not None and (config.value("model") == model or _is_known(model)):
         config.set(f"roles.{name}.model", model, key)
+    elif needed:
+        config.set(f"roles.{name}.model", config.value("model"), *([key] if model else ()), why=_AS_LARGE)
+    elif model is not None:
+        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
+
+
+def _is_known(model: str) -> bool:
+    with suppress(MemplanError):
+        find_model(model)
+        return True
+    return False
+
+
+def ppo(config: Config, reward: str, length: str, *keys: str, why: str = "") -> None:
+    """TRL's PPO: its reward model, like which the value model is, and the tokens of its completions."""
+    preference(config, "ppo", *keys, why=why)
+    role(config, "reward", (config.names(reward) or [None])[0], reward, needed=True)
+    chunk = "local_rollout_forward_batch_size"
+    if config.whole(chunk) not in (None, 64):
+        config.leave(chunk, "up to 64 completions are counted as generated and scored at once")
+    for key in (length, "max_new_tokens", "max_completion_length"):
+        if config.get(key) is not None:
+            config.set("batch.new_tokens", config.whole(key), key)
+            return
 
 
 def generation(
@@ -168,6 +199,9 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
 def checkpointing(config: Config) -> None:
     """Checkpointing as TrainingArguments say it, and its keywords."""
     key = "gradient_checkpointing"
+    if TRAINERS[config.value("trainer") or "sft"].own_loop:
+        config.set("kernels.checkpointing", "none", why="PPOTrainer's own loop checkpoints nothing")
+        return
     value = config.get(key)
     kind = "full"
     if isinstance(value, Mapping):  # transformers 5.24: {every_n_layers, offload}
@@ -237,9 +271,6 @@ def lower_precision(config: Config, weights: str, casts: str | None, *keys: str)
 def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
     """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
     kind, groups = config.value("trainer") or "sft", "num_generations_eval"
-    if does and TRAINERS[kind].own_loop:
-        config.leave(why_key, f"the evaluation of trainer {kind} is not counted yet")
-        does = False
     if does and TRAINERS[kind].completions and config.said(groups) is not None:
         config.leave(groups, "an evaluation with another number of completions of a prompt is not counted yet")
         does = False
@@ -431,8 +462,7 @@ def fsdp(config: Config, section: Document | None, version: int, words: str) -> 
         config.set("parallelism.cpu_ram_efficient_loading", False, key)
     if str(get("activation_checkpointing")).lower() == "true":
         config.set("kernels.checkpointing", "full", key)
-    several = (config.gpus or config.value("parallelism.world") or 1) > 1
-    if several and config.value("method.quantization.format") in ("nf4", "fp4"):
+    if config.value("method.quantization.format") in ("nf4", "fp4"):
         config.set("method.quantization.storage", "bf16", key, why="FSDP shards floating-point storage")
 
 

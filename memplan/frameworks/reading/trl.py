@@ -7,7 +7,7 @@ get_quantization_config, get_peft_config; transformers 5.24 training_args.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from memplan.core.errors import SpecError
 from memplan.frameworks.reading import trainer
@@ -15,11 +15,12 @@ from memplan.frameworks.reading.config import Config, Rule, version_number
 from memplan.models.peft_methods import default_targets
 
 _REWARD, _TEACHER = "reward_model_name_or_path", "teacher_model_name_or_path"
+_PPO_REWARD = "reward_model_path"
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
 _OTHER_TRAINERS = {
     "distillation": (_TEACHER,),
     "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm"),
-    "PPO": ("reward_model_path",),
+    "PPO": (_PPO_REWARD,),
     "KTO": ("desirable_weight", "undesirable_weight"),
     "DPO or KTO": (
         "max_prompt_length",
@@ -30,7 +31,7 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
-_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"} | {
+_READ = {"PPO": "ppo", "distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"} | {
     "reward modelling": "reward"
 }
 _SFT_LOSSES = ("nll", "chunked_nll")
@@ -38,7 +39,7 @@ _SFT_LOSSES = ("nll", "chunked_nll")
 
 _GENERATING = ("grpo", "rloo", "distillation")
 _COMPARING = ("dpo", "kto", "orpo", "cpo", "simpo", "reward", "gkd")
-_LATER = ("ppo", "onlinedpo", "xpo", "prm", "bco")
+_LATER = ("onlinedpo", "xpo", "prm", "bco")
 _HINT = "--trainer names another"
 
 
@@ -49,7 +50,7 @@ def _command(config: Config) -> str:
     later = [word.upper() for word in words if word in _LATER and name.endswith(".py")]
     if later:
         raise SpecError(f"spec: {config.command} is taken for {later[0]}, which is not supported yet; {_HINT}", "spec")
-    return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "sft")), "")
+    return next((word for word in reversed(words) if word in (*_GENERATING, *_COMPARING, "ppo", "sft")), "")
 
 
 def trainer_of(config: Config) -> None:
@@ -63,29 +64,48 @@ def trainer_of(config: Config) -> None:
     if named in _GENERATING:
         _generation(config, "distill" if named == "distillation" else named, why=why)
         return
+    if named == "ppo":
+        _ppo(config, named, why=why)
+        return
     if typed is not None or named in _COMPARING:
         trainer.preference(config, named, why=why)
         teacher = config.text(_TEACHER) if named == "gkd" else None
         if teacher is not None:
             trainer.role(config, "teacher", teacher, _TEACHER)
         return
-    for title, keys in _OTHER_TRAINERS.items() if not named else ():
-        for key in keys:
-            if config.said(key) is None:
-                continue
-            if title not in _READ:
-                raise config.error(
-                    key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo, distillation"
-                )
-            why = f"assumed: {title} has this key; --trainer names another"
-            read = _generation if title in ("GRPO or RLOO", "distillation") else trainer.preference
-            read(config, _READ[title], key, why=why)
-            return
+    for title, told in _told(config) if not named else ():
+        name, key, why = _READ[title], told, f"assumed: {title} has this key; {_HINT}"
+        if name == "dpo":
+            name, key, why = next(_by_names(config), (name, key, why))
+        read = {"grpo": _generation, "distill": _generation, "ppo": _ppo}.get(name, trainer.preference)
+        read(config, name, key, why=why)
+        return
     kind = config.get("loss_type")
     if kind is not None and kind not in _SFT_LOSSES:
         config.leave("loss_type", f"{kind!r:.40}: the profile's loss is counted instead")
     elif config.said("loss_type") == "chunked_nll" and config.title.startswith("TRL 1."):
         config.set("kernels.loss", "chunked", "loss_type")
+
+
+def _told(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the trainers whose keys the file has, with the key."""
+    for title, keys in _OTHER_TRAINERS.items():
+        yield from ((title, key) for key in keys if config.said(key) is not None)
+
+
+def _by_names(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield the trainer of pairs or single completions that the run's own names have, with the key and why."""
+    for key in ("hub_model_id", "output_dir", "run_name"):
+        for word in re.findall("[a-z]+", str(config.said(key)).lower()):
+            if word in _COMPARING[:5]:
+                yield word, key, f"assumed: its name is {word}'s; {_HINT}"
+
+
+def _ppo(config: Config, name: str, *keys: str, why: str) -> None:
+    """PPO, whose script loads the policy of `sft_model_path`; its prompts have any length."""
+    trainer.set_model(config, config.text("sft_model_path"), "sft_model_path")
+    trainer.ppo(config, _PPO_REWARD, "response_length", *keys, why=why)
+    trainer.assume_length(config, "max_length")
 
 
 def _generation(config: Config, name: str, *keys: str, why: str) -> None:
@@ -165,7 +185,8 @@ def _trainer_precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    if config.value("trainer") not in (None, "sft"):
+    joins = config.value("trainer") == "dpo" and config.value("profile") == "trl-0.24"  # if padding_free says so
+    if config.value("trainer") not in (None, "sft") and not joins:
         if config.flag("padding_free"):
             config.leave("padding_free", "batches are counted as padded")
         trainer.padding(config, False)
@@ -183,11 +204,14 @@ def _kernels(config: Config) -> None:
     if config.value("kernels.checkpointing") == "full" and config.flag("activation_offloading"):
         config.set("kernels.checkpointing", "offload", "activation_offloading")  # nothing else is kept by layers
         config.found.pop("parallelism.offload.activations", None)
+    if config.flag("use_liger_loss"):  # TRL 0.24
+        trainer.fused_loss(config, "use_liger_loss")
     if not config.flag("use_liger_kernel"):
         return
     section = config.section("liger_kernel_config")
     # trl 1.16.0 trainer/sft_trainer.py, dpo_trainer.py: only layer kernels, around the trainer's own head
-    fuses_loss = config.value("profile") != "trl-1.15"
+    profile = config.value("profile")
+    fuses_loss, is_older = profile != "trl-1.15", profile == "trl-0.24"  # whose other trainers have use_liger_loss
     on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
     on["fused_linear_cross_entropy"] = fuses_loss
     for name in section.values if section is not None else ():
@@ -199,8 +223,8 @@ def _kernels(config: Config) -> None:
         )
     kernels = [name for name in ("rope", "rms_norm", "swiglu", "cross_entropy") if on[name]]
     config.set("kernels.fused", kernels, "use_liger_kernel")
-    if on["fused_linear_cross_entropy"]:
-        config.set("kernels.loss", "fused", "use_liger_kernel")
+    if on["fused_linear_cross_entropy"] and not (is_older and config.value("trainer")):
+        trainer.fused_loss(config, "use_liger_kernel")
 
 
 def _full(config: Config) -> None:

@@ -28,8 +28,9 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
         elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
             if top.startswith(_SILENT):
                 continue
-            near = misspelt(name, known)
-            hint = f"; did you mean {near}?" if near else ""
+            start, dot, last = name.rpartition(".")
+            near = misspelt(last, [key[len(start + dot) :] for key in known if key.rpartition(".")[0] == start])
+            hint = f"; did you mean {start}{dot}{near}?" if near else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
 
 

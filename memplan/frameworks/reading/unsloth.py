@@ -81,7 +81,6 @@ def _trainer(config: Config) -> None:
         config.set("batch.micro", group, "num_generations", why=f"{config.title} makes a step of other sizes this one")
     if config.value("rollout") is not None:
         config.set("serving.max_model_len", config.whole("training.max_seq_length"), "training.max_seq_length")
-        config.leave("use_vllm", "vLLM is counted with weights of its own, which Unsloth shares with it")
 
 
 def _settings(config: Config) -> None:

@@ -4,7 +4,7 @@ The actor's FSDP shards are fp32 and computed in bf16; between its updates, vLLM
 reference is a model of its own on the host, gathered block by block, or the actor without its adapters.
 
 Source: verl 0.9.1 trainer/config, workers/engine/fsdp/transformer_impl.py, workers/engine_workers.py,
-workers/rollout/vllm_rollout, trainer/sft_trainer.py.
+workers/rollout/vllm_rollout, trainer/sft_trainer.py, trainer/ppo/utils.py need_critic, experimental/reward_loop.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
-_ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo", "gae": "rloo"} | dict.fromkeys(
-    ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
+_ESTIMATORS = dict.fromkeys(("rloo", "rloo_vectorized", "gae"), "rloo") | dict.fromkeys(
+    (
+        *("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"),
+        *("reinforce_plus_plus", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"),
+    ),
+    "grpo",
 )
+_REWARD_SHARE = 0.5  # trainer/config/reward/reward.yaml reward_model.rollout.gpu_memory_utilization
 _OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 
@@ -54,15 +59,26 @@ def _program(config: Config) -> None:
     _model(config, _MODEL)
     _micro_batch(config, has_copy)
     _rollout(config)
-    if estimator == "gae":
+    if config.flag("critic.enable") if config.said("critic.enable") is not None else estimator == "gae":
         _critic(config)
     if config.flag(f"{_ACTOR}.calculate_entropy") or config.number(f"{_ACTOR}.entropy_coeff"):
         config.leave(f"{_ACTOR}.entropy_coeff", "the entropy of all logits is not counted")
     if (config.whole(f"{_ACTOR}.ulysses_sequence_parallel_size") or 1) > 1:
         config.leave(f"{_ACTOR}.ulysses_sequence_parallel_size", "each GPU is counted with whole sequences")
     for name in ("reward.reward_model", "reward_model"):
-        if config.flag(f"{name}.enable"):
-            config.leave(f"{name}.enable", "the reward model is not counted")
+        if config.flag(f"{name}.enable") and not config.flag(f"{name}.enable_resource_pool"):
+            _reward_model(config, name)
+
+
+def _reward_model(config: Config, name: str) -> None:
+    """A reward model's engine is awake while it scores, when the one that generates sleeps: the larger share counts."""
+    if config.said(f"{name}.rollout.name") is None and config.said(f"{name}.micro_batch_size_per_gpu") is not None:
+        config.leave(f"{name}.enable", "a reward model under FSDP, as until verl 0.6, is not counted")
+        return
+    key = f"{name}.rollout.gpu_memory_utilization"
+    share = config.number(key) or _REWARD_SHARE
+    if share > (config.value("serving.memory_utilization") or 0):
+        config.set("serving.memory_utilization", share, key, why="of the reward model's engine, while it scores")
 
 
 def _micro_batch(config: Config, has_copy: bool) -> None:
@@ -108,11 +124,7 @@ _CRITIC_TOKENS = 32768  # trainer/config/critic/critic.yaml ppo_max_token_len_pe
 
 def _critic(config: Config) -> None:
     """The critic of PPO, which is divided among the same GPUs and has micro-batches and an optimizer of its own."""
-    name = config.text("critic.model.path")
-    if name is not None:
-        trainer.role(config, "value", name, "critic.model.path")
-    if config.value("roles.value.model") is None:
-        config.set("roles.value.model", config.value("model"), why="assumed: as large as the policy")
+    trainer.role(config, "value", config.text("critic.model.path"), "critic.model.path", needed=True)
     length = sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
     rows = (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1)
     key, own = "critic.ppo_micro_batch_size_per_gpu", "critic.use_dynamic_bsz"
@@ -145,8 +157,13 @@ def _rollout(config: Config) -> None:
 
 def _engine(config: Config, engine: str, strategy: str, optim: str) -> None:
     """FSDP among all GPUs, or groups of them, with fp32 shards that are cast to bf16."""
-    world = config.gpus or (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
-    config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
+    launch = config.companions.get("accelerate")  # torchrun's processes, in SFT
+    if launch is not None and "num_processes" in launch.values:
+        trainer.accelerate(config, launch)
+    else:
+        world = (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
+        config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
+    world = config.gpus or config.value("parallelism.world") or 1
     if world > 1:
         config.set("parallelism.strategy", config.text(strategy), strategy)
         group = config.whole(f"{engine}.fsdp_size") or -1

@@ -205,7 +205,7 @@ def picture_of(m: ModelFacts, pixels: int | tuple[int, int] | None) -> Picture:
     if pixels is None and not images.is_fixed:
         raise SpecError(
             f"batch.image_size: the tokens of an image of {m.name or m.model_type} depend on its size; give the pixels "
-            "of a side, or height and width",
+            "of a side, or height and width (--image-size 1024 or 720x1280)",
             "batch.image_size",
         )
     height, width = pixels if isinstance(pixels, tuple) else (pixels or 1, pixels or 1)

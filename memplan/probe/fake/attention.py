@@ -250,7 +250,7 @@ class _FlashAttention3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, *_held = ctx.saved_tensors  # to the end: checkpoints keep no other reference to what they recompute
         batch, rows, heads, width = q.shape
         gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         wide = next((w for w in (64, 96, 128, 192) if width <= w), 256)
@@ -285,7 +285,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, *_held = ctx.saved_tensors  # to the end: checkpoints keep no other reference to what they recompute
         batch, rows, heads, width = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rounded_rows = rows + 128 * ctx.sequences if ctx.sequences else -(-rows // 128) * 128

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.catalogue.quantization.fused_4bit import KernelCard
+from memplan.core.errors import ProbeError
 from memplan.probe.fake import attention, experts, streams
 from memplan.probe.fake import transformers_4 as older
 from memplan.probe.fake.parts import hide_shape_propagation
@@ -213,8 +216,19 @@ def _all_tokens(mask: Any) -> tuple[Any, Any, int]:
     return torch.arange(batch * rows, device=mask.device), lengths, rows
 
 
+def cluster_evenly() -> None:
+    """Let AdaMSS cluster rows without scikit-learn and values: equally many in each cluster."""
+    sys.modules.setdefault("sklearn", module_from_spec(ModuleSpec("sklearn", None)))
+    with contextlib.suppress(ProbeError):  # peft before 0.19
+        layer = library("peft.tuners.adamss.layer")
+        layer.clustering_Z = lambda rows, number, _: ((len(rows), n := min(number, len(rows))), n)  # pyright: ignore
+        layer.seg_locations = lambda of: [torch.arange(i, *of) for i in range(of[1])]  # pyright: ignore
+
+
 def _peft() -> None:
     """Let peft recognise quantised weights without bitsandbytes' classes, which cannot hold fake tensors."""
+    cluster_evenly()
+    torch.random.fork_rng = lambda *_, **__: contextlib.nullcontext()  # pyright: ignore[reportUnknownLambdaType]
     original = library("peft.utils.integrations").dequantize_module_weight
     functional = library("bitsandbytes.functional")
 

@@ -66,6 +66,7 @@ def data_free_kernels() -> dict[Any, Callable[..., Any]]:
         "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
         "aten::masked_scatter_backward": _select_masked,
         "aten::index.Tensor": _rows_of_mask,
+        "aten::index_put_": _put_rows_of_mask,
         "_c10d_functional::wait_tensor": _identity,
         "_c10d_functional::_wrap_tensor_autograd": _alias,
     }
@@ -127,6 +128,12 @@ def _rows_of_mask(values: Any, indices: list[Any]) -> Any:
     rows = torch.empty(*values.shape[: len(before)], _selected(mask), *rest, dtype=values.dtype, device=values.device)
     del positions
     return rows
+
+
+def _put_rows_of_mask(into: Any, indices: list[Any], values: Any, *_: Any) -> Any:
+    """Put values, of which there is one for each position, where a mask selects, with the positions meanwhile."""
+    rows = _rows_of_mask(into, indices) if values.numel() > 1 else NotImplemented
+    return rows if rows is NotImplemented else into
 
 
 def _bound(row: KernelScratch, card: KernelCard) -> Scratch:

@@ -286,6 +286,8 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         **({"modules_to_save": saved} if saved else {}),
     )
     dtype = method.adapter_dtype or "fp32"
+    if method.kind == "xlora":
+        load_no_adapters(model, config)
     try:
         adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
     except ValueError as error:  # targets that are missing, or that peft cannot adapt
@@ -297,9 +299,22 @@ def _adapt(model: Any, run: RunSpec) -> Any:
             module.module_dropout = dict.fromkeys(module.module_dropout, _AboveNothing())
     prefix = getattr(adapted.base_model, "prefix", None)  # a prompt's encoder is in fp32
     for name, parameter in adapted.named_parameters():
-        if prefix is not None and prefix in name and parameter.dtype != DTYPES[dtype]:
+        is_adapter = prefix is not None and f".{prefix}" in name.removeprefix("base_model.lora_model.")  # X-LoRA's
+        if is_adapter and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted
+
+
+def load_no_adapters(model: Any, config: Any) -> None:
+    """Let X-LoRA add adapters with random weights to a model instead of loading them, and set what it demands."""
+
+    def add(lora_model: Any, adapter_name: str, **_: Any) -> None:
+        lora_model.peft_config[adapter_name] = config.lora
+        lora_model.inject_adapter(lora_model.model, adapter_name)
+        lora_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=True)
+
+    library("peft.tuners.xlora.model")._load_adapter_into_lora_model = add
+    config.hidden_size, model.config.use_cache = model.config.get_text_config().hidden_size, False
 
 
 def adapter_config(method: Method, model_type: str, **more: Any) -> Any:
@@ -307,7 +322,14 @@ def adapter_config(method: Method, model_type: str, **more: Any) -> Any:
     peft: Any = library("peft")
     kind = method.kind
     known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind.upper()]] if kind in PEFT_METHODS else peft.LoraConfig
-    return known(**_settings(method, model_type), **more)
+    settings = _settings(method, model_type)
+    if kind != "xlora":
+        return known(**settings, **more)
+    lora = {name: settings.pop(name) for name in ("r", "lora_alpha", "lora_dropout") if name in settings}
+    names = {str(i): "" for i in range(settings.pop("adapters"))}
+    config = known(**settings, adapters=names, task_type=more.pop("task_type", None))
+    config.lora = peft.LoraConfig(**lora, **more)
+    return config
 
 
 def _settings(method: Method, model_type: str) -> dict[str, Any]:
@@ -438,6 +460,8 @@ def _checkpoint(model: Any, reentrant: bool, offload: bool, every: int, selectiv
     if hasattr(base, "activation_checkpointing_enable"):
         more = {**({"offload": True} if offload else {}), **({"every_n_layers": every} if every > 1 else {})}
         base.activation_checkpointing_enable({"use_reentrant": reentrant}, **more)
+        if reentrant:
+            base.enable_input_require_grads()  # transformers itself does it for models that read token ids
         return
     if offload or every > 1:
         field = f"kernels.{'checkpointing' if offload else 'every_n_layers'}"

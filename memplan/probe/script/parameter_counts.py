@@ -21,8 +21,8 @@ def parameters(base: Any) -> tuple[int, int | None]:
     """
     total = in_experts = 0
     for name, parameter in base.named_parameters():
-        *parts, last = name.split(".")  # peft's name of the adapter is also that of copies that modules_to_save trains
-        if "default" in (*parts, last) or last.startswith("adaption_"):
+        parts = name.split(".")  # peft's name of the adapter is also that of copies that modules_to_save trains
+        if not {"default", "lora_A", "lora_B"}.isdisjoint(parts) or parts[-1].startswith("adaption_"):
             continue
         state = getattr(parameter, "quant_state", None)
         shape: Any = state.shape if state is not None else parameter.shape

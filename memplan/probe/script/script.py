@@ -222,7 +222,7 @@ class Script:
             base.config.use_cache = bool(self.run.loop.use_cache)
         if self.run.batch.sees:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])
-        if self.run.method.kind == "multitask_prompt_tuning":
+        if self.run.method.kind in ("multitask_prompt_tuning", "poly"):
             options["task_ids"] = torch.zeros(self.run.batch.micro, dtype=torch.int64, device=self.device)
         if self.run.loop.padded and "input_ids" in inputs:
             mask = torch.ones(inputs["input_ids"].shape, dtype=torch.int64)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.probe.libraries import library
 from memplan.probe.script.model import base_of
 from memplan.probe.script.script import Script
@@ -19,7 +20,7 @@ def run_all(script: Script) -> None:
     """Evaluate, save and merge if the run asks for it, each in its own phase."""
     also = script.run.also
     with script.attention_backend():
-        if also.evaluation is not None:
+        if also.evaluation is not None and not TRAINERS[script.run.trainer].own_loop:  # which evaluates in its steps
             evaluate(script, also.evaluation)
         if also.saving is not None:
             save(script)

@@ -20,11 +20,9 @@ from memplan.probe.fake import kernels
 from memplan.probe.libraries import library
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
-from memplan.probe.script.trl_trainers import TrainerScript, always, trainer_module, trainer_of
+from memplan.probe.script.trl_trainers import TrainerScript, always, fused_loss, trainer_module, trainer_of
 from memplan.resolve.roles import scoring_run
 from memplan.spec.run import RunSpec
-
-_LIGER = {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "rms_norm", "swiglu"), False)}
 
 
 def _let_go(*_: Any) -> None:
@@ -139,7 +137,7 @@ class GenerationScript(TrainerScript):
             "num_generations": run.batch.generations,
             "gradient_accumulation_steps": run.batch.accumulation,
             "beta": 0.0 if reference == "none" else 0.05,
-            **(_LIGER if run.kernels.loss == "fused" else {}),
+            **fused_loss(run, config),
         }
 
     def _batch(self) -> tuple[Any, int]:

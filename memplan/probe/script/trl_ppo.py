@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class PPOScript(GenerationScript):
     def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
         self._open: AbstractContextManager[None] | None = None
         self._logits: Any = None
+        self._evaluates = False
         TrainerScript.__init__(self, run, device, phase)
         self.counted = self._all_counted()
         self._generate_longest()
@@ -44,6 +46,8 @@ class PPOScript(GenerationScript):
         self._begin(trainer.optimizer, "step", lambda *_: "step")
         self._begin(trainer.optimizer, "zero_grad", after="metrics")
         trainer._save_checkpoint = trainer.log = always(None)
+        if run.also.evaluation is not None:
+            self._evaluate(run.also.evaluation.micro)
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         """Return the trainer. TRL 0.24 makes a tensor of the time, on the device, which has no data."""
@@ -78,15 +82,34 @@ class PPOScript(GenerationScript):
 
         setattr(owner, function, begun)
 
+    def _evaluate(self, rows: int) -> None:
+        """Give the trainer an evaluation batch, whose texts and scores nothing reads."""
+        module, trainer = trainer_module(self.run), self.trainer
+        generate, gather = trainer.generate_completions, trainer.accelerator.gather_for_metrics
+        scores = SimpleNamespace(float=lambda: SimpleNamespace(cpu=lambda: SimpleNamespace(numpy=always([]))))
+
+        def generated(*args: Any, **kwargs: Any) -> None:
+            self._evaluates, trainer.accelerator.gather_for_metrics = True, always(scores)
+            generate(*args, **kwargs)
+            self._evaluates, trainer.accelerator.gather_for_metrics = False, gather
+
+        trainer.generate_completions = generated
+        trainer.processing_class.batch_decode = always([])
+        module.print_rich_table = always(None)
+        prompts = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
+        trainer.eval_dataset = trainer.eval_dataloader = [{"input_ids": prompts}]
+        self._begin(trainer, "generate_completions", always("eval"), after="metrics")
+
     def _scoring(self, model: Any, *_: Any) -> str:
-        return "reward" if model is self.trainer.reward_model else "rollout"
+        return "eval" if self._evaluates else "reward" if model is self.trainer.reward_model else "rollout"
 
     def _kept(self, generate: Any) -> Any:
         """Keep the logits that were generated until the next ones are, as a variable of the trainer's loop does."""
 
         def generated(*args: Any) -> Any:
             made = generate(*args)
-            self._logits = made[1]
+            if not self._evaluates:
+                self._logits = made[1]
             return made
 
         return generated
@@ -117,7 +140,7 @@ class PPOScript(GenerationScript):
             "response_length": run.batch.new_tokens,
             "gradient_accumulation_steps": run.batch.accumulation,
             "num_ppo_epochs": 1,
-            "num_sample_generations": 0,
+            "num_sample_generations": int(run.also.evaluation is not None),
             "total_episodes": run.batch.micro * run.batch.accumulation,
         }
 

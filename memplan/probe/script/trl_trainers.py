@@ -28,6 +28,7 @@ from memplan.probe.script.packed_batches import PackedBatch, packed_batch
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.roles import fields_of_role
 from memplan.spec.generation import InlineModel
+from memplan.spec.roles import RoleModel
 from memplan.spec.run import RunSpec
 
 
@@ -49,7 +50,7 @@ _CPO = ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer")
 TRAINERS = {
     "sft": TrlTrainer("SFT", ("trl.trainer.sft_trainer",), (("dataset_kwargs", {"skip_prepare_dataset": True}),)),
     "dpo": TrlTrainer("DPO", ("trl.trainer.dpo_trainer",)),
-    "kto": TrlTrainer("KTO", ("trl.trainer.kto_trainer",)),
+    "kto": TrlTrainer("KTO", ("trl.experimental.kto.kto_trainer", "trl.trainer.kto_trainer")),
     "reward": TrlTrainer("Reward", ("trl.trainer.reward_trainer",)),
     "orpo": TrlTrainer("ORPO", ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer")),
     "cpo": TrlTrainer("CPO", _CPO),
@@ -116,6 +117,15 @@ def _set(owner: Any, values: dict[str, Any]) -> None:
         setattr(owner, name, value)
 
 
+def fused_loss(run: RunSpec, config: Any) -> dict[str, Any]:
+    """Return the options of a trainer's config for Liger's loss, without Liger's layers, if the run has it."""
+    if run.kernels.loss != "fused":
+        return {}
+    if hasattr(config, "use_liger_loss"):  # TRL 0.24
+        return {"use_liger_loss": True}
+    return {"use_liger_kernel": True, "liger_kernel_config": dict.fromkeys(("rope", "rms_norm", "swiglu"), False)}
+
+
 @contextmanager
 def _without_triton() -> Generator[None]:
     """Let a module with Triton kernels be imported where Triton is not installed."""
@@ -146,17 +156,23 @@ def prepared(run: RunSpec) -> Generator[None]:
 
     from memplan.probe.fake import tracker
     from memplan.probe.fake.kernels import selections
+    from memplan.probe.script.trl_losses import compiled_pair
 
     def half_of(labels: Any, **_: Any) -> Any:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
         return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
+
+    def of_all(mask: Any, **_: Any) -> Any:
+        """Return indices of a mask's positions: where TRL 0.24 asks in which of a row the rejected sequences begin."""
+        return tuple(torch.zeros(mask.numel(), dtype=torch.int64, device=mask.device) for _ in mask.shape)
 
     def without_gradients(*_: Any) -> Any:
         """Stand in for inference mode, in which no tensor can be fake."""
         return torch.no_grad()
 
     owners: dict[Any, dict[str, Any]] = {
-        torch: {"nonzero": half_of, "inference_mode": without_gradients},
+        torch: {"nonzero": half_of, "inference_mode": without_gradients, "compile": compiled_pair},
+        torch.Tensor: {"nonzero": of_all},
         torch.cuda: {
             "device_count": always(1),
             "set_device": always(None),
@@ -292,8 +308,7 @@ class TrainerScript:
         for role, other in run.roles.named:
             if role == "reward" or other.location == "server":
                 continue
-            update = {"model": other.model, **fields_of_role(self.run.precision, other)}
-            others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
+            others[f"{role}_model"] = self._other(run, other)
         return kind(
             model=model,
             args=arguments,
@@ -312,6 +327,7 @@ class TrainerScript:
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        precomputes |= fused_loss(run, getattr(trainer_module(run), f"{trainer_of(run).name}Config"))
         if run.parallelism.offload.activations:
             precomputes["activation_offloading"] = True
         if run.batch.packing == "padding_free":
@@ -354,6 +370,11 @@ class TrainerScript:
             return self._built(run)
 
         return built
+
+    def _other(self, run: RunSpec, other: RoleModel) -> Any:
+        """Return another model of the run's step."""
+        update = {"model": other.model, **fields_of_role(run.precision, other)}
+        return self._built(run.model_copy(update=update))
 
     def _built(self, run: RunSpec) -> Any:
         """Return the run's model on the device."""
@@ -454,7 +475,7 @@ class TrainerScript:
             return {f"{name}input_ids": part, f"{name}attention_mask": torch.ones_like(part)}
 
         packed = packed_batch(self.run)
-        if packed is not None:
+        if packed is not None and self.run.trainer == "sft":
             return self._packed_inputs(packed), packed.rows * (packed.tokens - 1)
         if self.run.trainer in ("sft", "gkd"):
             inputs = masked("", micro, tokens)

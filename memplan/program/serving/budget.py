@@ -80,9 +80,10 @@ class Budget(NamedTuple):
     @property
     def room(self) -> int:
         """Bytes of the pool beyond what the run's requests need. Negative if they do not fit, or if a step does not fit
-        in the bytes set aside for it."""
+        in the bytes set aside for it, or if TGI's warm-up does not fit."""
         s = self.settings
-        room = self.available - self.pool.needs(s.context, s.batch)
+        least = _warm_up_cache(s) if s.engine.kind == "tgi" and s.gpu else 0
+        room = self.available - max(least, self.pool.needs(s.context, s.batch))
         return room if self.aside is None else min(room, self.aside - self.step.bytes - self.graphs.usual)
 
 
@@ -126,6 +127,10 @@ def _divided(s: Settings, total: int | None, level: str) -> Budget:
     else:
         taken, available = _left(s, total, before, parameters, step.bytes, aside)
     pool = pool_of(s, available)
+    # TGI 3.3.7 models/flash_causal_lm.py warmup logs that a graph finds no memory, and goes on without it
+    if s.engine.kind == "tgi" and total is not None:
+        left = max(0, total - before - parameters - step.bytes - pool.bytes)
+        graphs = graphs._replace(**{each: min(left, getattr(graphs, each)) for each in ("low", "usual", "high")})
     result = Budget(s, taken, weights, step, decoding, graphs, kernels, context, ranks, available, pool)
     if s.engine.kind == "sglang" and total is not None:
         return result._replace(aside=total - before - taken)
@@ -223,7 +228,7 @@ def _card_for(b: Budget, level: str) -> int:
                 total = max(total, before + (step + graphs) / (1 - share))
         case "tgi":
             warm_up = _warm_up_cache(s)
-            pool = warm_up + Fraction((needs - warm_up) * 1000, s.behaviour.pool_share)
+            pool = warm_up + Fraction(max(0, needs - warm_up) * 1000, s.behaviour.pool_share)
             total = (before + b.parameters + step + aside + pool) / share
         case _:
             total = Fraction(before + b.parameters + step + needs)

@@ -142,6 +142,12 @@ def _outside_root(graph: Graph, ranks: Ranks) -> dict[str, str]:
     stems = {name: BEFORE for name in before if stem and name.startswith(stem)}
     if ranks.row.flat:
         return stems
+    if ranks.splits_trained_tables:
+        ends = [
+            w for op in (*outside(stack)[0], *stack.after, *stack.loss) for w in op.weights if w.trains and not tied
+        ]
+        heads = {w.name: AFTER for w in ends if w.group == "lm_head"}
+        return {**stems, **heads, **{w.name: BEFORE for w in ends if w.name in table}}
     tail_unit, table_unit = TIED if tied else AFTER, TIED if tied or shared_tables(graph) else BEFORE
     return {**stems, **dict.fromkeys(tail, tail_unit), **dict.fromkeys(table, table_unit)}
 

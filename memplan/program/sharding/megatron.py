@@ -51,7 +51,7 @@ def buffers(graph: Graph, ranks: Ranks) -> tuple[Buffer, ...]:
     trained = [w for w in in_order(graph) if w.trains]
     groups = [("", trained, ranks.world)]
     if ranks.experts:
-        others, experts = [w for w in trained if not w.chosen], [w for w in trained if w.chosen]
+        others, experts = ([w for w in trained if w.name.startswith("mlp.experts.") is own] for own in (False, True))
         groups = [("", others, ranks.world), (" of experts", experts, ranks.experts)]
     out: list[Buffer] = []
     for what, weights, replicas in groups:

@@ -72,7 +72,7 @@ def replay_steps(
         aside(allocator)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=160)  # a scheduler's 50 models by three methods, and some
 @once
 @without_collection
 def steps_of(structure: Structure) -> SizedEvents:

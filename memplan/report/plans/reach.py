@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
@@ -44,7 +45,8 @@ class ReachReport(NamedTuple):
         if reach.answer is None:
             yield Text(f"{_NONE[reach.axis].capitalize()} fits{where}.", "bold red")
             if reach.beyond is not None:
-                yield Text(f"The nearest: {_next(reach)} {_missed(reach.beyond)}.")
+                why = printable(reach.beyond.verdict.reason or "")
+                yield Text(f"The nearest: {_next(reach)} {_missed(reach.beyond)}{why and f': {why}'}.")
             return
         yield Text(f"at most {value(reach)}{where}: {state(reach.answer)}", f"bold {words.colour(reach.answer)}")
         yield Text(f"Limited by {limit_text(reach)}.")
@@ -137,6 +139,8 @@ def _next(reach: Reach) -> str:
 def _missed(answer: Estimate) -> str:
     headroom = answer.verdict.headroom or 0
     by = f"{gib(headroom)} free" if headroom >= 0 else f"{gib(-headroom)} too much"
+    if answer.verdict.reason:
+        return "would not start"
     would = {"does not fit": "not fit", "tight": "be tight"}.get(str(answer.verdict.answer), "fit")
     return f"would {would}, {by}"
 

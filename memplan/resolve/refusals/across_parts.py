@@ -45,7 +45,8 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     if not is_default(run, "serving") and run.rollout != "colocate":
         hint = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
         hint += "; --rank sets that of an adapter that trains" if run.serving.lora_rank is not None else ""
-        hint += "; profiles of engines are vllm, sglang, tgi and llama.cpp"
+        engines = "profiles of engines are vllm, sglang, tgi and llama.cpp"
+        hint += "; for vLLM on the same GPU use --rollout colocate" if generates else f"; {engines}"
         yield refused("serving", f"only applies to serving engines, not {run.profile}{hint}")
     if not is_default(run, "parallelism"):
         yield from parallelism(run.parallelism)

@@ -41,13 +41,7 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
     if r.model.objective == "causal_lm":
         return
     yield from model_classes(r)
-    reads_pixels = r.model.only_sequence is not None and not r.model.is_encoder_decoder
     is_reentrant = r.kernels.reentrant and r.kernels.checkpointing != "none"
-    if reads_pixels and r.method.kind in ADAPTERS and is_reentrant:
-        yield refused(
-            "kernels.reentrant",
-            f"nothing that the layers of {r.name} read requires a gradient, so torch would train no adapter; use false",
-        )
     if r.model.family.training.shares_a_graph and is_reentrant and r.method.kind == "full":
         yield refused(
             "kernels.reentrant",

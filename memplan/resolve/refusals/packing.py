@@ -21,7 +21,7 @@ def packed_batch(r: OpenRun) -> Iterator[SpecError]:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).attention.packing]
         own = f"it has {', '.join(attention.packing)}" if attention.packing else f"use {' or '.join(having[:3])}"
         yield refused(_FIELD, f"{title} does not have {name}; {own}")
-    if r.trainer != "sft":
+    if r.trainer != "sft" and (r.trainer, r.library.trainer.log_probs) != ("gkd", "rolled"):
         yield from _of_trainer(r, title)
     if not is_flash and name not in attention.packs_without_flash:
         yield refused("kernels.attention", f"{title} needs flash attention for {name}; use flash_attention_2")
@@ -41,7 +41,8 @@ def packed_batch(r: OpenRun) -> Iterator[SpecError]:
 
 
 def _of_trainer(r: OpenRun, title: str) -> Iterator[SpecError]:
-    if r.trainer == "dpo" and r.library.trainer.log_probs == "joined":
-        yield not_yet_with(_FIELD, f"trainer dpo and {r.profile}", "trainer sft")
-    ignored = "ignores padding_free and pads" if r.trainer == "dpo" else "pads"
+    joins = r.trainer == "dpo" and r.library.trainer.log_probs == "joined"
+    if joins and r.batch_facts.packing == "padding_free" and r.kernels.loss != "fused":
+        return  # trl 0.24.0 trainer/dpo_trainer.py concatenated_forward
+    ignored = "ignores padding_free and pads" if r.trainer == "dpo" and not joins else "pads"
     yield refused(_FIELD, f"{r.trainer} of {title} {ignored} its batches; leave it out")

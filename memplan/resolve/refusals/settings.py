@@ -9,7 +9,7 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, filled_options
+from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, computes_again, filled_options
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.base import LARGEST
@@ -59,11 +59,10 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
             f"peft's copies of the norms are in {method.adapter_dtype}, and layers in {p.weights} cannot read their "
             f"output; use autocast, or adapters in {p.weights}",
         )
-    if method.has_prefix:
-        if kernels.checkpointing != "none":
-            yield refused("kernels.checkpointing", f"peft refuses {method.kind} with checkpointing; use none")
-        if not r.library.generation.further_caches:
-            yield refused("method.kind", f"{method.kind} is not supported yet with {r.profile}; use transformers-5")
+    if not computes_again(method.kind) and kernels.checkpointing != "none":
+        yield refused("kernels.checkpointing", f"peft's {method.kind} fails with checkpointing; use none")
+    if method.has_prefix and not r.library.generation.further_caches:
+        yield refused("method.kind", f"{method.kind} is not supported yet with {r.profile}; use transformers-5")
     if method.kind in PEFT_METHODS and not r.trains:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)

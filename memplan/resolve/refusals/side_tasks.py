@@ -31,8 +31,9 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
         yield not_yet_with("also.evaluation.kept_batches", f"tp {tp}", "0")
     if graph.code != "transformers" or degrees.style != "transformers" or graph.model.is_megatron:
         yield refused("also", f"is not supported yet with {run.profile}")
-    if TRAINERS[run.trainer].own_loop:
-        yield not_yet_with("also", f"trainer {run.trainer}", "the steps alone")
+    for part in ("saving", "merging") if TRAINERS[run.trainer].own_loop else ():
+        if getattr(also, part) is not None:
+            yield not_yet_with(f"also.{part}", f"trainer {run.trainer}", "also.evaluation")
     if also.evaluation is not None:
         yield from _evaluation(run, also.evaluation)
     if also.merging is not None:

@@ -16,7 +16,9 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "kernel", "gathered", "rolled"), "distill": ("tiled",)}
+_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
+
+_COPYING = ("kto", "trl-1.6")  # trl 1.6.0 experimental/kto/kto_trainer.py copies the logits of all, and of either half
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -28,7 +30,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     log_probs = run.library.trainer.log_probs
-    if log_probs not in _LOG_PROBS.get(name, (log_probs,)):
+    if (name, run.profile) == _COPYING or log_probs not in _LOG_PROBS.get(name, (log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if facts.least > 1 and run.batch_facts.is_single_sequence and not run.library.trainer.takes_one:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
@@ -70,7 +72,8 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for other models that the trainer's step does not have, or not where they are."""
     for role, other in run.roles.named:
         if role not in _ROLES:
-            yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
+            kinds = "--reference copy, adapters or precomputed; or of a teacher, reward or value model"
+            yield refused(f"roles.{role}", f"a checkpoint of its own is not supported yet; supported: {kinds}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
         elif role == "value" and other.location == "server" and role in TRAINERS[run.trainer].models:
@@ -142,7 +145,9 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
     loss = defaults_of(run.library, name).kernels_loss
-    losses = (loss, "fused") if name == "grpo" and run.library.trainer.fused_gradients else (loss,)
+    behaviour, is_fused = run.library.trainer, run.kernels.loss == "fused"
+    recomputes = behaviour.fused_gradients == "recomputed"
+    losses = (loss, "fused") if behaviour.fused_gradients and name in behaviour.fused_trainers else (loss,)
     if run.kernels.loss not in (None, *losses):
         yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", ", ".join(losses))
     if "cross_entropy" in (run.kernels.fused or ()):
@@ -151,9 +156,24 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
         yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     # FSDP's traces with adapters fail where checkpoints are computed again; ZeRO 3 gathers the head for the loss
-    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS else FSDP))
-    if name == "grpo" and run.kernels.loss == "fused" and p.world > 1 and p.strategy not in strategies:
+    strategies = (*WHOLE_WEIGHTS, *(() if run.method.kind in ADAPTERS or name != "grpo" or recomputes else FSDP))
+    heads = {"lm_head", "embed_tokens"}.intersection(run.method.modules_to_save or ())
+    if behaviour.log_probs == "chunked" and (heads or run.method.kind not in ADAPTERS):
+        yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
+    if is_fused and run.reference == "precomputed" and not recomputes:
+        yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
+    if is_fused and name == "dpo" and run.method.kind in ADAPTERS:
+        if behaviour.log_probs == "joined":
+            text = "TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail; use hf"
+            yield refused("kernels.loss", text)
+        elif run.profile == "trl-1.6":  # trl 1.6.0, 1.7.0 trainer/dpo_trainer.py __init__ raise it, 1.8.0 does not
+            yield refused("kernels.loss", "TRL 1.6 and 1.7 have Liger's loss without adapters; use hf, or trl-1.10")
+    if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
+    if name == "gkd" and p.world > 1 and p.strategy in FSDP and run.library.trainer.log_probs == "rolled":
+        yield not_yet_with(
+            "parallelism.strategy", f"trainer gkd and {run.profile}, whose teacher FSDP divides", "zero3"
+        )
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:

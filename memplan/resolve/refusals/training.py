@@ -15,6 +15,7 @@ from memplan.catalogue.parallelism.sharding import (
 )
 from memplan.core.errors import SpecError, refused
 from memplan.models.configs import families
+from memplan.models.configs.megatron import groups_products
 from memplan.models.peft_methods import BITSANDBYTES
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
@@ -51,9 +52,8 @@ _ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 def runs_in_megatron(r: OpenRun) -> bool:
     """Return whether Megatron-core can train a model of another family so, given that it has layers for it."""
-    m, p = r.method, r.parallelism
-    adapts = m.kind == "lora" and "E" not in r.model.axes() and p.tp == 1 and _adapts_megatron_layers(r)
-    return not r.precision.autocast and (m.kind == "full" or adapts)
+    kind = r.method.kind
+    return not r.precision.autocast and (kind == "full" or (kind == "lora" and _adapts_megatron_layers(r)))
 
 
 def _adapts_megatron_layers(r: OpenRun) -> bool:
@@ -66,9 +66,15 @@ def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     method, kernels = r.method, r.kernels
     if r.profile != "megatron-core":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
-    if method.kind not in ("full", "lora") or (method.kind == "lora" and megatron.has_experts(r.model)):
-        also = "" if megatron.has_experts(r.model) else ", lora"
-        yield not_yet("method.kind", method.kind, f"full{also} with Megatron-core's layers")
+    if method.kind not in ("full", "lora"):
+        yield not_yet("method.kind", method.kind, "full, lora with Megatron-core's layers")
+    p = r.parallelism
+    if method.kind == "lora" and megatron.has_experts(r.model) and not groups_products(r.model):
+        yield not_yet("method.kind", "lora", "full with Megatron-core's layers and moe_grouped_gemm false")
+    if method.kind == "lora" and p.tp == 1 and p.etp not in (None, 1):
+        yield not_yet("parallelism.etp", p.etp, "1 with adapters of Megatron-core's layers and tp 1")
+    if method.kind == "lora" and method.rank % max(p.tp, p.etp or 1):
+        yield refused("method.rank", f"{method.rank} is not divided by tp {p.tp} or etp {p.etp or p.tp}")
     if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or method.dropout):
         field = "modules_to_save" if method.modules_to_save else "dropout" if method.dropout else "targets"
         known = {"targets": f"all-linear, {', '.join(_ADAPTED)}", "dropout": "0"}.get(field, "none")
@@ -319,7 +325,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         )
     if style == "litgpt" and r.trains:
         yield refused("parallelism.tp", f"profile {r.profile} only supports {p.tp} for generation")
-    if style in ("megatron", "torchtitan", "litgpt") and method.kind != "full":
+    if style in ("megatron", "torchtitan", "litgpt") and method.kind != "full" and not r.is_megatron_model:
         yield not_yet("method.kind", method.kind, f"full with tensor parallelism and profile {r.profile}")
     if style == "megatron":
         if p.dp > 1 and not r.is_megatron_model:
