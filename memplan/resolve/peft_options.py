@@ -49,7 +49,8 @@ def token_indices(field: str, value: Any) -> Iterator[SpecError]:
     """Yield an error for what is not a list of token numbers."""
     numbers = cast(tuple[Any, ...], value if isinstance(value, tuple) else ())
     if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in numbers):
-        shown = "must be given" if value is None else f"must be a list of whole numbers, not {value!r:.40}"
+        given = "must be given (--peft-options token_indices=[5,6])"
+        shown = given if value is None else f"must be a list of whole numbers, not {value!r:.40}"
         yield refused(field, f"{shown}: the numbers of the tokens whose embeddings train")
     elif len(set(numbers)) < len(numbers):
         yield refused(field, "names a token twice")

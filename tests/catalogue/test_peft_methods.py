@@ -251,7 +251,10 @@ REFUSED = [
     ({"kind": "p_tuning", "options": {"num_virtual_tokens": 0}}, "must be a whole number above 0, not 0"),
     ({"kind": "prompt_tuning", "targets": ["q_proj"], "options": {"num_virtual_tokens": 4}}, "adapts no linear layer"),
     ({"kind": "prefix_tuning"}, "num_virtual_tokens: must be given"),
-    ({"kind": "adaption_prompt", "options": {"adapter_len": 4}}, "adapter_layers: must be given: the number of layers"),
+    (
+        {"kind": "adaption_prompt", "options": {"adapter_len": 4}},
+        "adapter_layers: must be given (--peft-options adapter_layers=8): the number of layers",
+    ),
     (
         {"kind": "adaption_prompt", "options": {"adapter_len": 4, "adapter_layers": 1}},
         "adaption_prompt is counted for llama, mistral, not for qwen2",
@@ -279,7 +282,10 @@ REFUSED = [
     ({"kind": "trainable_tokens"}, "token_indices: must be given"),
     ({"kind": "trainable_tokens", "options": {"token_indices": [1, 1]}}, "names a token twice"),
     ({"kind": "lora", "options": {"trainable_token_indices": "1"}}, "must be numbers of tokens, not '1'"),
-    ({"kind": "xlora"}, "method.options.adapters: must be given: a whole number from 1 to 256"),
+    (
+        {"kind": "xlora"},
+        "method.options.adapters: must be given (--peft-options adapters=4): a whole number from 1 to 256",
+    ),
     ({"kind": "adamss", "options": {"num_subspaces": 10**9}}, "num_subspaces: must be a whole number from 1 to 256"),
     ({"kind": "ln_tuning"}, "copies of the norms are in fp32, and layers in bf16 cannot read their output"),
     ({"kind": "ia3", "targets": ["q_prj"]}, "unknown name 'q_prj'; did you mean q_proj"),

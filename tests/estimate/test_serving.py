@@ -282,6 +282,12 @@ def test_the_ledger_sums_and_the_answer_matches_its_schema() -> None:
             assert read.model_dump()["serving"]["tokens"] == answer.serving["tokens"]  # type: ignore[index]
 
 
+def test_tgi_does_not_fit_where_its_warm_up_does_not() -> None:
+    """TGI 3.3.7 models/flash_causal_lm.py warmup: not enough memory to handle the prefill tokens."""
+    assert estimate(run_of("mistral-7b-v0.3", "tgi-3", "t4", sequence=128)).verdict.answer == "does not fit"
+    assert estimate(run_of("mistral-7b-v0.3", "tgi-3", "a10", sequence=128)).verdict.answer != "does not fit"
+
+
 def test_tgi_keeps_the_tokens_that_it_measured_with() -> None:
     """Llama 3 8B on an H100: a cache of 4,096 tokens, plus 0.9 of the memory that is then free."""
     s = resolve_serving(run_of("llama-3-8b", "tgi-3"))

@@ -135,7 +135,9 @@ def count(layer: Wrapped, setting: str) -> int:
     """Return a setting that is a number of parts. Raises SpecError."""
     value = layer.options[setting]
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
-        must, told = ("be given:", "") if value is None else ("be", f", not {value!r:.40}")
+        must, told = (
+            (f"be given (--peft-options {setting}=4):", "") if value is None else ("be", f", not {value!r:.40}")
+        )
         raise refused(f"method.options.{setting}", f"must {must} a whole number from 1 to {_MOST}{told}")
     return value
 

@@ -141,7 +141,8 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for name in _REQUIRED.get(row.on, ()):
         value = m.options.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            shown = "must be given" if value is None else f"must be a whole number above 0, not {value!r:.40}"
+            given = f"must be given (--peft-options {name}=8)"
+            shown = given if value is None else f"must be a whole number above 0, not {value!r:.40}"
             what = "layers" if name == "adapter_layers" else "tokens"
             yield refused(f"method.options.{name}", f"{shown}: the number of {what} that {m.kind} trains")
     for name, value in m.options.items():
