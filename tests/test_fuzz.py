@@ -48,6 +48,7 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     ),
     ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
     ("runs", {"task": "generate", "profile": "tgi-3", "gpu": "rtx-2080-super", "model": "qwen2-vl-2b"}),
+    ("runs", {"model": "gemma-3-4b", "parallelism": {"tp": 2}, "optimizer": {"name": "x" * 3000}}),  # said in full
     ("configs", {"config": {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": 1}, "run": {}}),
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),

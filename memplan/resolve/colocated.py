@@ -23,7 +23,7 @@ from memplan.spec.serving import Serving
 
 ENGINE = "vllm-0.33"
 _SOURCE = "trl 1.16.0 generation/vllm_generation.py _init_vllm"
-_SHARE, _STEP_TOKENS = 0.3, 4096  # trl 1.16.0 trainer/grpo_config.py vllm_gpu_memory_utilization; _SOURCE
+_STEP_TOKENS = 4096  # _SOURCE
 
 
 def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
@@ -37,12 +37,12 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
     ranks = s.tensor_parallel or 1
     if world % ranks:
         raise refused("serving.tensor_parallel", f"{ranks} does not divide the GPUs that train, {world}; set --gpus")
-    requests = batch.micro * batch.accumulation * ranks
+    requests, own = batch.micro * batch.accumulation * ranks, library_behaviour(run.profile, "", False).trainer
     serving = {
-        "memory_utilization": s.memory_utilization or _SHARE,
+        "memory_utilization": s.memory_utilization or own.engine_share,
         "max_num_seqs": s.max_num_seqs or requests,
         "max_num_batched_tokens": s.max_num_batched_tokens or _STEP_TOKENS,
-        "max_model_len": s.max_model_len or (batch.tokens if run.profile == "trl-0.24" else None),
+        "max_model_len": s.max_model_len or (batch.tokens if own.engine_is_short else None),
         **dict.fromkeys(("sleep", "tensor_parallel", "trainer_offload")),
     }
     quantization = run.method.quantization  # bitsandbytes' 4 bits, in vLLM too

@@ -243,7 +243,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "rollout": Option(
             "rollout",
             "What generates with --trainer grpo, rloo or distill: {choices}. colocate is vLLM with a share of --gpu "
-            "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
+            "(--gpu-memory-utilization, 0.3, or Unsloth's 0.5), server one on other GPUs.",
         ),
         "sleep": Option("serving.sleep", "--rollout colocate: vLLM frees weights and cache while the step trains."),
         "generations": Option(

@@ -164,6 +164,7 @@ def test_a_quantised_repository_of_llama_cpp_names_the_format() -> None:
 LEFT_OUT = {
     f"{VLLM} --cpu-offload-gb 4": "cpu_offload_gb (vllm serve): weights or caches on the host, not supported yet",
     f"{VLLM} --max-modle-len 4": "max_modle_len (vllm serve): unknown key of vLLM; did you mean max_model_len?",
+    f"{VLLM} --gpu l4": "gpu (vllm serve): unknown key of vLLM; memplan's own --gpu stands in front of --",
     f"{VLLM} --quantization made-up": "quantization (vllm serve): 'made-up': the weights are counted as the checkpoint",
     f"{SGLANG} --max-total-tokens 9": "max_total_tokens (sglang.launch_server): the pool's size, not supported yet",
     f"{LLAMA_CPP} -ctk q8_0 -ctv f16": "cache_type_k (llama-server): differs from cache_type_v",

@@ -240,6 +240,8 @@ class TrainerBehaviour(NamedTuple):
     fused_trainers     trainers that have such a loss
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
+    engine_share       share of the GPU that this engine takes by default
+    engine_is_short    it serves by default no more tokens than a prompt and its completion have
     copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
     """
 
@@ -259,6 +261,8 @@ class TrainerBehaviour(NamedTuple):
     fused_trainers: tuple[str, ...]
     reward_caches: bool
     shares_weights: bool
+    engine_share: float
+    engine_is_short: bool
     copies_adapters: bool
 
 

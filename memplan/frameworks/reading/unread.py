@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from memplan.core.errors import misspelt
 from memplan.frameworks.reading.config import Config, Unread, defaults_of
 from memplan.frameworks.reading.run_format import RunFormat
+from memplan.spec.options import FIELDS, flag
 
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
@@ -30,8 +31,11 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
                 continue
             start, dot, last = name.rpartition(".")
             near = misspelt(last, [key[len(start + dot) :] for key in known if key.rpartition(".")[0] == start])
-            hint = f"; did you mean {start}{dot}{near}?" if near else ""
-            yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
+            where = config.document.where(path)
+            is_own = name in FIELDS and not by_line(where)[1]  # of a command that is typed
+            own = f"; memplan's own {flag(name)} stands in front of --" if is_own else ""
+            hint = f"; did you mean {start}{dot}{near}?" if near and not own else own
+            yield Unread(where, path, f"unknown key of {form.title}{hint}")
 
 
 def by_line(where: str) -> tuple[str, int]:

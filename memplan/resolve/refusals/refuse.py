@@ -16,7 +16,7 @@ def refuse(*concerns: Iterable[SpecError]) -> None:
 
 def not_yet(field: str, value: object, supported: str) -> SpecError:
     """Return the error that a field's value is not supported yet."""
-    shown = "true" if value is True else repr(value)
+    shown = "true" if value is True else f"{value!r:.120}"
     return refused(field, f"{shown} is not supported yet; supported: {supported}")
 
 
