@@ -45,7 +45,7 @@ from memplan.resolve.ranks import NOT_ITS_CODE, divide_ranks, note_sharding, set
 from memplan.resolve.refusals import packing, trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
-from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.refuse import not_yet_with, refuse
 from memplan.resolve.refusals.settings import optimizer_offload, settings
 from memplan.resolve.roles import step_precision
 from memplan.spec.base import Part
@@ -485,6 +485,11 @@ def _check_optimizer(run: OpenTraining) -> None:
         )
     if run.batch_facts.accumulates and optimizer.in_backward:
         raise refused("optimizer.in_backward", "needs batch.accumulation 1")
+    # bitsandbytes 0.50 optim/optimizer.py check_overrides: one manager keeps by index what embeddings have, and all of
+    # these optimizers have one parameter: after the decoder's embeddings the encoder's states are in 32 bits
+    is_mixed = spares_embeddings(name) and trains_embeddings and run.model.is_encoder_decoder
+    if optimizer.in_backward and run.loop.trainer and is_mixed:
+        raise not_yet_with("optimizer.in_backward", f"{name} and an encoder-decoder", "false")
     if run.batch_facts.accumulates and name.endswith("_layerwise"):
         field = "batch.accumulation"
         raise refused(field, f"{name} steps in backward, so transformers' Trainer only accepts 1")

@@ -95,6 +95,17 @@ def test_each_layer_that_is_not_checkpointed_takes_more() -> None:
     assert peaks[-1] < none.bytes.allocated
 
 
+def test_eight_bit_states_of_an_encoder_decoder_in_backward_are_refused() -> None:
+    run: dict[str, Any] = {
+        "model": "t5-base",
+        "loop": {"trainer": True},
+        "optimizer": {"name": "adamw_8bit", "in_backward": True},
+    }
+    assert refused(**run).field == "optimizer.in_backward"
+    estimate(RunSpec(**{**run, "method": "lora"}))  # trains no embedding
+    estimate(RunSpec(**{**run, "model": "qwen2-0.5b"}))  # whose embeddings step last
+
+
 def test_reentrant_checkpoints_that_share_a_graph_are_refused() -> None:
     """torch: "Trying to backward through the graph a second time", in every layer but the last."""
     run: dict[str, Any] = {"model": "deberta-v3-base", "kernels": {"reentrant": True}, "batch": {"sequence": 64}}
