@@ -1,7 +1,9 @@
 """Machines of clouds by their types: which GPUs they have, and how much host memory.
 
-As AWS, Google Cloud, Azure and Oracle list their types with GPUs; AWS's up to g5 and p5 as in torchx 0.7.0
-specs/named_resources_aws.py, Oracle's older ones as in skypilot-org/skypilot-catalog catalogs/v6/oci/vms.csv.
+Compared with a published list: AWS's p3, p4, p5.48xlarge, g4dn and g5 (torchx 0.7.0 specs/named_resources_aws.py) and
+g6e (torchx pull request 969); Oracle's with A10, V100 and A100 (skypilot-org/skypilot-catalog catalogs/v6/oci/vms.csv);
+a2-highgpu-1g and -2g, a2-ultragpu-1g and a3-highgpu-8g (catalogs/v8/gcp); Azure's with A10 and H100, ND96isr_H200_v5
+and ND96asr_v4 (microsoft/aspire AksNodeVmSizes.cs). The others are assumed, as the clouds are known to describe them.
 """
 
 from __future__ import annotations

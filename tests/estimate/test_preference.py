@@ -253,11 +253,11 @@ def test_a_reward_models_head_is_a_score() -> None:
         ),
         (
             {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-0.24", "method": "lora"},
-            "kernels.loss: TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail",
+            "kernels.loss: trl-0.24's DPO fails with Liger's loss and adapters; use hf, or trl-1.10",
         ),
         (
             {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.6", "method": "lora"},
-            "kernels.loss: TRL 1.6 and 1.7 have Liger's loss without adapters; use hf, or trl-1.10",
+            "kernels.loss: trl-1.6's DPO fails with Liger's loss and adapters; use hf, or trl-1.10",
         ),
         ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (

@@ -76,10 +76,6 @@ def tiled_lm_head(
     numbers = ("maximum", "sum", "weighted sum", "squares", "logits' sum", "maximum before the label", "label's logit")
     outputs = tuple(Tensor(f"loss.{what}", labelled, "fp32") for what in ("log_probs", "entropy", "log_z"))
     outputs += (Tensor("loss.is_top1", labelled, "bool"),)
-    wide = (
-        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
-        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
-    )
     return (
         *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
         Op(
@@ -89,12 +85,20 @@ def tiled_lm_head(
             (matrix, *bias),
             tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
             scratch=(*(Tensor(what, labelled, "fp32") for what in numbers), tile, rows, part),
-            scratch_back=(*wide, *map(Scratch, (tile, rows, part, following))),
+            scratch_back=(*_wide_gradients(matrix, labelled), *map(Scratch, (tile, rows, part, following))),
             gradient="own",
             product="matrix",
             source=source,
         ),
         ops.release_names("loss.rows", "targets", "loss.mask", "n", *(t.name for t in outputs)),
+    )
+
+
+def _wide_gradients(matrix: Weight, labelled: str) -> tuple[Scratch, Scratch]:
+    """Return the sums in fp32 of the gradients of the rows and of `matrix`, where these are in another dtype."""
+    return (
+        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
+        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
     )
 
 
@@ -121,10 +125,7 @@ def recomputed_log_probs(
     )
     tile = Tensor("exponents of a tile", "few_tokens part_words", "fp32")
     last = tuple(Tensor(f"{what} of the last tile", "few_tokens part_words_last", "fp32") for what in _OF_TILE)
-    wide = (
-        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
-        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
-    )
+    wide = _wide_gradients(matrix, labelled)
     largest = Tensor("more of two tiles, or operands of products", "part_operands", "fp32")
     return (
         *labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),

@@ -238,6 +238,7 @@ class TrainerBehaviour(NamedTuple):
     divided_logits     how these trainers divide the logits by the temperature
     fused_gradients    how Liger's loss computes the head's gradient; empty without it
     fused_trainers     trainers that have such a loss
+    fused_adapters     DPO's such loss works with adapters
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
     engine_share       share of the GPU that this engine takes by default
@@ -259,6 +260,7 @@ class TrainerBehaviour(NamedTuple):
     divided_logits: DividedLogits
     fused_gradients: FusedGradients
     fused_trainers: tuple[str, ...]
+    fused_adapters: bool
     reward_caches: bool
     shares_weights: bool
     engine_share: float

@@ -17,7 +17,6 @@ from memplan.spec.run import RunSpec
 
 # Ways of computing them that were read.
 _LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
-
 _COPYING = ("kto", "trl-1.6")  # trl 1.6.0 experimental/kto/kto_trainer.py copies the logits of all, and of either half
 
 
@@ -162,12 +161,8 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
     if is_fused and run.reference == "precomputed" and not recomputes:
         yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
-    if is_fused and name == "dpo" and run.method.kind in ADAPTERS:
-        if behaviour.log_probs == "joined":
-            text = "TRL 0.24 records the pass without adapters for Liger's loss, and its checkpoints then fail; use hf"
-            yield refused("kernels.loss", text)
-        elif run.profile == "trl-1.6":  # trl 1.6.0, 1.7.0 trainer/dpo_trainer.py __init__ raise it, 1.8.0 does not
-            yield refused("kernels.loss", "TRL 1.6 and 1.7 have Liger's loss without adapters; use hf, or trl-1.10")
+    if is_fused and name == "dpo" and run.method.kind in ADAPTERS and not behaviour.fused_adapters:
+        yield refused("kernels.loss", f"{run.profile}'s DPO fails with Liger's loss and adapters; use hf, or trl-1.10")
     if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if name == "gkd" and p.world > 1 and p.strategy in FSDP and run.library.trainer.log_probs == "rolled":
