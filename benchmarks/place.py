@@ -141,17 +141,21 @@ def ratio_to_random(models: tuple[str, ...]) -> None:
 
 
 def one_run(models: tuple[str, ...]) -> None:
-    """Print milliseconds of CPU for all GPUs: of a run that was asked for before, and of another sequence of it."""
-    again, other = [], []
+    """Print milliseconds of CPU for all GPUs: of a run that was asked for before, and of another sequence of it, also
+    with what only tells tight from does not fit."""
+    again, other, answers = [], [], []
     for model in models[:20]:
         run = RunSpec(model=model, method="lora")
         memplan.warm([run])
         memplan.fits(run)
         again.append(cpu(lambda run=run: memplan.fits(run))[0])
         longer = RunSpec(model=model, method="lora", batch={"sequence": 1792})
-        other.append(cpu(lambda run=longer: memplan.fits(run))[0])
+        holds = cpu(lambda run=longer: [fit.fits for fit in memplan.fits(run)])[0]
+        other.append(holds)
+        answers.append(holds + cpu(lambda run=longer: [fit.answer for fit in memplan.fits(run)])[0])
     number = len(memplan.all_gpus())
-    for name, found in (("asked before", again), ("another sequence", other)):
+    named = ("asked before", again), ("another sequence", other), ("another sequence, every answer", answers)
+    for name, found in named:
         print(f"fits, {number} GPUs, {name}: {sorted(found)[len(found) // 2] * 1e3:.2f} ms of CPU, median of 20 models")
 
 

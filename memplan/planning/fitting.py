@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -28,21 +28,32 @@ from memplan.spec.pool import listed
 from memplan.spec.run import RunSpec, is_default
 
 
-class Fit(NamedTuple):
+class Fit:
     """Whether a GPU holds a run.
 
     answer   fits, tight, does not fit or does not start; None if memplan refuses the run on this GPU
     refusal  why it is refused, in a line
     """
 
-    gpu: GPU
-    answer: Answer | None
-    refusal: str = ""
+    def __init__(self, gpu: GPU, answer: Answer | Estimate | None, refusal: str = "") -> None:
+        """`answer` may be the estimate that knows it, if the GPU does not surely hold the run."""
+        self.gpu, self.refusal = gpu, refusal
+        self._answer: Answer | Estimate | None = answer
 
     @property
     def fits(self) -> bool:
         """Whether the run surely fits, with the upper end of its band."""
-        return self.answer == "fits"
+        return self._answer == "fits"
+
+    @property
+    def answer(self) -> Answer | None:
+        """The answer. Whether a run is tight or does not fit may take a replay for this GPU, when first asked for."""
+        if isinstance(self._answer, Estimate):
+            self._answer = self._answer.answer_on(self.gpu.usable)
+        return self._answer
+
+    def __repr__(self) -> str:
+        return f"Fit({self.gpu.name!r}, {self.answer!r}, {self.refusal!r})"
 
 
 class CardAnswers:
@@ -85,12 +96,15 @@ class CardAnswers:
         the run is resolved alike have equal memory."""
         if not self._only_trains:
             return estimate(self.run.model_copy(update={"gpu": gpu.name}))
-        d, context = self._resolver.on(gpu.name), cuda_context(gpu.compute_capability)
-        alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
-        found = self._alike.get(alike)
-        if found is None:
-            found = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
-        return self._alike.setdefault(alike, found)
+        known, capability = _memories(self._resolver.decisive), gpu.compute_capability
+        if capability not in known:
+            d = self._resolver.on(gpu.name)
+            known[capability] = d.structure, d.half, d.large_tiles, workspace_of(d), cuda_context(capability)
+        memory = known[capability]
+        if memory not in self._alike:
+            on_gpu = self.run.model_copy(update={"gpu": gpu.name})
+            self._alike[memory] = estimate_of(on_gpu, self._resolver.on(gpu.name))
+        return self._alike[memory]
 
     @cached_property
     def _resolver(self) -> Resolver:
@@ -110,26 +124,31 @@ class CardAnswers:
         return tuple(map(self._fits.__getitem__, pool.names))
 
     def _settle(self, kinds: Iterable[_Kind]) -> None:
-        """Answer on all GPUs: by bounds where they tell, then by replays."""
-        edge: list[tuple[int, _Kind, int, Estimate]] = []
+        """Find which GPUs surely hold the run: by bounds where they tell, then by replays with room to spare."""
+        alike: dict[int, list[_Kind]] = {}
         for kind in kinds:
             found = self.on(kind.gpus[0])
             if isinstance(found, MemplanError):
                 self._fits |= {gpu.name: Fit(gpu, None, str(found)) for gpu in kind.gpus}
-                continue
-            low, high = 0, len(kind.usable)
-            if self._is_shared:
-                low, high = bisect_left(kind.usable, found.least), bisect_left(kind.usable, found.ample)
-            if high < len(kind.usable):
-                self._fits |= kind.fits("fits", high, len(kind.usable))
-            if low:
-                self._fits |= kind.fits("does not fit", 0, low)
-            edge += [(kind.usable[i], kind, i, found) for i in range(low, high)]
-        edge.sort(key=itemgetter(0), reverse=True)  # a replay tells of smaller cards, too
-        for usable, kind, i, found in edge:
-            answer = found.answer_on(usable) if self._is_shared else found.verdict.answer
-            assert answer is not None
-            self._fits |= kind.fits(answer, i, i + 1)
+            elif self._is_shared:
+                alike.setdefault(id(found), []).append(kind)
+            else:
+                self._fits |= kind.fits(found.verdict.answer, 0, len(kind.gpus))
+        bounded: list[tuple[int, _Kind, Estimate, int, int]] = []
+        for several_kinds in alike.values():
+            kind = _joined(*several_kinds)
+            found = self.on(kind.gpus[0])
+            assert isinstance(found, Estimate)
+            low, high = bisect_left(kind.usable, found.least), bisect_left(kind.usable, found.ample)
+            bounded.append((kind.usable[high - 1] if low < high else 0, kind, found, low, high))
+        bounded.sort(key=itemgetter(0), reverse=True)  # a replay tells of smaller GPUs, too
+        for _, kind, found, low, high in bounded:
+            least = high
+            while least > low and found.fits_card_of(kind.usable[least - 1], replayed=True):
+                least -= 1
+            self._fits |= kind.fits("does not fit", 0, low)
+            self._fits |= kind.fits(found, low, least)
+            self._fits |= kind.fits("fits", least, len(kind.gpus))
 
 
 @lru_cache(maxsize=512)
@@ -166,22 +185,36 @@ def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = No
 
 
 class _Kind:
-    """GPUs that run the same kernels: of one vendor and compute capability, or one alone.
+    """GPUs that run the same kernels, from the smallest on.
 
-    usable  their usable bytes, from the fewest on
+    usable  their usable bytes
     """
 
-    def __init__(self, gpus: Sequence[GPU]) -> None:
-        self.gpus, self.usable = gpus, sorted({gpu.usable for gpu in gpus})
-        self._fits: dict[tuple[Answer, int, int], dict[str, Fit]] = {}
+    def __init__(self, gpus: Iterable[GPU]) -> None:
+        self.gpus = sorted(gpus, key=attrgetter("usable"))
+        self.usable = [gpu.usable for gpu in self.gpus]
+        self._fits: dict[tuple[Answer | None, int, int], dict[str, Fit]] = {}
 
-    def fits(self, answer: Answer, first: int, end: int) -> dict[str, Fit]:
-        """Return the GPUs with the `first` of the usable bytes to those before the `end`, by name, with this answer."""
+    def fits(self, answer: Answer | Estimate | None, first: int, end: int) -> dict[str, Fit]:
+        """Return the GPUs from the `first` to the one before the `end`, by name, with this answer."""
+        if isinstance(answer, Estimate):
+            return {gpu.name: Fit(gpu, answer) for gpu in self.gpus[first:end]}
         key = answer, first, end
         if key not in self._fits:
-            sizes = self.usable[first:end]
-            self._fits[key] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus if gpu.usable in sizes}
+            self._fits[key] = {gpu.name: Fit(gpu, answer) for gpu in self.gpus[first:end]}
         return self._fits[key]
+
+
+@lru_cache(maxsize=512)
+def _joined(*kinds: _Kind) -> _Kind:
+    """Return the GPUs of several kinds as one."""
+    return kinds[0] if len(kinds) == 1 else _Kind(gpu for kind in kinds for gpu in kind.gpus)
+
+
+@lru_cache(maxsize=512)
+def _memories(decisive: Hashable) -> dict[tuple[int, int] | None, Hashable]:
+    """Return, by compute capability, what decides the memory of runs that only train, as far as it was asked for."""
+    return {}
 
 
 class _Pool(NamedTuple):

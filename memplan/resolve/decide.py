@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.kernels.losses import loss_chunks
@@ -81,6 +81,13 @@ class Resolver:
         from memplan.resolve.inference import decide_inference
 
         return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
+
+    @cached_property
+    def decisive(self) -> Hashable:
+        """All that decides a training run's structure next to its GPU: equal ones may differ in lengths."""
+        run = self._run
+        lengths = None if is_default(run, "roles") else run.batch  # of the graphs of other models
+        return self._model, Parts.of(run), self.lengths[2], lengths
 
     @cached_property
     def lengths(self) -> _Lengths:

@@ -232,7 +232,7 @@ def test_every_gpu_has_the_answer_of_an_estimate(run: RunSpec) -> None:
             refusal = ""
         except MemplanError as error:
             answer, refusal = None, str(error)
-        assert (fit.answer, fit.refusal) == (answer, refusal)
+        assert (fit.fits, fit.answer, fit.refusal) == (answer == "fits", answer, refusal)  # `fits` is read first
 
 
 def test_a_pool_is_answered_in_its_order() -> None:
