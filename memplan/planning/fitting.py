@@ -85,7 +85,7 @@ class CardAnswers:
         the run is resolved alike have equal memory."""
         if not self._only_trains:
             return estimate(self.run.model_copy(update={"gpu": gpu.name}))
-        d, context = self._resolver.on(gpu.name), cuda_context(gpu.compute_capability)
+        d, context = self._resolver.on(gpu.name, self.run.batch), cuda_context(gpu.compute_capability)
         alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
         found = self._alike.get(alike)
         if found is None:
@@ -94,7 +94,7 @@ class CardAnswers:
 
     @cached_property
     def _resolver(self) -> Resolver:
-        return Resolver(self.run)
+        return Resolver.of(self.run)
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
