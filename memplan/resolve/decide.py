@@ -136,12 +136,12 @@ class Resolver:
         if self._last is not None and self._last[0] is batch:
             return self._last[1]
         run, model, given, window = self._run, self._model, batch, self._model.sliding_window
+        sees, is_single, trainer, packed = batch.sees, batch.micro == 1, TRAINERS[run.trainer], None
         pictures = image_axes(model, batch, run.profile)
         batch = with_lengths(batch.model_copy(update=self._generated) if self._generated else batch, model)
         length = batch.tokens + run.method.virtual_tokens
-        is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-        trainer = TRAINERS[run.trainer]
-        packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and trainer.packs else None
+        if batch.packing and trainer.packs:
+            packed = packed_rows(batch.packing, run.kernels.attention in FLASH_PACKAGES, is_single)
         if packed is not None and packed.is_one_row:
             length, is_single = length * batch.micro * trainer.rows, True
         facts = BatchFacts(
@@ -150,10 +150,10 @@ class Resolver:
             is_single_sequence=is_single,
             loss_chunks=loss_chunks(batch.micro, length),
             scans_once=length <= model.scan_chunk,
-            images=batch.sees,
-            has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
+            images=sees,
+            has_uneven_patches=sees and dict(pictures).get("seen", 0) % 8 != 0,
             microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-            ungrouped=_ungrouped(run, batch),
+            ungrouped=_ungrouped(run, batch) if batch.generations and run.roles.value is None else "",
             packing=batch.packing or "",
             packed=packed,
         )
@@ -253,8 +253,6 @@ def _ungrouped(run: RunSpec, batch: Batch) -> str:
     """
     replicas, group = run.parallelism.dp, batch.generations
     completions = batch.micro * batch.accumulation * replicas
-    if not group or run.roles.value is not None:
-        return ""
     if TRAINERS[run.trainer].completions == 1:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
