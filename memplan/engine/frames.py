@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from memplan.core.cached_property import cached_property
 from memplan.core.ir import Op, Tensor
 from memplan.engine.dtypes import Scope
 from memplan.engine.operation_facts import NO_BACKWARD, Backward, GradientFlow, weights_used_again
@@ -58,7 +59,6 @@ class Frame:
         self.outer = outer
         self.flows = set(flows)
         self.flow: GradientFlow | None = None  # how they flow through the operations, if autograd records them
-        self.nodes: list[Node] = []
         self.names: dict[str, Storage] = {}
         self.checkpointed = False
         self.reentrant = False
@@ -74,6 +74,16 @@ class Frame:
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
         self.past: Mapping[str, Storage] = {}  # left by the previous pass
+
+    @property
+    def backwards(self) -> Sequence[Backward]:
+        """The backward of each operation; of none, if autograd does not record them."""
+        return self.flow.backwards if self.flow is not None else ()
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The graph's node of each operation; many frames are repeated, and never need them."""
+        return [*map(Node, self.ops, self.backwards)] if self.flow is not None else [NOT_RECORDED] * len(self.ops)
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from operator import mul
 
@@ -13,10 +13,35 @@ from memplan.engine.walk import Term, Variable, largest, values
 _MOST = 2**62  # a sum of products below it does not overflow 64 bits
 
 
+class RowGroups:
+    """Groups of rows of coefficients, which the compiled library compares.
+
+    widest  the largest coefficient of each column
+    """
+
+    def __init__(self, groups: Iterable[Sequence[Sequence[int]]]) -> None:
+        groups = [*groups]
+        rows = [*chain.from_iterable(groups)]
+        self.widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
+        self._library = library() if 0 < sum(self.widest) < _MOST else None
+        if self._library is None:
+            return
+        self._arrays = array("q", chain.from_iterable(rows)), array("q", accumulate(map(len, groups)))
+        self._addresses = (*map(address_of, self._arrays), len(groups))
+        self._none = array("q", (0,)) * (2 * len(groups))
+
+    def largest(self, numbers: Sequence[int]) -> array[int] | None:
+        """Return for each group the number of its first row with the largest sum, -1 without rows, and the sum. None
+        without the library, and beyond 64 bits."""
+        if self._library is None or sum(map(mul, self.widest, map(abs, numbers))) >= _MOST:
+            return None
+        of_run, best = array("q", numbers), self._none[:]
+        self._library.largest(*self._addresses, address_of(of_run), len(of_run), address_of(best))
+        return best
+
+
 class PhaseTerms:
     """The moments of several phases that can be their peaks, over the same variables.
-
-    The compiled library compares them; `memplan.engine.walk.largest` does without it, and beyond 64 bits.
 
     phases    the moments of each phase; a phase may have none
     products  the variables of the chain (see `memplan.engine.walk.chain`)
@@ -24,15 +49,8 @@ class PhaseTerms:
 
     def __init__(self, phases: Sequence[Sequence[Term]], products: Sequence[Variable]) -> None:
         self._phases, self._products = phases, products
-        coefficients = [term.coefficients for terms in phases for term in terms]
-        self._widest = [max(1, *map(abs, column)) for column in zip(*coefficients, strict=True)]
-        self._is_compiled = library() is not None and 0 < sum(self._widest) < _MOST
-        if not self._is_compiled:
-            return
-        self._rows = array("q", chain.from_iterable(coefficients))
-        self._ends = array("q", accumulate(map(len, phases)))
-        self._moments = [term.moment for terms in phases for term in terms]
-        self._moments.append(-1)  # of a phase without moments
+        self._rows = RowGroups([term.coefficients for term in terms] for terms in phases)
+        self._moments = [*(term.moment for terms in phases for term in terms), -1]  # of a phase without moments
 
     def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
         """Return the most bytes of each phase and its moment: 0 and -1 for a phase without moments.
@@ -40,10 +58,8 @@ class PhaseTerms:
         numbers  the variables' values
         axes     the axes that their products are of
         """
-        if not self._is_compiled or sum(map(mul, self._widest, map(abs, numbers))) >= _MOST:
+        best = self._rows.largest(numbers)
+        if best is None:
             products = values(self._products, axes)
             return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
-        of_run, best = array("q", numbers), array("q", (0,)) * (2 * len(self._ends))
-        rows, ends = address_of(self._rows), address_of(self._ends)
-        library().largest(rows, ends, len(self._ends), address_of(of_run), len(numbers), address_of(best))
         return [(most, self._moments[row]) for row, most in zip(best[::2], best[1::2], strict=True)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from copy import copy
+from itertools import repeat
+from typing import overload
 
 from memplan.core.records import NamedTuple
 from memplan.engine.events import packed
@@ -45,20 +48,43 @@ Fields = tuple[str, str, Counts, Sequence[int], int, Mapping[int, Counts]]  # of
 
 
 class PassMoments(Sequence[Moment]):
-    """The moments of a pass. They are stored in columns, because they are many and live long.
+    """The moments of a pass, which share its events. They are in columns, because they are many and live long.
 
     Names of operations are only made for the moments that are looked at.
+
+    events    the events
+    phases, names, shared, at, per_copy  a field of each moment; a name is `where` as it was before it was `renamed`
     """
 
-    def __init__(self, moments: Iterable[Moment]) -> None:
-        *columns, events, at, per_copy = [*zip(*moments, strict=True)] or [()] * len(Moment._fields)
-        arrays = {number: packed(each) for number, each in {id(each): each for each in events}.items()}
-        events = [arrays[id(each)] for each in events]
-        self._columns: tuple[Sequence[Any], ...] = *columns, events, packed(at), per_copy
+    def __init__(self, events: Sequence[int] = ()) -> None:
+        self.events, self.phases, self.names = events, list[str](), list[str]()
+        self.shared, self.per_copy = list[Counts](), list[Mapping[int, Counts]]()
+        self.at: Sequence[int] = []
         self._name: Callable[[str], str] = str
 
+    def extend(
+        self,
+        phases: Iterable[str],
+        names: Iterable[str],
+        shared: Iterable[Counts],
+        at: Iterable[int],
+        per_copy: Iterable[Mapping[int, Counts]],
+    ) -> None:
+        """Append moments, given a column of each field."""
+        assert isinstance(self.at, list)
+        self.phases += phases
+        self.names += names
+        self.shared += shared
+        self.at += at
+        self.per_copy += per_copy
+
+    def packed(self) -> PassMoments:
+        """Return the moments, to which none will be appended."""
+        self.events, self.at = packed(self.events), packed(self.at)
+        return self
+
     def __len__(self) -> int:
-        return len(self._columns[0])
+        return len(self.phases)
 
     def __iter__(self) -> Iterator[Moment]:
         return (moment._replace(where=self._name(moment.where)) for moment in map(Moment._make, self.unnamed))
@@ -66,38 +92,32 @@ class PassMoments(Sequence[Moment]):
     @overload
     def __getitem__(self, index: int) -> Moment: ...
     @overload
-    def __getitem__(self, index: slice) -> PassMoments: ...
-    def __getitem__(self, index: int | slice) -> Moment | PassMoments:
+    def __getitem__(self, index: slice) -> list[Moment]: ...
+    def __getitem__(self, index: int | slice) -> Moment | list[Moment]:
         if isinstance(index, slice):
-            return PassMoments([*self][index])
-        moment = Moment._make(column[index] for column in self._columns)
-        return moment._replace(where=self._name(moment.where))
+            return [*self][index]
+        shared, at, per_copy = self.shared[index], self.at[index], self.per_copy[index]
+        return Moment(self.phases[index], self._name(self.names[index]), shared, self.events, at, per_copy)
 
     @property
     def unnamed(self) -> Iterator[Fields]:
         """The moments' fields, to be counted: `where` is as it was before they were `renamed`."""
-        return zip(*self._columns, strict=True)
-
-    @property
-    def phases(self) -> Sequence[str]:
-        """The phase of each moment."""
-        return self._columns[0]
+        columns = self.phases, self.names, self.shared, repeat(self.events), self.at, self.per_copy
+        return zip(*columns, strict=False)  # the events are one for all
 
     def renamed(self, names: Callable[[str], str]) -> PassMoments:
         """Return the moments with other names of their operations."""
-        other = PassMoments(())
-        other._columns, other._name = self._columns, lambda where: names(self._name(where))
+        other = copy(self)
+        other._name = lambda where: names(self._name(where))
         return other
 
 
 def after(events: Iterable[int], counts: Counts) -> Counts:
     """Return the number of live storages of each size after the events, given those before them."""
     out = dict(counts)
-    for event in events:
-        if event >= 0:
-            out[event] = out.get(event, 0) + 1
-        else:
-            out[~event] = out.get(~event, 0) - 1
+    for event, n in Counter(events).items():
+        size, change = (event, n) if event >= 0 else (~event, -n)
+        out[size] = out.get(size, 0) + change
     return out
 
 

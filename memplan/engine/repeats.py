@@ -15,7 +15,7 @@ from memplan.core.ir import Op
 from memplan.core.records import NamedTuple
 from memplan.engine.frames import Frame
 from memplan.engine.operation_facts import Ops, are_holding, names_read
-from memplan.engine.storages import Storage
+from memplan.engine.storages import EventsOfBlock, Storage
 from memplan.engine.tape import Tape
 
 
@@ -32,6 +32,7 @@ class _Repeat(NamedTuple):
     dropped     when it dropped its last reference to an earlier storage, last first: the number of events before,
                 whether the next event was that it is free, and the storage's number
     result      name -> number of the storage that it returned under the name
+    known       the events by which of the latter storages it frees
     """
 
     events: list[int]
@@ -41,15 +42,19 @@ class _Repeat(NamedTuple):
     references: list[int]
     dropped: list[tuple[int, bool, int]]
     result: dict[str, int]
+    known: dict[tuple[int, ...], EventsOfBlock]
 
-    def among(self, earlier: list[Storage]) -> list[int]:
+    def among(self, earlier: list[Storage]) -> EventsOfBlock:
         """Return the events if it finds these storages, which are freed unless something else still holds them."""
-        events = [*self.events]
-        for at, was_freed, number in self.dropped:
-            storage = earlier[number]
-            is_freed = storage.refs + self.references[number] == 0
-            events[at : at + was_freed] = [~storage.size] * is_freed
-        return events
+        frees = tuple(
+            [~earlier[n].size if earlier[n].refs + self.references[n] == 0 else 0 for _, _, n in self.dropped]
+        )
+        if frees not in self.known:
+            events = [*self.events]
+            for (at, was_freed, _), free in zip(self.dropped, frees, strict=True):
+                events[at : at + was_freed] = [free] if free else []
+            self.known[frees] = EventsOfBlock.of(events, self.operations)
+        return self.known[frees]
 
 
 class RepeatingTape(Tape):
@@ -119,7 +124,7 @@ class RepeatingTape(Tape):
             result = run()
             self._repeats[key] = self._done(earlier, references, result, *before)
             return result
-        self.repeat(repeat.among(earlier), repeat.operations, frame.where)
+        self.repeat(repeat.among(earlier), frame.where)
         self.enter(frame, repeat.last)
         made = [Storage(size, fresh, refs) for size, fresh, refs in repeat.made]
         self.made += made
@@ -150,6 +155,7 @@ class RepeatingTape(Tape):
             changes,
             sorted(dropped, key=itemgetter(0, 1), reverse=True),
             {name: number[storage] for name, storage in result.items()},
+            {},
         )
 
 

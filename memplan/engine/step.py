@@ -17,7 +17,7 @@ from memplan.engine.dtypes import FLOATING
 from memplan.engine.frames import Frame
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
 from memplan.engine.lowered import Lowered, at_depth
-from memplan.engine.moments import Moment, PassMoments, add_to_each
+from memplan.engine.moments import Moment, add_to_each
 from memplan.engine.operation_facts import leaves, storages_behind
 from memplan.engine.repeats import RepeatingTape
 from memplan.engine.stash import Stash
@@ -111,10 +111,10 @@ def _lowered(
     in_loss = held if holds_previous == "outputs" else passed.nodes
     in_phases = (("forward", held), ("loss", in_loss))[: 1 if holds_previous == "returned" else 2]
     for phase, before in in_phases if holds_previous else ():
-        of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
+        of_phase = [i for i, each in enumerate(moments.phases) if each == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
-            moments[i] = moment
-    return Lowered(PassMoments(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
+            moments.shared[i], moments.per_copy[i] = moment.shared, moment.per_copy
+    return Lowered(moments.packed(), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
 def infer(
@@ -149,7 +149,7 @@ def _inferred(
     gatherer = Gatherer(tape, division, False)
     passed = run_pass(tape, gatherer, stack, dict(depth), ExecutionOptions(autocast), records=False, casts=casts)
     return Lowered(
-        PassMoments(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
+        tape.moments.packed(), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 from memplan.core.errors import InternalError
 from memplan.core.ir import Op, Tensor
-from memplan.engine.moments import Counts, Moment, after
+from memplan.core.records import NamedTuple
+from memplan.engine.moments import Counts, Moment, PassMoments, after
 
 Way = Literal["past", "forward", "backward"]  # past: the allocations left by the previous pass
 _NOTHING: Counts = {}
@@ -46,6 +47,36 @@ class Storage:
         self.run: int | None = None
 
 
+class EventsOfBlock(NamedTuple):
+    """The allocations and frees of a block, to be repeated.
+
+    events  as in `Moment`
+    last    the operation of the last allocation, if there is one
+    falls   number of events before each moment
+    names   the operation of each moment, without its layer
+    """
+
+    events: list[int]
+    last: Op | None
+    falls: list[int]
+    names: list[str]
+
+    @classmethod
+    def of(cls, events: list[int], operations: Iterable[Op]) -> EventsOfBlock:
+        """Return the events of a block, given the operation of each allocation."""
+        falls, names, allocating = list[int](), list[str](), iter(operations)
+        rising, last = False, None
+        for at, event in enumerate(events):
+            if event >= 0:
+                rising, last = True, next(allocating)
+            elif rising:
+                assert last is not None
+                rising = False
+                falls.append(at)
+                names.append(last.name)
+        return cls(events, last, falls, names)
+
+
 class LiveStorages:
     """Counts the live storages by size, and collects moments.
 
@@ -54,11 +85,11 @@ class LiveStorages:
 
     def __init__(self, labelled: bool = False) -> None:
         self.sizes: dict[tuple[str, ...], int] = {}
-        self.moments: list[Moment] = []
         self.phase = "forward"
         self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
         self._changes: list[int] = []  # allocations and frees, as `Moment.events`
+        self.moments = PassMoments(self._changes)
         self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
@@ -147,22 +178,21 @@ class LiveStorages:
         if self._rising:
             self._rising = False
             layer, op = self.origins[-1]
-            where, at = intern(f"{layer}{op.name}"), len(self._changes)  # other passes have moments of the same name
-            self.moments.append(Moment(self.phase, where, _NOTHING, self._changes, at, self._per_copy))
+            where = intern(f"{layer}{op.name}")  # other passes have moments of the same name
+            self.moments.extend((self.phase,), (where,), (_NOTHING,), (len(self._changes),), (self._per_copy,))
 
-    def repeat(self, events: Sequence[int], operations: Iterable[Op], layer: str) -> None:
-        """Allocate and free again, with the operation of each allocation, and note the same moments."""
-        changes, phase, per_copy, rising = self._changes, self.phase, self._per_copy, self._rising
-        origin, allocating = self.origins[-1], iter(operations)
-        for at, event in enumerate(events, len(changes)):
-            if event >= 0:
-                rising, origin = True, (layer, next(allocating))
-            elif rising:
-                rising, where = False, intern(f"{origin[0]}{origin[1].name}")
-                self.moments.append(Moment(phase, where, _NOTHING, changes, at, per_copy))
-        changes += events
-        self._rising = rising
-        self.origins.append(origin)
+    def repeat(self, part: EventsOfBlock, layer: str) -> None:
+        """Allocate and free again what a block did, in another layer, and note the same moments."""
+        if part.events and part.events[0] < 0:
+            self.note()
+        before, count = len(self._changes), len(part.falls)
+        where = map(intern, map(layer.__add__, part.names))
+        columns = [self.phase] * count, where, [_NOTHING] * count
+        self.moments.extend(*columns, [before + at for at in part.falls], [self._per_copy] * count)
+        if part.events:
+            self._changes += part.events
+            self._rising = part.events[-1] >= 0
+        self.origins.append(self.origins[-1] if part.last is None else (layer, part.last))
 
     def snapshot(self) -> Moment:
         """Return the storages alive now."""
@@ -187,21 +217,22 @@ class LiveStorages:
         self._first = first
         self._made_before = len(self.made)
         self._deferred: list[Storage] = []
-        self._before, self._entered_at = self._counts, len(self._changes)
+        self._entered_at = len(self._changes)
         self._first_moment = len(self.moments)
 
-    def _first_copy(self, where: str) -> str:
-        last = next(filter(where.startswith, self._first))
-        return self._first[last] + where[len(last) :]
+    def _in_first_copy(self, names: Sequence[str]) -> Sequence[str]:
+        """Return the names that operations of the last copy have in the first."""
+        for last, first in self._first.items():
+            names = [first + where[len(last) :] if where.startswith(last) else where for where in names]
+        return names
 
     def leave_run(self, *passed_on: Storage) -> None:
         """End the copy: count what it left once per further copy, except the storages `passed_on` to the next one."""
         self.note()
         run = self._in_run
         assert run is not None
-        old, before, now = self._per_copy.get(run, {}), self._before, self._counts
-        new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
-        new = {k: n for k, n in new.items() if n}
+        old = self._per_copy.get(run, {})
+        new = {k: n for k, n in sorted(after(self._changes[self._entered_at :], old).items()) if n}
         keys, freed = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, without labels
         for counts, sign in ((old, 1), (new, -1)) if old else ():
             for k, n in counts.items():
@@ -209,19 +240,24 @@ class LiveStorages:
         frees_past = any(freed[keys[k][:2]] > 0 for k in old)  # frees what the previous pass left: the first may peak
         born = {storage for storage in self.made[self._made_before :] if storage.refs > 0}
         renamed = self._renamed(new, filter(born.__contains__, passed_on))
-        shared: Mapping[int, Counts] | None = None
-        with_new = with_old = self._per_copy
-        first, run_moments = self._first_moment, self.moments[self._first_moment :]
-        for i, (m, others) in enumerate(zip(run_moments, self._as_last(run_moments, renamed), strict=True), first):
-            if m.per_copy is not shared:
-                shared = m.per_copy
-                with_new, with_old = {**shared, run: new}, {**shared, run: old}
-            if self.phase == "backward":
-                self.moments.append(Moment(m.phase, self._first_copy(m.where), others, m.events, m.at, with_new))
-            else:  # every copy leaves more alive, so the last one peaks
-                self.moments[i] = Moment(m.phase, m.where, others, m.events, m.at, with_new)
-                if frees_past:
-                    self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
+        moments, of_run = self.moments, slice(self._first_moment, None)
+        known = moments.per_copy[of_run]
+        changed = {id(counts): {**counts, run: new} for counts in {id(counts): counts for counts in known}.values()}
+        with_new = [changed[id(counts)] for counts in known]
+        phases, names, at, shared = (
+            moments.phases[of_run],
+            moments.names[of_run],
+            moments.at[of_run],
+            moments.shared[of_run],
+        )
+        others = [*self._as_last(zip(at, shared, strict=True), renamed)] if renamed else shared
+        if self.phase == "backward":
+            moments.extend(phases, self._in_first_copy(names), others, at, with_new)
+        else:  # every copy leaves more alive, so the last one peaks
+            moments.shared[of_run], moments.per_copy[of_run] = others, with_new
+            if frees_past:
+                with_old = [{**counts, run: old} for counts in known]
+                moments.extend(phases, self._in_first_copy(names), shared, at, with_old)
         negative = next((key for key, n in new.items() if n < 0), None)
         if negative is not None:
             raise self._freed_twice(keys[negative])
@@ -252,17 +288,16 @@ class LiveStorages:
                 left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
-    def _as_last(self, moments: Iterable[Moment], renamed: Mapping[int, int]) -> Iterator[Counts]:
-        """Yield what `shared` of the run's moments is in the last of several copies."""
-        alive = {entered: self._before.get(entered, 0) for entered in renamed}
+    def _as_last(self, moments: Iterable[tuple[int, Counts]], renamed: Mapping[int, int]) -> Iterator[Counts]:
+        """Yield what `shared` of the run's moments, given with `at`, is in the last of several copies."""
         at = self._entered_at
-        for moment in moments:
-            out = moment.shared
-            if renamed:
-                alive = after((e for e in self._changes[at : moment.at] if e in alive or ~e in alive), alive)
-                at, out = moment.at, dict(out)
-                for entered, name in renamed.items():
-                    n = alive[entered] - self._counts.get(entered, 0)
-                    out[entered] = out.get(entered, 0) - n
-                    out[name] = out.get(name, 0) + n
+        before = after(self._changes[:at], {})
+        alive = {entered: before.get(entered, 0) for entered in renamed}
+        for moment_at, shared in moments:
+            alive = after((e for e in self._changes[at:moment_at] if e in alive or ~e in alive), alive)
+            at, out = moment_at, dict(shared)
+            for entered, name in renamed.items():
+                n = alive[entered] - self._counts.get(entered, 0)
+                out[entered] = out.get(entered, 0) - n
+                out[name] = out.get(name, 0) + n
             yield out

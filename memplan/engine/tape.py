@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from memplan.core.identity import Identity
 from memplan.core.ir import Op, SavedTensors, Stack, Tensor, Unit
-from memplan.engine.frames import NOT_RECORDED, NOTHING, Frame, Node
+from memplan.engine.frames import NOTHING, Frame, Node
 from memplan.engine.moments import Moment
 from memplan.engine.operation_facts import (
     are_holding,
@@ -83,9 +83,12 @@ class Tape(LiveStorages):
 
         `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
         """
-        frame.nodes, frame.checkpointed, frame.exported = self._graph(frame, grad), checkpoint, exported
+        frame.checkpointed, frame.exported = checkpoint, exported
+        if grad:
+            frame.flow = gradient_flow(frame.ops, frame.flows)
+            frame.flows |= frame.flow.flows
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
-        if not any(node.pins for node in frame.nodes):  # nothing needs recomputation
+        if not any(backward.pins for backward in frame.backwards):  # nothing needs recomputation
             frame.checkpoint += frame.named
             self._release_checkpoint(frame)
             return left
@@ -154,13 +157,6 @@ class Tape(LiveStorages):
         copy = self.alloc(frame.scope["x"], "activation")
         frame.outer = {**frame.outer, "x": copy}
         return [copy]
-
-    def _graph(self, frame: Frame, grad: bool) -> list[Node]:
-        if not grad:
-            return [NOT_RECORDED] * len(frame.ops)
-        flow = frame.flow = gradient_flow(frame.ops, frame.flows)
-        frame.flows |= flow.flows
-        return [*map(Node, frame.ops, flow.backwards)]
 
     def _run(
         self,
@@ -303,7 +299,8 @@ class Tape(LiveStorages):
         for node in frame.nodes:
             self._release(node)
         self._release_checkpoint(frame)
-        frame.nodes, frame.checkpointed = [], False
+        frame.flow, frame.checkpointed = None, False
+        vars(frame).update(nodes=[])
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
         """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.

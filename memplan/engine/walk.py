@@ -399,7 +399,7 @@ def values(variables: Sequence[Variable], axes: Mapping[str, Size]) -> list[Size
         if not itemsize:
             out.append(product)
         elif per == 1:
-            out.append((product * factor * itemsize + 511) & -512)
+            out.append((product * (factor * itemsize) + 511) & -512)
         else:
             out.append(rounded(-(-product * factor // per) * itemsize))
     return out

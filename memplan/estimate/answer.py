@@ -358,8 +358,8 @@ class Estimate:
         """Create the answer for the run of a walk. A `calibration` of another card is ignored."""
         calibration = calibration_of(walk.gpu, calibration) if walk.is_calibrated else None
         usage = walk.usage(calibration)
-        vars(self).update(asked=walk.run, walk=walk, calibration=calibration, origins=(), via=walk.via, _usage=usage)
-        vars(self).update(bytes=Bytes(usage), verdict=Verdict(usage))
+        own = {"asked": walk.run, "walk": walk, "calibration": calibration, "origins": (), "via": walk.via}
+        vars(self).update(own, _usage=usage, bytes=Bytes(usage), verdict=Verdict(usage))
 
     if not TYPE_CHECKING:  # whose attributes are those above
 

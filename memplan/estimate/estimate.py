@@ -52,9 +52,10 @@ def _walks(run: RunSpec, model: ModelSpec | None) -> list[Walk]:
 def _walks_of(run: RunSpec, decided: ResolvedRun, model: ModelSpec | None = None) -> list[Walk]:
     check_batch(decided.batch, decided.structure.graph.model)
     column = TrainingWalk if decided.trains else InferenceWalk
-    has_stages = decided.has_stages and run.parallelism.stage is None
-    each = [column(run, stage) for stage in (decided.fullest_stages() if has_stages else (decided,))]
-    return [*each] if len(each) > 1 else [each[0].with_side_tasks(model)]
+    if not decided.has_stages or run.parallelism.stage is not None:
+        return [column(run, decided).with_side_tasks(model)]
+    each: list[Walk] = [column(run, stage) for stage in decided.fullest_stages()]
+    return each if len(each) > 1 else [each[0].with_side_tasks(model)]
 
 
 def estimate_of(run: RunSpec, decided: ResolvedRun) -> Estimate:

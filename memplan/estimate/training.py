@@ -18,7 +18,7 @@ from memplan.estimate import ledger
 from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk, bytes_by_kind
 from memplan.estimate.host import host_memory
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
+from memplan.estimate.training_peaks import TrainingPeaks, lengths_of, step_program
 from memplan.estimate.usage import Usage, calibration_of, room, run_overhead
 from memplan.models.model import ModelSpec
 from memplan.program.graph import operations_of, total_bytes
@@ -27,7 +27,7 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure, chunks_of
 from memplan.program.training.passes import pass_of as lowered_pass
 from memplan.program.training.pipeline import in_flight, layers_of, parameters_of
-from memplan.program.training.program import Program, host_bytes, host_notes, program
+from memplan.program.training.program import host_bytes, host_notes, program
 from memplan.program.training.replay import (
     LONG_PASS,
     STREAMS,
@@ -47,17 +47,15 @@ if TYPE_CHECKING:
 class TrainingWalk(Walk):
     """The walk of a training run on one rank: its steps and, with `with_side_tasks`, what runs in addition to them."""
 
+    side_tasks: tuple[SideTask, ...] = ()
+    _side_notes: tuple[str, ...] = ()
+
     def __init__(self, run: RunSpec, decided: ResolvedRun) -> None:
         self.run, self.decided, self.gpu = run, decided, decided.gpu
         self.communicators = decided.communicators
-        self._side_notes: tuple[str, ...] = ()
-        self._take(training_peaks(decided))
-
-    def _take(self, peaks: TrainingPeaks) -> None:
-        self.peaks, self.phases = peaks, peaks.phases
-        p, tasks = peaks.program, peaks.side_tasks
-        self.resident = min((resident_bytes(p), *(task.persistent_bytes for task in tasks)))
-        self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
+        self._step, self._lengths = step_program(decided.structure), lengths_of(decided)
+        self._top = self._step.top(*self._lengths)
+        self.resident, self.load = self._step.resident, self._step.program.loading
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
         trainer, asked = self.decided.structure.graph.trainer, tuple[SideTask, ...]()
@@ -72,12 +70,24 @@ class TrainingWalk(Walk):
             asked = (*rollout(self.run, self.peaks, self.decided), *asked)
             self.unsupported = tuple(elsewhere(self.run))
         if asked:
-            self._take(self.peaks.followed_by(asked))
+            self.side_tasks, peaks = asked, self.peaks.followed_by(asked)
+            vars(self).update(peaks=peaks, _top=peaks.top)
+            self.resident = min((self.resident, *(task.persistent_bytes for task in asked)))
+            self.load = max((self.load, *(task.loads for task in asked)))
         return self
 
     @property
     def top(self) -> Phase:
-        return self.peaks.top
+        return self._top
+
+    @cached_property
+    def peaks(self) -> TrainingPeaks:
+        """The peaks of all phases."""
+        return self._step.peaks(*self._lengths)
+
+    @property
+    def phases(self) -> list[Phase]:  # pyright: ignore[reportIncompatibleVariableOverride] (computed if asked for)
+        return self.peaks.phases
 
     @property
     def compiled_away(self) -> int:
@@ -100,7 +110,7 @@ class TrainingWalk(Walk):
 
     @property
     def parameters(self) -> Parameters:
-        p = self.peaks.program
+        p = self._step.program
         return Parameters(p.counts.total, p.counts.trainable, p.counts.active)
 
     def notes(self) -> Iterator[str]:
@@ -117,15 +127,15 @@ class TrainingWalk(Walk):
 
     @cached_property
     def _host_bytes_in_steps(self) -> int:
-        return host_bytes(self.peaks.program, self.peaks.axes)
+        return host_bytes(self._step.program, self.peaks.axes)
 
     @property
     def host_bytes(self) -> int:
-        return self._host_bytes_in_steps + max((task.host for task in self.peaks.side_tasks), default=0)
+        return self._host_bytes_in_steps + max((task.host for task in self.side_tasks), default=0)
 
     def host(self) -> Host:
-        in_steps, tasks = self._host_bytes_in_steps, self.peaks.side_tasks
-        return host_memory(self.decided.structure, self.run.parallelism, self.run.profile, in_steps, tasks)
+        d, run, in_steps = self.decided, self.run, self._host_bytes_in_steps
+        return host_memory(d.structure, run.parallelism, run.profile, in_steps, self.side_tasks)
 
     def lines(self, at: Phase) -> list[Line]:
         return ledger.lines(self.peaks.at(at), self.decided)
@@ -157,7 +167,7 @@ class TrainingWalk(Walk):
         """The inputs that determine the allocations."""
         peaks, expandable = self.peaks, self.run.loop.expandable_segments
         axes = tuple(peaks.axes.items())
-        return TrainingReplay(self.decided.structure, axes, peaks.workspace, expandable, peaks.side_tasks)
+        return TrainingReplay(self.decided.structure, axes, peaks.workspace, expandable, self.side_tasks)
 
     @property
     def is_long(self) -> bool:
@@ -181,14 +191,6 @@ class TrainingWalk(Walk):
 
     def unreplayed_bytes(self) -> int:
         return cached_logits(self.decided.structure, self.peaks.axes)
-
-
-def resident_bytes(p: Program) -> int:
-    """Return the bytes held throughout, once the optimizer has created its states.
-
-    Gradient buckets are not among them, because they may end up anywhere.
-    """
-    return p.parameters + p.buffered + p.scaler + p.states
 
 
 def least_bytes(decided: ResolvedRun) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from operator import mul
+from typing import Any
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
+from memplan.core.expression import WRITTEN, compiled
 from memplan.core.records import NamedTuple
-from memplan.engine.largest import PhaseTerms
+from memplan.engine.largest import PhaseTerms, RowGroups
 from memplan.engine.walk import values
 from memplan.estimate.answer import Phase
 from memplan.estimate.side_task import SideTask
@@ -67,9 +69,14 @@ class TrainingPeaks(NamedTuple):
 
 def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
     """Return the peak of every phase, of the first and of later steps, for the run's batch and sequence."""
+    return step_program(decided.structure).peaks(*lengths_of(decided))
+
+
+def lengths_of(decided: ResolvedRun) -> tuple[_Sizes, int]:
+    """Return what a run's batch and GPU decide of its peaks, apart from its structure."""
     b = decided.batch
     sizes = b.micro, b.sequence, decided.half, decided.large_tiles, decided.pictures, b.target_sequence
-    return _step_program(decided.structure).peaks(sizes, workspace_of(decided))
+    return sizes, workspace_of(decided)
 
 
 def workspace_of(decided: ResolvedRun) -> int:
@@ -93,18 +100,44 @@ class _Moments(NamedTuple):
     peaks: dict[int, TrainingPeaks]
 
 
-class _StepProgram:
+class _Contenders(NamedTuple):
+    """The moments of all phases that can be the peak of the run, whatever its lengths.
+
+    numbers  function of the micro-batch, the sequence and the decoder's: the variables' values
+    rows     the moments as coefficients of the variables, with all that no length decides
+    phases   of each row: its phase, step and operation
+    """
+
+    numbers: Callable[[int, int, int | None], list[int]]
+    rows: RowGroups
+    phases: list[tuple[str, int | None, str]]
+
+
+class StepProgram:
     """A program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
 
     def __init__(self, structure: Structure) -> None:
-        self._program = program(structure)
+        self.program = program(structure)
+        self.resident = resident_bytes(self.program)
         self._offsets: dict[int, tuple[PhaseOffset, ...]] = {}  # by the bytes of a workspace
         self._last: tuple[_Sizes, _Moments] | None = None
+        self._contenders = lru_cache(maxsize=32)(partial(_contenders, self.program))
+
+    def top(self, sizes: _Sizes, workspace: int) -> Phase:
+        """Return the phase of the peak: without the other phases, if the program was asked for other sizes before."""
+        if self._last is not None and self._last[0] != sizes:
+            micro, sequence, half, large_tiles, pictures, target = sizes
+            of_lengths = self._contenders(workspace, half, large_tiles, pictures, target is None)
+            best = of_lengths and of_lengths.rows.largest(of_lengths.numbers(micro, sequence, target))
+            if of_lengths and best:
+                phase, step, where = of_lengths.phases[best[0]]
+                return Phase(phase, step, best[1], where)
+        return self.peaks(sizes, workspace).top
 
     @cached_property
     def _terms(self) -> PhaseTerms:
-        moments = self._program.moments
-        passes = (moments.terms.first, moments.terms.later)[: 1 + self._program.structure.accumulates]
+        moments = self.program.moments
+        passes = (moments.terms.first, moments.terms.later)[: 1 + self.program.structure.accumulates]
         return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
 
     def peaks(self, sizes: _Sizes, workspace: int) -> TrainingPeaks:
@@ -116,7 +149,7 @@ class _StepProgram:
         return by_workspace.get(workspace) or by_workspace.setdefault(workspace, self._peaks(last[1], workspace))
 
     def _moments(self, sizes: _Sizes) -> _Moments:
-        p, (micro, sequence, half, large_tiles, pictures, target) = self._program, sizes
+        p, (micro, sequence, half, large_tiles, pictures, target) = self.program, sizes
         axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
         numbers = values(p.moments.variables, axes)
         largest, names = p.moments.largest(numbers) or (self._terms.largest(numbers, axes), p.moments.terms.where)
@@ -128,7 +161,7 @@ class _StepProgram:
         return _Moments(axes, numbers, best, names, {})
 
     def _peaks(self, at: _Moments, workspace: int) -> TrainingPeaks:
-        p = self._program
+        p = self.program
         phases = [Phase("load", None, p.loading, "")]
         moments = [(False, -1)]
         peak, most = 0, p.loading
@@ -151,6 +184,50 @@ class _StepProgram:
 _Sizes = tuple[int, int, bool, bool, tuple[tuple[str, int], ...], int | None]  # as of `run_axes`
 
 
+def resident_bytes(p: Program) -> int:
+    """Return the bytes held throughout, once the optimizer has created its states.
+
+    Gradient buckets are not among them, because they may end up anywhere.
+    """
+    return p.parameters + p.buffered + p.scaler + p.states
+
+
+def _contenders(
+    p: Program, workspace: int, half: bool, large_tiles: bool, pictures: tuple[tuple[str, int], ...], is_alone: bool
+) -> _Contenders | None:
+    """Return the moments that can be the peak of a run with these settings; None if a phase may take less than weights.
+
+    Other arguments as of `run_axes`; `is_alone`: there is no decoder with a length of its own.
+    """
+    terms, width = p.moments.terms, len(p.moments.variables)
+    passes = [(terms.first, terms.where[0], dict.fromkeys(p.accumulated, 0))]
+    passes += [(terms.later, terms.where[1], p.accumulated)] if p.structure.accumulates else []
+    rows: list[tuple[int, ...]] = []
+    phases: list[tuple[str, int | None, str]] = []
+    for phase, step, offset, where in reversed(
+        phase_offsets(p.structure, workspace)
+    ):  # of equals, the last is the peak
+        moments = [(p.moments.held or (0,) * width, offset, where)]
+        if not where:
+            each = ((term, names, offset + more[phase]) for of, names, more in passes for term in of[phase])
+            moments = [(term.coefficients, bytes_, names[term.moment]) for term, names, bytes_ in each]
+        if moments and not any(min(row) >= 0 and bytes_ >= p.parameters for row, bytes_, _ in moments):
+            return None
+        rows += ((bytes_ + row[0], *row[1:]) for row, bytes_, _ in moments)
+        phases += ((phase, step, where) for _, _, where in moments)
+    rows.append((p.loading, *(0,) * (width - 1)))
+    phases.append(("load", None, ""))
+    used = [i for i, column in enumerate(zip(*rows, strict=True)) if any(column)]
+    variables = [p.moments.variables[i] for i in used]
+
+    def numbers(micro: Any, sequence: Any, target: Any) -> list[Any]:
+        decoder = None if is_alone else target
+        return values(variables, run_axes(p, micro, sequence, half, large_tiles, WRITTEN, pictures, decoder))
+
+    of_lengths = compiled(numbers, "micro", "sequence", "target")
+    return _Contenders(of_lengths, RowGroups([[tuple(row[i] for i in used) for row in rows]]), phases)
+
+
 @lru_cache(maxsize=1024)
-def _step_program(structure: Structure) -> _StepProgram:
-    return _StepProgram(structure)
+def step_program(structure: Structure) -> StepProgram:
+    return StepProgram(structure)

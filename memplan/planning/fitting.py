@@ -96,19 +96,16 @@ class CardAnswers:
         the run is resolved alike have equal memory."""
         if not self._only_trains:
             return estimate(self.run.model_copy(update={"gpu": gpu.name}))
-        known, capability = _memories(self._resolver.decisive), gpu.compute_capability
-        if capability not in known:
-            d = self._resolver.on(gpu.name)
-            known[capability] = d.structure, d.half, d.large_tiles, workspace_of(d), cuda_context(capability)
-        memory = known[capability]
-        if memory not in self._alike:
-            on_gpu = self.run.model_copy(update={"gpu": gpu.name})
-            self._alike[memory] = estimate_of(on_gpu, self._resolver.on(gpu.name))
-        return self._alike[memory]
+        d, context = self._resolver.on(gpu.name, self.run.batch), cuda_context(gpu.compute_capability)
+        alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
+        found = self._alike.get(alike)
+        if found is None:
+            found = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
+        return self._alike.setdefault(alike, found)
 
     @cached_property
     def _resolver(self) -> Resolver:
-        return Resolver(self.run)
+        return Resolver.of(self.run)
 
     def fit(self, gpu: GPU) -> Fit:
         """Return the answer on this GPU."""
@@ -209,12 +206,6 @@ class _Kind:
 def _joined(*kinds: _Kind) -> _Kind:
     """Return the GPUs of several kinds as one."""
     return kinds[0] if len(kinds) == 1 else _Kind(gpu for kind in kinds for gpu in kind.gpus)
-
-
-@lru_cache(maxsize=512)
-def _memories(decisive: Hashable) -> dict[tuple[int, int] | None, Hashable]:
-    """Return, by compute capability, what decides the memory of runs that only train, as far as it was asked for."""
-    return {}
 
 
 class _Pool(NamedTuple):

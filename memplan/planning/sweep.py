@@ -23,8 +23,7 @@ from memplan.core.records import NamedTuple
 from memplan.engine.walk import values
 from memplan.estimate.answer import BY_MEMORY
 from memplan.estimate.estimate import estimate
-from memplan.estimate.training import resident_bytes
-from memplan.estimate.training_peaks import workspace_of
+from memplan.estimate.training_peaks import resident_bytes, workspace_of
 from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, room, run_overhead
 from memplan.models.cards import find_model
 from memplan.models.configs.images import pictures_of, takes_images

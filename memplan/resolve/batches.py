@@ -5,17 +5,16 @@ from __future__ import annotations
 from memplan.core.errors import refused
 from memplan.models.facts import Family
 from memplan.models.model import ModelSpec
-from memplan.spec.run import Batch, RunSpec
+from memplan.spec.run import Batch
 
 _IMAGES_PROFILE = "transformers-5"
 
 
-def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
-    """Return the axes set by the run's images, as (axis, size) pairs.
+def image_axes(model: ModelSpec, batch: Batch, profile: str) -> tuple[tuple[str, int], ...]:
+    """Return the axes set by the images of a batch, as (axis, size) pairs.
 
     Raises SpecError if the model has no vision tower or the images do not fit the sequence.
     """
-    batch = run.batch
     if not batch.sees:
         if batch.image_size is not None:
             raise refused("batch.image_size", "there are no images; set batch.images too")
@@ -24,8 +23,8 @@ def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
 
     field, what = ("batch.images", "images") if batch.images else ("batch.frames", "pictures of a video")
     check_sees(model, field)
-    if run.profile != _IMAGES_PROFILE:
-        raise refused(field, f"needs profile {_IMAGES_PROFILE}, not {run.profile}")
+    if profile != _IMAGES_PROFILE:
+        raise refused(field, f"needs profile {_IMAGES_PROFILE}, not {profile}")
     count, picture = pictures_of(model, batch.images, batch.frames, batch.image_size)
     tokens = count * picture.tokens
     if tokens > batch.sequence:

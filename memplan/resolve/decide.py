@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, cast
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.kernels.losses import loss_chunks
@@ -51,54 +54,94 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    return Resolver(run, model).on(run.gpu)
+    return Resolver.of(run, model).on(run.gpu, run.batch)
 
 
-_Lengths = tuple[Batch, int, BatchFacts, tuple[tuple[str, int], ...]]  # as `Resolver.lengths` returns them
+_Pictures = tuple[tuple[str, int], ...]
+_Lengths = tuple[Batch, int, BatchFacts, _Pictures]  # as `Resolver.lengths` returns them
+_SHARED = tuple(name for name in RunSpec.defaults if name not in ("batch", "gpu"))
+_SHARED_OF_BATCH = tuple(name for name in Batch.defaults if name not in ("micro", "sequence"))
+_shared = cast(Callable[[Any], Any], itemgetter(*_SHARED))
+_shared_of_batch = cast(Callable[[Any], Any], itemgetter(*_SHARED_OF_BATCH))
+_MOST_KEPT = 512  # results of a resolver, by GPU and facts about the batch
+
+
+@lru_cache(maxsize=1024)
+def _consistent(shared: tuple[Any, ...], of_batch: tuple[Any, ...]) -> RunSpec:
+    """Return a run with these parts, of any lengths and without a GPU, and the profile that counts.
+
+    Raises SpecError if parts contradict each other.
+    """
+    batch = Batch.model_construct(**dict(zip(_SHARED_OF_BATCH, of_batch, strict=True)))
+    run = with_known_profile(RunSpec.model_construct(**dict(zip(_SHARED, shared, strict=True)), batch=batch))
+    refuse(contradictions(run))
+    return run
 
 
 class Resolver:
-    """Fills in every null of a run on any GPU, whatever its own: what no GPU decides is found once.
+    """Fills in every null of runs that differ only in their GPU, micro-batch and sequence length: what none of these
+    decides is found once.
 
-    Arguments and errors as of `decide`.
+    run    one of the runs, with the profile that counts
+    model  its model, with the head that it trains
     """
 
-    def __init__(self, run: RunSpec, model: ModelSpec | None = None) -> None:
-        self._run = with_known_profile(run)
-        refuse(contradictions(self._run))
-        self._model = with_objective(model or find_model(run.model), run.objective)
+    def __init__(self, run: RunSpec, model: ModelSpec) -> None:
+        self._run, self._model = run, model
+        self._last: tuple[Batch, _Lengths] | None = None
+        self._trained: dict[tuple[str | None, BatchFacts], ResolvedRun] = {}
 
-    def on(self, name: str | None) -> ResolvedRun:
-        """Return the run on the GPU with this name, or without one."""
-        run = self._run if name == self._run.gpu else self._run.model_copy(update={"gpu": name})
-        gpu, card = find_card(name, run.parallelism.world > 1) if name is not None else (None, None)
-        if gpu is not None:
-            refuse(not_on(gpu, run))
-        if run.task == "train":
-            return _train(run, self._model, gpu, card, self.lengths)
-        run = with_use_cache(with_new_tokens(run))
-        from memplan.resolve.assisted import with_assistant
-        from memplan.resolve.inference import decide_inference
+    @classmethod
+    def of(cls, run: RunSpec, model: ModelSpec | None = None) -> Resolver:
+        """Return what fills in this run. Arguments and errors as of `decide`."""
+        alike = _consistent(_shared(vars(run)), _shared_of_batch(vars(run.batch)))
+        return _resolver(alike, with_objective(model or find_model(run.model), run.objective))
 
-        return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
+    def on(self, name: str | None, batch: Batch) -> ResolvedRun:
+        """Return the run of a batch on the GPU with this name, or without one. Errors as of `decide`."""
+        run, gpu, card = _on_card(self._run, name)
+        if run.task != "train":
+            run = with_use_cache(with_new_tokens(run.model_copy(update={"batch": batch})))
+            from memplan.resolve.assisted import with_assistant
+            from memplan.resolve.inference import decide_inference
+
+            return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
+        lengths = self.lengths(batch)
+        decided = self._trained.get((name, lengths[2]))
+        if decided is None:
+            decided = _train(run.model_copy(update={"batch": batch}), self._model, gpu, card, lengths)
+            if self._is_alike:
+                if len(self._trained) >= _MOST_KEPT:
+                    self._trained.clear()
+                self._trained[name, lengths[2]] = decided
+            return decided
+        _check_sequence(decided, lengths[0])
+        return decided._replace(batch=lengths[0], parts={**decided.parts, "batch": lengths[0]})
 
     @cached_property
-    def decisive(self) -> Hashable:
-        """All that decides a training run's structure next to its GPU: equal ones may differ in lengths."""
+    def _is_alike(self) -> bool:
+        """Whether lengths decide no more of the structure of the training run than the facts about the batch say."""
         run = self._run
-        lengths = None if is_default(run, "roles") else run.batch  # of the graphs of other models
-        return self._model, Parts.of(run), self.lengths[2], lengths
+        return is_default(run, "roles") and run.rollout == "transformers" and not TRAINERS[run.trainer].own_loop
 
     @cached_property
-    def lengths(self) -> _Lengths:
-        """The batch with its lengths filled in, its tokens, the facts about it, and the axes that images decide."""
-        run, model = self._run, self._model
-        window, pictures = model.sliding_window, image_axes(model, run)
-        batch = with_lengths(with_new_tokens(run).batch, model)
+    def _generated(self) -> dict[str, int]:
+        """The fields of the batch that the trainer fills in."""
+        batch = with_new_tokens(self._run).batch
+        is_filled = batch is not self._run.batch
+        return {"new_tokens": batch.new_tokens, "generations": batch.generations} if is_filled else {}
+
+    def lengths(self, batch: Batch) -> _Lengths:
+        """Return the batch with its lengths filled in, its tokens, the facts about it, and the axes of its images."""
+        if self._last is not None and self._last[0] is batch:
+            return self._last[1]
+        run, model, given, window = self._run, self._model, batch, self._model.sliding_window
+        sees, is_single, trainer, packed = batch.sees, batch.micro == 1, TRAINERS[run.trainer], None
+        pictures = image_axes(model, batch, run.profile)
+        batch = with_lengths(batch.model_copy(update=self._generated) if self._generated else batch, model)
         length = batch.tokens + run.method.virtual_tokens
-        is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
-        trainer = TRAINERS[run.trainer]
-        packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and trainer.packs else None
+        if batch.packing and trainer.packs:
+            packed = packed_rows(batch.packing, run.kernels.attention in FLASH_PACKAGES, is_single)
         if packed is not None and packed.is_one_row:
             length, is_single = length * batch.micro * trainer.rows, True
         facts = BatchFacts(
@@ -107,14 +150,28 @@ class Resolver:
             is_single_sequence=is_single,
             loss_chunks=loss_chunks(batch.micro, length),
             scans_once=length <= model.scan_chunk,
-            images=batch.sees,
-            has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
+            images=sees,
+            has_uneven_patches=sees and dict(pictures).get("seen", 0) % 8 != 0,
             microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-            ungrouped=_ungrouped(run, batch),
+            ungrouped=_ungrouped(run, batch) if batch.generations and run.roles.value is None else "",
             packing=batch.packing or "",
             packed=packed,
         )
-        return batch, length, facts, pictures
+        self._last = given, (batch, length, facts, pictures)
+        return self._last[1]
+
+
+_resolver = lru_cache(maxsize=1024)(Resolver)
+
+
+@lru_cache(maxsize=4096)
+def _on_card(run: RunSpec, name: str | None) -> tuple[RunSpec, GPU | None, GPUFacts | None]:
+    """Return the run on a GPU, or without one, the GPU and its facts. Raises SpecError for what it does not run."""
+    run = run.model_copy(update={"gpu": name})
+    gpu, card = find_card(name, run.parallelism.world > 1) if name is not None else (None, None)
+    if gpu is not None:
+        refuse(not_on(gpu, run))
+    return run, gpu, card
 
 
 def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:
@@ -123,11 +180,7 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
     if not is_default(run, "roles"):
         others = graphs_of_roles(filled, model, length, facts, card, decide_training, decide)
     decided = decide_training(model, Parts.of(run), card, facts, others)
-    degrees = decided.structure.graph.degrees
-    if degrees.cp > 1:
-        context_parallel.check_sequence(batch.sequence, degrees)
-    if degrees.tp > 1:
-        tensor_parallel.check_sequence(batch.sequence, degrees)
+    _check_sequence(decided, batch)
     loop = loop_with_use_cache(run.loop, trains=True)
     if pictures:
         half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
@@ -158,6 +211,15 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         held = (*decided.structure.engine, *_resident_critic(critic.structure))
         decided = decided._replace(structure=decided.structure._replace(engine=held), critic=critic)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
+
+
+def _check_sequence(decided: ResolvedRun, batch: Batch) -> None:
+    """Raise SpecError if GPUs cannot divide the sequence."""
+    degrees = decided.structure.graph.degrees
+    if degrees.cp > 1:
+        context_parallel.check_sequence(batch.sequence, degrees)
+    if degrees.tp > 1:
+        tensor_parallel.check_sequence(batch.sequence, degrees)
 
 
 def _with_reference(structure: Structure, profile: str) -> Structure:
@@ -191,8 +253,6 @@ def _ungrouped(run: RunSpec, batch: Batch) -> str:
     """
     replicas, group = run.parallelism.dp, batch.generations
     completions = batch.micro * batch.accumulation * replicas
-    if not group or run.roles.value is not None:
-        return ""
     if TRAINERS[run.trainer].completions == 1:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:

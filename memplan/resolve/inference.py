@@ -204,7 +204,7 @@ def _read_batch(r: OpenInference) -> None:
     run, model = r.asked, r.model
     returns_cache = r.generates or r.code == "transformers"  # LitGPT's forward only has a cache when told to
     r.uses_cache = bool(run.loop.use_cache) and returns_cache and model.objective in ("causal_lm", "seq2seq_lm")
-    r.pictures = image_axes(model, run)
+    r.pictures = image_axes(model, run.batch, run.profile)
     r.batch = with_lengths(run.batch, model, r.generates)
     r.batch_facts = BatchFacts(
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,

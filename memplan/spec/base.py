@@ -161,12 +161,12 @@ class Part:
         if not isinstance(given, dict):
             raise NotPlainError
         values, checks = dict(cls.defaults), cls._checks
-        for name, field_value in cast(dict[str, Any], given).items():
+        for name, field_value in cast("dict[str, Any]", given).items():
             values[name] = checks[name](field_value)
         for name in cls._required:
             if values[name] is ...:
                 raise NotPlainError
-        return values, set(cast(dict[str, Any], given))
+        return values, set(cast("dict[str, Any]", given))
 
     @classmethod
     def plain(cls, value: Any) -> Self:
@@ -176,7 +176,7 @@ class Part:
         if type(value) is str:
             return cls._of_word(value)
         if cls._is_kept and type(value) is dict:
-            fields = cast(dict[str, Any], value)
+            fields = cast("dict[str, Any]", value)
             if all(type(k) is str and type(v) in _SCALARS for k, v in fields.items()):
                 return cls._of_fields(**fields)
         return cls.__new__(cls)._fill(*cls._checked(value))

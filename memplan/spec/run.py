@@ -103,8 +103,8 @@ class Batch(Part):
     @classmethod
     def expanded(cls, value: Any) -> Any:
         """Set the longest sequence that can occur, of sequences that are not all equal."""
-        batch = cast(Mapping[str, Any], value)
-        if not isinstance(value, Mapping) or not isinstance(batch.get("lengths"), str):
+        batch = cast("Mapping[str, Any]", value)
+        if not isinstance(value, (dict, Mapping)) or not isinstance(batch.get("lengths"), str):
             return batch
         from memplan.spec.lengths import with_longest
 
@@ -192,9 +192,9 @@ class RunSpec(Part):
     def expanded(cls, value: Any) -> Any:
         """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have; put
         a model that transformers runs on several GPUs on all of them, as `device_map="auto"` does."""
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (dict, Mapping)):
             return value
-        values = cast(Mapping[str, Any], value)
+        values = cast("Mapping[str, Any]", value)
         runs = values.get("task") in ("forward", "generate")
         if runs and str(values.get("profile", "transformers")).startswith("transformers"):
             values = {**values, "parallelism": _on_all_gpus(values.get("parallelism", {}))}

@@ -11,7 +11,10 @@ import pytest
 from memplan import MemplanError, ModelSpec, RunSpec, estimate
 from memplan.core.frozen import FrozenDict, frozen
 from memplan.spec.base import Part
+from tests.cases import each
+from tests.encoders import SMALL as ENCODERS
 from tests.tiny import SMALLEST as LLAMA
+from tests.tiny import TINY as DECODERS
 
 QWEN2_MOE = {**LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 32}
 GEMMA3 = {"model_type": "gemma3", "text_config": {**LLAMA, "model_type": "gemma3_text"}, "vision_config": {}}
@@ -59,6 +62,38 @@ def test_equal_values_of_a_config_have_the_same_answers_in_any_order(
         for value in (*values[start:], *values[:start]):
             answers[repr(value)].add(outcome({**with_value(config, path, value), "unused": new}))
     assert {value: len(found) for value, found in answers.items()} == dict.fromkeys(answers, 1)
+
+
+OTHER_LENGTHS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    (LLAMA, {"method": "lora", "kernels": {"attention": "sdpa_efficient", "loss": "fused"}}),
+    (LLAMA, {"profile": "litgpt", "batch": {"accumulation": 2}}),
+    (LLAMA, {"profile": "torchtune", "optimizer": {"name": "sgd", "in_backward": True}}),
+    (LLAMA, {"profile": "axolotl", "batch": {"packing": "sample_packing"}, "gpu": "3090"}),
+    (LLAMA, {"trainer": "dpo", "method": "lora"}),
+    (LLAMA, {"trainer": "grpo", "batch": {"generations": 2, "new_tokens": 9, "accumulation": 2}}),
+    (LLAMA, {"trainer": "ppo", "profile": "trl-1.10", "roles": {"reward": {"model": {"config": LLAMA}}}}),
+    (LLAMA, {"parallelism": {"world": 4, "cp": 2, "dp": 2, "strategy": "fsdp2"}}),
+    (LLAMA, {"parallelism": {"world": 2, "pp": 2}, "batch": {"accumulation": 4}, "gpu": "t4"}),
+    (LLAMA, {"also": {"evaluation": {"micro": 2}}}),
+    ({**QWEN2_MOE, "num_key_value_heads": 2}, {"method": "lora", "kernels": {"checkpointing": "none"}}),
+    ({"model_type": "mamba2", **DECODERS["mamba2"]}, {}),
+    ({"model_type": "t5", **ENCODERS["t5"]}, {"batch": {"target_sequence": 40}}),
+    ({"model_type": "gpt2", **DECODERS["gpt2"], "n_positions": 300}, {"kernels": {"attention": "eager"}}),
+)
+
+
+@each(OTHER_LENGTHS)
+def test_runs_of_other_lengths_have_the_same_answers_in_any_order(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    config, fields = case
+    lengths = ((1, 40), (2, 300), (5, 301), (1, 3080), (2, 40))
+    answers: dict[tuple[int, int], set[object]] = {length: set() for length in lengths}
+    for start in range(3):
+        new = {**config, "unused": next(UNUSED)}
+        for micro, sequence in (*lengths[start:], *lengths[:start]):
+            batch = {**fields.get("batch", {}), "micro": micro, "sequence": sequence}
+            answers[micro, sequence].add(outcome(new, **{**fields, "batch": batch}))
+    assert {length: len(found) for length, found in answers.items()} == dict.fromkeys(lengths, 1)
+    assert any(isinstance(found, str) for of_length in answers.values() for found in of_length)
 
 
 def test_a_fractional_size_is_refused_after_a_whole_one() -> None:

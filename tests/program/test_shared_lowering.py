@@ -147,8 +147,12 @@ def test_moments_walked_in_order_are_those_looked_up_one_by_one() -> None:
 
 
 def test_moments_in_columns_are_a_sequence() -> None:
-    each = [Moment("forward", f"op{i}", {i: 1}, packed([0, ~0]), i, {}) for i in range(3)]
-    moments = PassMoments(each)
+    events = [0, ~0]
+    each = [Moment("forward", f"op{i}", {i: 1}, packed(events), i, {}) for i in range(3)]
+    moments = PassMoments(events)
+    for phase, where, shared, _, at, per_copy in each:
+        moments.extend((phase,), (where,), (shared,), (at,), (per_copy,))
+    moments = moments.packed()
     assert [*moments] == each
     assert (len(moments), moments[1], moments[-1], [*moments[1:]]) == (3, each[1], each[2], each[1:])
     assert [m.where for m in moments.renamed(str.upper)] == ["OP0", "OP1", "OP2"]

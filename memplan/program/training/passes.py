@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import groupby
 
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
 from memplan.core.cached_property import cached_property
@@ -173,9 +174,11 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
 def _by_phase(low: Lowered) -> dict[str, list[int]]:
     """Return the moments of each phase of a pass."""
     of_phase: dict[str, list[int]] = {phase: [] for phase in PHASES}
-    for i, phase in enumerate(low.moments.phases):
-        if phase in of_phase:
-            of_phase[phase].append(i)
+    at = 0
+    for phase, moments in groupby(low.moments.phases):
+        end = at + sum(1 for _ in moments)
+        of_phase.get(phase, []).extend(range(at, end))
+        at = end
     return of_phase
 
 
@@ -215,8 +218,9 @@ def _largest(
         low, sizes = lower_training(graph, of_pass), sizes_of(graph, of_pass)
         live = [*bytes_at_each(low.moments.unnamed, low.runs, axes, [n * value_of[v] for v, n in sizes])]
         for indices in _by_phase(low).values():
-            most = max((live[i] for i in indices), default=0)
-            tied = [i for i in indices if live[i] == most] or [-1]
+            of_phase = [*map(live.__getitem__, indices)]
+            most = max(of_phase, default=0)
+            tied = [i for i, bytes_ in zip(indices, of_phase, strict=True) if bytes_ == most] or [-1]
             if len(tied) > 1 and len({*rows((low.moments[i] for i in tied), low.runs, axes, sizes, variables)}) > 1:
                 return None
             of_phases.append((most, tied[0]))
