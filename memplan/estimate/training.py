@@ -85,6 +85,11 @@ class TrainingWalk(Walk):
         """The peaks of all phases."""
         return self._step.peaks(*self._lengths)
 
+    @cached_property
+    def axes(self) -> dict[str, int]:
+        """The run's axes, for what needs no peaks."""
+        return self._step.axes(self._lengths[0])
+
     @property
     def phases(self) -> list[Phase]:  # pyright: ignore[reportIncompatibleVariableOverride] (computed if asked for)
         return self.peaks.phases
@@ -127,7 +132,7 @@ class TrainingWalk(Walk):
 
     @cached_property
     def _host_bytes_in_steps(self) -> int:
-        return host_bytes(self._step.program, self.peaks.axes)
+        return host_bytes(self._step.program, self.axes)
 
     @property
     def host_bytes(self) -> int:
@@ -151,7 +156,7 @@ class TrainingWalk(Walk):
         if moment < 0:
             return None
         low = lowered_pass(self.decided.structure, later)
-        axes = {**operations_of(self.decided.structure.graph)[1], **self.peaks.axes}
+        axes = {**operations_of(self.decided.structure.graph)[1], **self.axes}
         sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
         moments = (moment for moment in low.moments if moment.phase == at.phase)
         return counts_at_each(moments, low.runs, axes, sizes)
@@ -165,9 +170,8 @@ class TrainingWalk(Walk):
     @cached_property
     def replay(self) -> TrainingReplay:
         """The inputs that determine the allocations."""
-        peaks, expandable = self.peaks, self.run.loop.expandable_segments
-        axes = tuple(peaks.axes.items())
-        return TrainingReplay(self.decided.structure, axes, peaks.workspace, expandable, self.side_tasks)
+        axes, workspace, expandable = tuple(self.axes.items()), self._lengths[1], self.run.loop.expandable_segments
+        return TrainingReplay(self.decided.structure, axes, workspace, expandable, self.side_tasks)
 
     @property
     def is_long(self) -> bool:
@@ -190,7 +194,7 @@ class TrainingWalk(Walk):
         return sharding_of(self.decided.structure).idle_in_streams()
 
     def unreplayed_bytes(self) -> int:
-        return cached_logits(self.decided.structure, self.peaks.axes)
+        return cached_logits(self.decided.structure, self.axes)
 
 
 def least_bytes(decided: ResolvedRun) -> int:

@@ -148,9 +148,13 @@ class StepProgram:
         by_workspace = last[1].peaks
         return by_workspace.get(workspace) or by_workspace.setdefault(workspace, self._peaks(last[1], workspace))
 
+    def axes(self, sizes: _Sizes) -> dict[str, int]:
+        """Return the axes of a run."""
+        micro, sequence, half, large_tiles, pictures, target = sizes
+        return run_axes(self.program, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
+
     def _moments(self, sizes: _Sizes) -> _Moments:
-        p, (micro, sequence, half, large_tiles, pictures, target) = self.program, sizes
-        axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
+        p, axes = self.program, self.axes(sizes)
         numbers = values(p.moments.variables, axes)
         largest, names = p.moments.largest(numbers) or (self._terms.largest(numbers, axes), p.moments.terms.where)
         best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}

@@ -100,8 +100,8 @@ class CardAnswers:
         alike = d.structure, d.half, d.large_tiles, workspace_of(d), context
         found = self._alike.get(alike)
         if found is None:
-            found = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
-        return self._alike.setdefault(alike, found)
+            found = self._alike[alike] = estimate_of(self.run.model_copy(update={"gpu": gpu.name}), d)
+        return found
 
     @cached_property
     def _resolver(self) -> Resolver:
