@@ -125,7 +125,8 @@ class StepProgram:
 
     def top(self, sizes: _Sizes, workspace: int) -> Phase:
         """Return the phase of the peak: without the other phases, if the program was asked for other sizes before."""
-        if self._last is not None and self._last[0] != sizes:
+        last = self._last
+        if last is not None and last[0] != sizes:
             micro, sequence, half, large_tiles, pictures, target = sizes
             of_lengths = self._contenders(workspace, half, large_tiles, pictures, target is None)
             best = of_lengths and of_lengths.rows.largest(of_lengths.numbers(micro, sequence, target))

@@ -133,8 +133,9 @@ class Resolver:
 
     def lengths(self, batch: Batch) -> _Lengths:
         """Return the batch with its lengths filled in, its tokens, the facts about it, and the axes of its images."""
-        if self._last is not None and self._last[0] is batch:
-            return self._last[1]
+        last = self._last  # of any thread
+        if last is not None and last[0] is batch:
+            return last[1]
         run, model, given, window = self._run, self._model, batch, self._model.sliding_window
         sees, is_single, trainer, packed = batch.sees, batch.micro == 1, TRAINERS[run.trainer], None
         pictures = image_axes(model, batch, run.profile)
@@ -157,8 +158,9 @@ class Resolver:
             packing=batch.packing or "",
             packed=packed,
         )
-        self._last = given, (batch, length, facts, pictures)
-        return self._last[1]
+        found = batch, length, facts, pictures
+        self._last = given, found
+        return found
 
 
 _resolver = lru_cache(maxsize=1024)(Resolver)
