@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.catalogue.profiles.engines import ENGINES
-from memplan.catalogue.profiles.profiles import PROFILES
+from memplan.catalogue.profiles.profile_table import known_name, nearest_versions
 from memplan.core.errors import SpecError, UnknownNameError, printable
 from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
@@ -587,12 +586,10 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
 
 def profile_of(framework: str, version: str) -> str:
     """Return the framework's newest profile that is not newer than the version; else its oldest."""
-    names = [each.name for each in (*PROFILES, *ENGINES) if each.name.startswith(f"{framework}-")]
-    if not names or framework == "transformers":
-        return NEWEST["transformers"]
-    numbers = {name: version_number(name.removeprefix(f"{framework}-")) for name in names}
-    older = [name for name in names if numbers[name] <= version_number(version)]
-    return max(older, key=numbers.__getitem__) if older else min(names, key=numbers.__getitem__)
+    name = f"{framework}-{version}"
+    names = () if framework == "transformers" else nearest_versions(name)
+    known = known_name(name)
+    return known if known in names else next(iter(names), NEWEST["transformers"])
 
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:
