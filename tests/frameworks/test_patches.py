@@ -423,6 +423,15 @@ def test_options_that_a_file_cannot_say_stay_typed(tmp_path: Path) -> None:
     assert (new.run.method.rank, new.run.loop.trainer) == (8, False)
 
 
+def test_a_command_in_quotes_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    path.write_text("bash -c 'trl sft --model_name_or_path qwen2-0.5b --use_peft --max_length 64'\n")
+    levers = levers_in(str(path))
+    [lever] = [lever for lever in levers(estimate(levers.asked).run) if lever.group == "optimizer"][:1]
+    with pytest.raises(SpecError, match="trl is inside a quoted command, which stays as it is"):
+        levers.write((lever,))
+
+
 def test_a_script_exports_what_its_command_has_no_key_for(tmp_path: Path) -> None:
     path = tmp_path / "run.sh"
     path.write_text("# a script\ntrl sft --model_name_or_path qwen2-0.5b --use_peft --per_device_train_batch_size 2\n")

@@ -400,6 +400,22 @@ def test_a_name_that_is_set_to_itself_cannot_be_told(tmp_path: Path) -> None:
     assert file.notes == ("max_length (train.py:5): cannot be told without running the script",)
 
 
+@pytest.mark.parametrize(
+    ("more", "left_out"),
+    [
+        ("**dict(packing=True)", ""),
+        ("**{**{'packing': True}}", ""),
+        ("packing=True if torch.cuda.is_available() else False", ""),
+        ("**more(1)", "**more(1)"),
+        ("**{**more}", "**more"),
+    ],
+)
+def test_arguments_in_a_mapping_are_told_or_listed(tmp_path: Path, more: str, left_out: str) -> None:
+    file = read(tmp_path, TRL.replace('**{"packing": True}', more))
+    assert ("packing" in file.fields["batch"]) == (not left_out)
+    assert [each.key for each in file.unread] == [left_out] * bool(left_out)
+
+
 EXPRESSIONS = ["n", "1", "n.m", "f(n)", "[n, 2]", "-n", "not n", "n if 1 else 2", "2 * n // 0", "{'a': n}", "lambda: n"]
 
 

@@ -644,6 +644,7 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
 
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
+    f"{LLAMAFACTORY_LORA}use_galore: true": "use_galore: LLaMA-Factory does not combine it with adapters; set one",
     "model_name_or_path: a\ntemplate: llama3\ninfer_backend: vllm": "run.yaml:3: infer_backend: nothing trains without",
     "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",

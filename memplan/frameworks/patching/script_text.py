@@ -92,6 +92,8 @@ def _edited(text: str, start: int, command: Launched, name: str, value: Value) -
         return text[:begin] + (f"{written}{values}" if values else written.rstrip("= ")) + text[end:]
     if value is None:
         return text
+    if not words:  # bash -c "..."
+        raise SpecError(f"{command.program} is inside a quoted command, which stays as it is")
     begin, end = words[-1]
     line = text.rfind("\n", 0, begin) + 1
     before = text[line:begin]

@@ -151,7 +151,7 @@ class _Keys:
     def take(self, call: PythonCall | None, names: Mapping[str, str] | None = None) -> None:
         """Set the keys of a call's arguments; of all that have a name, if `names` is None."""
         for argument, value in call.arguments.items() if call is not None else ():
-            if names is None and not argument.isdecimal():
+            if argument.startswith("**") or (names is None and not argument.isdecimal()):
                 key = argument
             elif names is not None and argument in names:
                 key = names[argument]

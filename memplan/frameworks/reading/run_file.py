@@ -293,7 +293,9 @@ def _read_launched(
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
     flags, config = _flags(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
-    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
+    start = shell.WRITTEN
+    written = {key[len(start) :]: text for key, text in command.variables.items() if key.startswith(start)}
+    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys}, written=written)
     launcher = command.launcher or _processes(command, form)
     note, models = "a variable that is not set", {each.model for each in FORMATS.values()}
     open_keys = {key for key in shell.unresolved(flags) if key not in models or "$" in str(flags[key]).split("/")[-1]}
