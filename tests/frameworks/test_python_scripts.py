@@ -132,6 +132,16 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, GRPO with lengths of the data": (
+        UNSLOTH.replace("SFT", "GRPO")
+        .replace(
+            "trainer = GRPOTrainer(model=model, max_seq_length=max_seq_length,", "trainer = GRPOTrainer(model=model,"
+        )
+        .replace("=2, bf16", "=2, max_prompt_length=longest + 1, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 GRPOTrainer",
+        {"batch.sequence": 2 * 1024 - 256, "batch.new_tokens": 256},
+        ("max_prompt_length (train.py:11): cannot be told without running the script",),
+    ),
     "a reference that is loaded later": (
         DPO.replace("model = Auto", "policy = Auto")
         .replace("DPOTrainer(model, None", "DPOTrainer(policy, ref")

@@ -675,6 +675,7 @@ REFUSED: dict[str, str] = {
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",
     "policy_model: {a: b}\ntokenizer: {c: d}\nmax_grad_norm: 1": "policy_model: torchtune's PPO files are not read yet",
     "model: {a: b}\ntokenizer: {c: d}\ncheckpointer: {e: f}": "checkpointer: torchtune's evaluation and",
+    "model: {a: b}\ntokenizer: {c: d}\nloss: {e: f}\ngrpo_samples: 4": "run.yaml:4: grpo_samples: torchtune's GRPO",
     "base_model: a\nmicro_batch_size: 1\ndeepspeed: ~~/a.json": "deepspeed: there is no file '~~/a.json'",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",

@@ -79,8 +79,12 @@ def _trainer(config: Config) -> None:
     group = config.value("batch.generations")
     if group and (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1) % group:
         config.set("batch.micro", group, "num_generations", why=f"{config.title} makes a step of other sizes this one")
+    longest, key = config.whole("training.max_seq_length"), "training.max_seq_length"
+    if group and longest and config.said("max_prompt_length") is None:
+        rest = max(longest - (config.value("batch.new_tokens") or 0), 1)
+        config.set("batch.sequence", rest, key, why="assumed: a prompt and its completion fill the context")
     if config.value("rollout") is not None:
-        config.set("serving.max_model_len", config.whole("training.max_seq_length"), "training.max_seq_length")
+        config.set("serving.max_model_len", longest, key)
 
 
 def _settings(config: Config) -> None:
