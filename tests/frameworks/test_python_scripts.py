@@ -132,6 +132,17 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, adapters that are not counted": (
+        UNSLOTH.replace("r=32,", "r=32, finetune_mlp_modules=False, qat_scheme='int4',").replace(
+            "Meta-Llama-3.1-8B-bnb-4bit", "gemma-3-4b-it"
+        ),
+        "train.py: Unsloth 2026.10, by train.py:10 SFTTrainer",
+        {"method.rank": 32},
+        (
+            "lora.finetune_mlp_modules (train.py:9): adapters of these modules are counted",
+            "qat_scheme (train.py:9): fake quantisation, not supported yet",
+        ),
+    ),
     "Unsloth, GRPO with lengths of the data": (
         UNSLOTH.replace("SFT", "GRPO")
         .replace(

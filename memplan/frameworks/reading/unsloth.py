@@ -67,6 +67,9 @@ def _method(config: Config) -> None:
         parts = {"vision": "lora.finetune_vision_layers", "language": "lora.finetune_language_layers"}
         frozen = [part for part, key in parts.items() if not config.flag(key)]
         config.set("method.frozen", frozen, *parts.values())
+        for key in ("lora.finetune_attention_modules", "lora.finetune_mlp_modules"):
+            if config.said(key) is not None and not config.flag(key):
+                config.leave(key, "adapters of these modules are counted")
 
 
 def _trainer(config: Config) -> None:
