@@ -728,7 +728,7 @@ def test_long_values_are_read_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
-    file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nlayer_offloading: false\n")
+    file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nx-of: {a: 1}\nlayer_offloading: no\n")
     assert file.notes == (
         "lora_dropuot (run.yaml:17): unknown key of Axolotl; did you mean lora_dropout?",
         "tiled_mlp (run.yaml:18): not counted, not supported yet",
