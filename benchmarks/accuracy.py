@@ -749,7 +749,7 @@ today, by the newest version that memplan knows unless the report names one (`te
 all settings are stated, B if one or two are assumed, C if more are. Nothing was fitted to them; lengths of data are
 rarely stated, so a peak may be of a shorter batch than the settings allow. Reserved by torch, used as `nvidia-smi`
 shows it, or the cache that an engine made. The medians leave out runs of which a part is not counted; *of known rows*
-is the median of those whose rows have a known length: graded A, or B with packed rows:
+is the median of those whose rows have a known length: graded A, or B with rows that are packed or padded to one:
 """
 
 BANDS = """

@@ -155,9 +155,9 @@ def field(path: str) -> Callable[[RunSpec], Value]:
     return lambda run: value_of(run, path)
 
 
-def is_(path: str, value: Value) -> Callable[[RunSpec], bool]:
-    """Return a function that tells whether a run has the value at a path."""
-    return lambda run: value_of(run, path) == value
+def is_(path: str, *values: Value) -> Callable[[RunSpec], bool]:
+    """Return a function that tells whether a run has one of the values at a path."""
+    return lambda run: value_of(run, path) in values
 
 
 def _shown(run: RunSpec, field: str) -> str:

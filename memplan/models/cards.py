@@ -384,7 +384,10 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if len(raw) > _MAX_CONFIG_BYTES:
         limit = f"{_MAX_CONFIG_BYTES // 2**20} MiB"
         raise ConfigError(f"model: {where} is larger than {limit}, too large for a config.json", "model")
-    return _parse(text, where, parse_constant=_CONSTANTS.__getitem__)
+    return _parse(text, where, "" if path.suffix == ".json" else _OTHERS, parse_constant=_CONSTANTS.__getitem__)
+
+
+_OTHERS = "; a run's file ends in .yaml, .json, .sh, .py or .ipynb, and a command stands behind --"
 
 
 # Published configs contain them, as Python's json writes them. NaN is always the same object: two NaN are unequal
@@ -415,14 +418,14 @@ def parse_config(text: str, where: str) -> Mapping[str, Any]:
     return _parse(text, where, parse_constant=refuse, object_pairs_hook=unique)
 
 
-def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
+def _parse(text: str, where: str, hint: str = "", **hooks: Any) -> Mapping[str, Any]:
     try:
         config: object = json.loads(text, **hooks)
     except MemplanError:
         raise
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, line {error.lineno}, column {error.colno}" if text.strip() else "it is empty"
-        raise ConfigError(f"{where}: not JSON ({reason})", "model") from None
+        raise ConfigError(f"{where}: not JSON ({reason}){hint}", "model") from None
     except RecursionError:
         raise ConfigError(f"{where}: not JSON that can be read (it is nested too deeply)", "model") from None
     except ValueError:

@@ -49,10 +49,11 @@ def checked_run(run: RunSpec) -> RunSpec:
     if run.trainer != "sft":
         _refuse_trl(run)
     elif not run.profile.startswith("transformers-"):
+        near = "; --profile transformers-5 probes the run as transformers has it" if run.task == "train" else ""
         raise refused(
             "profile",
             f"a probe runs transformers' own step, with the libraries that are installed; {run.profile} is "
-            "another framework's",
+            f"another framework's{near}",
         )
     run = fill_from_profile(run)
     _refuse(run)

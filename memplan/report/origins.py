@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any, cast
 
 from memplan.core.units import GIB
 from memplan.estimate.effects import ValueEffect
@@ -36,4 +37,6 @@ def _table(effects: Sequence[ValueEffect]) -> Table[ValueEffect]:
 
 def _value(effect: ValueEffect) -> str:
     value = effect.value
+    if isinstance(value, dict) and (config := cast("dict[str, Any]", value).get("config")):
+        value = str(config.get("_name_or_path", value))
     return value if isinstance(value, str) else json.dumps(value)

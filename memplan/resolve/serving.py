@@ -8,7 +8,8 @@ from typing import Any
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.inference.cache_formats import cache_format, formats_of
-from memplan.catalogue.profiles.engines import ENGINES, EngineDefaults, ServingEngine, engine_settings, find_engine
+from memplan.catalogue.inference.caches import caches
+from memplan.catalogue.profiles.engines import ENGINES, ServingEngine, engine_settings, find_engine
 from memplan.core.errors import SpecError, UnknownNameError, refused
 from memplan.core.units import GIB
 from memplan.models.cards import find_model
@@ -48,7 +49,7 @@ def resolve_serving(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     engine = serving_engine(run)
     if engine is None:
         raise UnknownNameError("profile", run.profile, [e.name for e in ENGINES])
-    defaults, behaviour = engine_settings(engine)
+    _, behaviour = engine_settings(engine)
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
@@ -56,7 +57,7 @@ def resolve_serving(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     if gpu is not None:
         refuse(_too_old(gpu, engine, behaviour.capability), not_on(gpu, run))
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
-    serving = _with_defaults(run.serving, engine, defaults, model, gpu, run, context, ranks)
+    serving = _with_defaults(run.serving, engine, model, gpu, run, context, ranks)
     if serving.max_model_len is not None and context > serving.max_model_len:
         raise refused(
             "serving.max_model_len",
@@ -97,13 +98,13 @@ def _with_draft(run: RunSpec, s: Settings) -> Settings:
 def _with_defaults(
     s: Serving,
     engine: ServingEngine,
-    defaults: EngineDefaults,
     model: ModelSpec,
     gpu: GPU | None,
     run: RunSpec,
     context: int,
     ranks: ServingRanks,
 ) -> Serving:
+    defaults, behaviour = engine_settings(engine)
     fields: dict[str, Any] = {name: value for name, value in defaults._asdict().items() if value is not None}
     fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
     if run.method.quantization is None:
@@ -111,9 +112,9 @@ def _with_defaults(
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
-    tokens, requests = _default_steps(engine, gpu, ranks.tp * ranks.sharing)
+    longest = s.max_model_len or fields["max_model_len"]
+    tokens, requests = _default_steps(behaviour.default_step, longest, gpu, ranks.tp * ranks.sharing)
     if engine.kind == "vllm":
-        longest = s.max_model_len or fields["max_model_len"]
         seqs = s.max_num_seqs or requests
         batched = s.max_num_batched_tokens or min(tokens, seqs * longest)
         fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
@@ -162,19 +163,30 @@ def _published_format(model: ModelSpec, engine: ServingEngine) -> str | None:
 _KEPT_IN_GGUF = ("mxfp4",)
 
 
+# vLLM's first engine, of which other caches than those of all tokens, and encoders of images, were not read.
+_FIRST = "vllm-0.6"
+
+
+def _is_plain(model: ModelSpec) -> bool:
+    """Whether the model has no image encoder, and each layer caches keys and values of all tokens."""
+    return model.family.images is None and not _uses_mla(model) and {c.kind for c in caches(model)} == {"attention"}
+
+
 def _uses_mla(model: ModelSpec) -> bool:
     return "kl" in model.axes()
 
 
-def _default_steps(engine: ServingEngine, gpu: GPU | None, tp: int) -> tuple[int, int]:
-    """Return the default tokens and requests per step, by the card's memory.
+def _default_steps(decided_by: str, longest: int, gpu: GPU | None, tp: int) -> tuple[int, int]:
+    """Return the default tokens and requests per step of vLLM, by its `EngineBehaviour.default_step`, or of SGLang.
 
-    Source: vllm 0.33.0 engine/arg_utils.py get_batch_defaults, as a server; sglang 0.5.23 arg_groups/memory_hook.py
-    handle_gpu_memory_settings, where the requests are those that decoding graphs are captured for.
+    Source: vLLM's rows; sglang 0.5.23 arg_groups/memory_hook.py handle_gpu_memory_settings, where the requests are
+    those that decoding graphs are captured for.
     """
     total = gpu.usable if gpu else 80 * GIB
-    if engine.kind == "vllm":
-        if total >= 160 * GIB and engine.name != "vllm-0.11":
+    if decided_by == "request":  # prompts longer than 32,768 tokens are read in parts
+        return 512 if longest > 32768 else max(longest, 2048), 256
+    if decided_by:
+        if total >= 160 * GIB and decided_by == "card":
             return 16384, 1024
         small = gpu is not None and ("a100" in gpu.name or gpu.unified)
         return (8192, 1024) if total >= 70 * GIB and not small else (2048, 256)
@@ -232,6 +244,7 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
         or model.objectives[0] != "causal_lm"
         or not model.family.serving.is_modelled
         or (model.has_compressed_cache and engine.name != COMPRESSES)
+        or (engine.name == _FIRST and not _is_plain(model))
     ):
         raise refused("model", f"{model.model_type} models are not supported yet with {engine.name}")
     s = run.serving

@@ -10,7 +10,9 @@ from memplan.program.serving.draft import LAYERS_AHEAD, layers_ahead
 from memplan.program.serving.layer_ranges import whole
 from memplan.program.serving.settings import Draft, Settings
 
-METHODS = {
+METHODS = {  # by kind of engine, or by name
+    "vllm-0.6": (),
+    "vllm-0.11": ("eagle", "eagle3", "mtp", "ngram"),
     "vllm": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),
     "sglang": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),
     "tgi": (),
@@ -30,11 +32,10 @@ def decide_draft(s: Settings) -> Draft | None:
                 raise refused(f"serving.{name}", "needs speculative decoding; set speculative_method too")
         return None
     field = "serving.speculative_method"
-    if method not in METHODS[kind]:
-        known = ", ".join(METHODS[kind]) or "none"
+    methods = METHODS.get(s.engine.name, METHODS[kind])
+    if method not in methods:
+        known = ", ".join(methods) or "none"
         raise refused(field, f"{method} is not supported yet with {s.engine.name}; supported: {known}")
-    if method == "draft_model" and s.engine.name == "vllm-0.11":
-        raise refused(field, "vLLM 0.11 has no draft models; use eagle, eagle3, mtp or ngram")
     needs_model = method in ("draft_model", *_HEADS)
     if needs_model != (asked.draft_model is not None):
         why = f"is required with {method}" if needs_model else f"does not apply to {method}; leave it out"

@@ -91,7 +91,8 @@ def _read_text(name: str, shown: str, most: int = _MAX_BYTES) -> str:
 def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     documents = _parse_documents(text, name, is_one=True)
     if not documents:
-        raise refused("spec", f"{name} must be a mapping of a run's fields")
+        is_empty = not re.sub(r"#.*", "", text).strip()
+        raise refused("spec", f"{name} is empty" if is_empty else f"{name} must be a mapping of a run's fields")
     return documents[0]
 
 
@@ -111,7 +112,8 @@ def _parse_documents(
     except (LookupError, AttributeError):  # yaml reads a tagged value without checking it
         raise refused("spec", f"{name} holds a value that its tag does not allow, as in !!int abc") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise refused("spec", f"{name} holds a value that JSON cannot represent ({error})") from None
+        reason = str(error).partition(";")[0]  # what follows is advice on Python
+        raise refused("spec", f"{name} holds a value that JSON cannot represent ({reason})") from None
     return [
         (cast(dict[str, Any], spec), dict(_yaml_lines(node, ())))
         for (node, _), spec in zip(loaded, specs, strict=True)
@@ -169,7 +171,7 @@ def _problem(error: Any) -> str:
     """Return the YAML error and its position as one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return printable(str(error).partition(' in "<')[0], _MAX_SHOWN)
+        return printable(str(error).partition("\n")[0], _MAX_SHOWN)
     problem = printable(str(error.problem).removeprefix("but "), _MAX_SHOWN)
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 

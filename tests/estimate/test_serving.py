@@ -975,6 +975,12 @@ REFUSED = {
         "profile": "llama.cpp-2026",
         "serving": {"cache_dtype": "q8_0", "flash_attention": False},
     },
+    "model: gemma2 models are not supported yet with vllm-0.6": {"model": "gemma-2-9b", "profile": "vllm-0.6"},
+    "model: qwen2_vl models are not supported yet with vllm-0.6": {"model": "qwen2-vl-7b", "profile": "vllm-0.6"},
+    "serving.speculative_method: ngram is not supported yet with vllm-0.6": {
+        "profile": "vllm-0.6",
+        "serving": {"speculative_method": "ngram"},
+    },
     "serving.gpu_layers: only applies to llama.cpp": {"serving": {"gpu_layers": 3}},
     "serving.max_model_len: 100 is less": {"serving": {"max_model_len": 100}},
     "batch: vllm-0.33 only takes": {"batch": {"images": 1}},

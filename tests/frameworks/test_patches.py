@@ -372,6 +372,33 @@ def test_a_file_says_some_levers_and_not_others(tmp_path: Path, key: str, where:
             levers.write((lever,))
 
 
+SWITCHES = {
+    "tune run lora_finetune_distributed --config llama3_2/1B_lora": "enable_activation_checkpointing=true",
+    "python -m openrlhf.cli.train_sft --pretrain qwen2-0.5b": "--model.gradient_checkpointing_enable",
+    "python -m verl.trainer.sft_trainer model.path=qwen2-0.5b data.micro_batch_size_per_gpu=4 "
+    "model.enable_gradient_checkpointing=false": "model.enable_gradient_checkpointing=true",
+}
+
+
+@pytest.mark.parametrize(("command", "switch"), SWITCHES.items())
+def test_a_switch_turns_checkpointing_on(tmp_path: Path, command: str, switch: str) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"{command}\n")
+    levers = levers_in(str(path))
+    [lever] = [lever for lever in levers(estimate(levers.asked).run) if lever.keys == ("checkpointing",)]
+    new = levers.write((lever,))
+    assert new.text.rstrip().endswith(f" {switch}")
+    assert new.run.kernels.checkpointing == "full"
+
+
+def test_adapters_take_galores_switch_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**LLAMAFACTORY, "finetuning_type": "full", "use_galore": True, "stage": "sft"}))
+    levers = levers_in(str(path))
+    [lora, *_] = [lever for lever in levers(estimate(levers.asked).run) if "method_lora" in lever.keys]
+    assert "use_galore" not in levers.write((lora,)).text
+
+
 def test_a_packed_row_has_fewer_sequences(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**AXOLOTL, "sample_packing": True, "attn_implementation": "flash_attention_2"}))
@@ -421,6 +448,15 @@ def test_options_that_a_file_cannot_say_stay_typed(tmp_path: Path) -> None:
     new = levers.write((lever,))
     assert "lora_r" not in new.text
     assert (new.run.method.rank, new.run.loop.trainer) == (8, False)
+
+
+def test_a_command_in_quotes_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    path.write_text("bash -c 'trl sft --model_name_or_path qwen2-0.5b --use_peft --max_length 64'\n")
+    levers = levers_in(str(path))
+    [lever] = [lever for lever in levers(estimate(levers.asked).run) if lever.group == "optimizer"][:1]
+    with pytest.raises(SpecError, match="trl is inside a quoted command, which stays as it is"):
+        levers.write((lever,))
 
 
 def test_a_script_exports_what_its_command_has_no_key_for(tmp_path: Path) -> None:

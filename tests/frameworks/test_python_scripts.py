@@ -132,6 +132,27 @@ SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "Unsloth, adapters that are not counted": (
+        UNSLOTH.replace("r=32,", "r=32, finetune_mlp_modules=False, qat_scheme='int4',").replace(
+            "Meta-Llama-3.1-8B-bnb-4bit", "gemma-3-4b-it"
+        ),
+        "train.py: Unsloth 2026.10, by train.py:10 SFTTrainer",
+        {"method.rank": 32},
+        (
+            "lora.finetune_mlp_modules (train.py:9): adapters of these modules are counted",
+            "qat_scheme (train.py:9): fake quantisation, not supported yet",
+        ),
+    ),
+    "Unsloth, GRPO with lengths of the data": (
+        UNSLOTH.replace("SFT", "GRPO")
+        .replace(
+            "trainer = GRPOTrainer(model=model, max_seq_length=max_seq_length,", "trainer = GRPOTrainer(model=model,"
+        )
+        .replace("=2, bf16", "=2, max_prompt_length=longest + 1, bf16"),
+        "train.py: Unsloth 2026.10, by train.py:10 GRPOTrainer",
+        {"batch.sequence": 2 * 1024 - 256, "batch.new_tokens": 256},
+        ("max_prompt_length (train.py:11): cannot be told without running the script",),
+    ),
     "a reference that is loaded later": (
         DPO.replace("model = Auto", "policy = Auto")
         .replace("DPOTrainer(model, None", "DPOTrainer(policy, ref")
@@ -398,6 +419,22 @@ def test_a_script_that_is_not_read_is_one_line(tmp_path: Path, name: str) -> Non
 def test_a_name_that_is_set_to_itself_cannot_be_told(tmp_path: Path) -> None:
     file = read(tmp_path, TRL.replace("max_length=512", "max_length=n").replace("import torch", "n = n + 1"))
     assert file.notes == ("max_length (train.py:5): cannot be told without running the script",)
+
+
+@pytest.mark.parametrize(
+    ("more", "left_out"),
+    [
+        ("**dict(packing=True)", ""),
+        ("**{**{'packing': True}}", ""),
+        ("packing=True if torch.cuda.is_available() else False", ""),
+        ("**more(1)", "**more(1)"),
+        ("**{**more}", "**more"),
+    ],
+)
+def test_arguments_in_a_mapping_are_told_or_listed(tmp_path: Path, more: str, left_out: str) -> None:
+    file = read(tmp_path, TRL.replace('**{"packing": True}', more))
+    assert ("packing" in file.fields["batch"]) == (not left_out)
+    assert [each.key for each in file.unread] == [left_out] * bool(left_out)
 
 
 EXPRESSIONS = ["n", "1", "n.m", "f(n)", "[n, 2]", "-n", "not n", "n if 1 else 2", "2 * n // 0", "{'a': n}", "lambda: n"]

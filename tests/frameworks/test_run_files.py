@@ -644,6 +644,7 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
 
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
+    f"{LLAMAFACTORY_LORA}use_galore: true": "use_galore: LLaMA-Factory does not combine it with adapters; set one",
     "model_name_or_path: a\ntemplate: llama3\ninfer_backend: vllm": "run.yaml:3: infer_backend: nothing trains without",
     "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
@@ -674,6 +675,7 @@ REFUSED: dict[str, str] = {
     f"{LLAMAFACTORY_LORA}use_kt: true": "use_kt: true is not supported yet",
     "policy_model: {a: b}\ntokenizer: {c: d}\nmax_grad_norm: 1": "policy_model: torchtune's PPO files are not read yet",
     "model: {a: b}\ntokenizer: {c: d}\ncheckpointer: {e: f}": "checkpointer: torchtune's evaluation and",
+    "model: {a: b}\ntokenizer: {c: d}\nloss: {e: f}\ngrpo_samples: 4": "run.yaml:4: grpo_samples: torchtune's GRPO",
     "base_model: a\nmicro_batch_size: 1\ndeepspeed: ~~/a.json": "deepspeed: there is no file '~~/a.json'",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
@@ -726,7 +728,7 @@ def test_long_values_are_read_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
-    file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nlayer_offloading: false\n")
+    file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nx-of: {a: 1}\nlayer_offloading: no\n")
     assert file.notes == (
         "lora_dropuot (run.yaml:17): unknown key of Axolotl; did you mean lora_dropout?",
         "tiled_mlp (run.yaml:18): not counted, not supported yet",

@@ -60,6 +60,8 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "vllm-0.33",
         {"serving.limit_images": 2, "serving.limit_videos": 0},
     ),
+    "docker run --gpus all vllm/vllm-openai:v0.6.4.post1 --model Qwen/Qwen2-7B": ("vllm-0.6", {}),
+    "docker run --gpus 2 vllm/vllm-openai:v0.9.2 --model Qwen/Qwen2-7B": ("vllm-0.11", {}),
     "docker run --gpus 2 vllm/vllm-openai:v0.11.2 --model Qwen/Qwen2-7B -tp 2": ("vllm-0.11", {"parallelism.world": 2}),
     f"{SGLANG} --tp 2 --mem-fraction-static 0.8 --context-length 8192 --chunked-prefill-size 4096": (
         "sglang-0.5",

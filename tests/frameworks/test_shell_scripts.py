@@ -138,6 +138,15 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "read -r -d '' line <<EOF\nopenrlhf.cli.train_sft \\\n  --model.model_name_or_path Qwen/Qwen2-7B \\\n"
     "  --data.max_len 64\nEOF\ndeepspeed --module $line": ("openrlhf", {"batch.sequence": 64}),
+    ': "${LEN:=32}"\nD=conf\nmkdir -p $D && cat > $D/a.yml <<EOF\nbase_model: Qwen/Qwen2-7B\nmicro_batch_size: 1\n'
+    "sequence_len: $LEN\nEOF\naxolotl train ./conf/a.yml": ("axolotl", {"batch.sequence": 32}),
+    "cat <<'EOF' > zero.yaml\ndistributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\nEOF\n"
+    "accelerate launch --config_file zero.yaml --num_processes 2 x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.strategy": "zero2"},
+    ),
+    "sudo tee a.yaml >/dev/null <<EOF\nmodel_name_or_path: Qwen/Qwen2-7B\nstage: sft\ncutoff_len: 48\nEOF\n"
+    "llamafactory-cli train a.yaml": ("llamafactory", {"batch.sequence": 48}),
     "MODEL=${MODEL:-${BASE}/models/Qwen2___5-7B-Instruct}\ntrl sft --model_name_or_path $MODEL --dataset_name mine": (
         "trl",
         {"model": "Qwen2.5-7B-Instruct"},

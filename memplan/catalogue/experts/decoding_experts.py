@@ -25,9 +25,11 @@ _VIEWS = {"experts.ids": CHOSEN, "experts.scores": SCORES, "experts.ordered": "e
 def batched(operations: Sequence[Op]) -> Iterator[Op]:
     """Yield a block's operations with its experts' grouped products as batched ones.
 
-    Matrices stored in another format have kernels of their own and are left as they are.
+    Matrices stored in another format have kernels of their own, or are dequantised before, and are left as they are.
     """
-    if any(op.product == "grouped" and op.weights and op.weights[0].stored for op in operations):
+    folds = {t.name for op in operations if op.product == "fold" for t in op.writes}
+    grouped = [op for op in operations if op.product == "grouped"]
+    if any(op.weights[0].stored if op.weights else folds.isdisjoint(op.reads) for op in grouped):
         yield from operations
         return
     selected = ""

@@ -47,6 +47,9 @@ class EngineBehaviour(NamedTuple):
     mixes_pages             layers whose pages differ in size are brought to one size, instead of refused
     steps_in_flight         steps that may be in flight at once, for whose tokens sliding-window layers keep blocks
     null_block              one block of the pool is never handed out, and counts against the longest request
+    compiles                layers are compiled unless CUDA graphs are off; else they run in Python
+    default_step            what decides how many tokens and requests a step has: card (the GPU's memory), small card
+                            (alike, without steps for 160 GiB), request (its longest length)
     group_tokens            the pool's tokens are counted as blocks of one group, not as requests of the longest length
     latent_workspace        latent attention whose step needs a workspace for the keys and values of prompts: all, dense
     packs_latents           latents with a sparse index are stored in 656 bytes, unless a dtype is given
@@ -69,6 +72,8 @@ class EngineBehaviour(NamedTuple):
     mixes_pages: bool = False
     steps_in_flight: int = 1
     null_block: bool = False
+    compiles: bool = False
+    default_step: Literal["", "card", "small card", "request"] = ""
     group_tokens: bool = False
     latent_workspace: Literal["", "all", "dense"] = ""
     packs_latents: bool = False

@@ -65,6 +65,7 @@ FORMATS: dict[str, tuple[FormatChoice, ...]] = {
     ),
     "vllm-0.33": _compressed(75, 75, 75, "vllm 0.33.0"),
     "vllm-0.11": _compressed(80, 75, 80, "vllm 0.11.0"),
+    "vllm-0.6": _compressed(80, 75, 80, "vllm 0.6.4.post1"),
     "sglang-0.5": _compressed(80, 80, 80, "sglang 0.5.23"),
     "tgi-3": (
         FormatChoice("fp8-channel", _FP8, _DEATH, 80, "assumed: Marlin's kernels"),

@@ -92,6 +92,8 @@ def _edited(text: str, start: int, command: Launched, name: str, value: Value) -
         return text[:begin] + (f"{written}{values}" if values else written.rstrip("= ")) + text[end:]
     if value is None:
         return text
+    if not words:  # bash -c "..."
+        raise SpecError(f"{command.program} is inside a quoted command, which stays as it is")
     begin, end = words[-1]
     line = text.rfind("\n", 0, begin) + 1
     before = text[line:begin]
@@ -147,11 +149,13 @@ def _takes_pairs(command: Launched) -> bool:
 
 
 def values_of(command: Launched, name: str, value: Value) -> str:
-    """Return a flag's words; empty for one of Axolotl's switches. Raises SpecError if the program cannot take it."""
+    """Return a flag's words; empty for a switch of Axolotl's or OpenRLHF's. Raises SpecError if the program cannot take
+    it."""
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else None
-    if command.program.startswith("axolotl"):
-        if value is False or isinstance(value, Mapping) or items is not None:
-            raise SpecError(f"axolotl's command line cannot set {name} to {json.dumps(value)}")
+    program = command.program.partition(".")[0]
+    if program in ("axolotl", "openrlhf"):
+        if value is False or isinstance(value, Mapping) or (items is not None and program == "axolotl"):
+            raise SpecError(f"{program}'s command line cannot set {name} to {json.dumps(value)}")
         if value is True:
             return ""
     if items is not None and _takes_pairs(command):

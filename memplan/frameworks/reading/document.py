@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 from memplan.core.errors import SpecError, misspelt, printable
@@ -28,6 +28,7 @@ class Document(NamedTuple):
     values  its mapping
     lines   line of each key, by its path; of a notebook its cell and line
     names   key -> its name in the file, if that is another
+    written   path -> text of a file that the script around it writes
     """
 
     name: str
@@ -35,6 +36,7 @@ class Document(NamedTuple):
     values: Mapping[str, Any]
     lines: Mapping[tuple[str, ...], int | str]
     names: Mapping[str, str] = {}
+    written: Mapping[str, str] = {}
 
     def where(self, key: str) -> str:
         """Return where a key is, as `run.yaml:14`: of a key in a section, or else of the section."""
@@ -93,11 +95,15 @@ def document_of(values: Mapping[str, Any], within: Document, key: str) -> Docume
 
 
 def named_document(name: str, within: Document, key: str) -> Document:
-    """Return the file that a key names: relative to the document, else to the working directory, or to a folder around
-    the document if the name has a folder, too; one that a framework publishes by its path.
+    """Return the file that a key names: one that its script writes; relative to the document, else to the working
+    directory, or to a folder around the document if the name has a folder, too; one that a framework publishes by its
+    path.
 
     Raises SpecError if it is none of these.
     """
+    written = within.written.get(str(PurePath(name)))
+    if written is not None:
+        return read_document(name, written)._replace(path=within.path, written=within.written)
     folder = within.path.parent if within.path is not None else Path()
     around = folder.absolute().parents if "/" in name else ()
     for place in (folder, Path(), *around):

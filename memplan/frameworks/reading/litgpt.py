@@ -41,8 +41,8 @@ def _model(config: Config) -> None:
     trainer.set_model(config, "/".join(name.split("/")[-2:]), "checkpoint_dir")
     model = trainer.model_of(config)
     if model is not None and model.config.get("tie_word_embeddings") and not config.flag("train.tie_embeddings"):
-        untied = {"config": {**model.config, "tie_word_embeddings": False}}
-        config.set("model", untied, "checkpoint_dir", why="without tied embeddings")
+        untied = {**model.config, "tie_word_embeddings": False, "_name_or_path": config.value("model")}
+        config.set("model", {"config": untied}, "checkpoint_dir", why="without tied embeddings")
 
 
 def _method(config: Config) -> None:

@@ -146,6 +146,8 @@ def _optimizer(config: Config) -> None:
     trainer.optimizer(config)
     for key, name in _OPTIMIZERS.items():
         if config.flag(key):
+            if config.value("method.kind") not in ("full", "freeze"):
+                raise config.error(key, "LLaMA-Factory does not combine it with adapters; set one of the two")
             layerwise = "_layerwise" if config.flag(f"{name}_layerwise") else ""
             eight_bits = "_8bit" if "8bit" in str(config.get("optim")) and name == "galore" else ""
             config.set("optimizer.name", f"{name}_adamw{eight_bits}{layerwise}", key)

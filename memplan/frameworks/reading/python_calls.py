@@ -228,10 +228,14 @@ class _Names:
             self.depth -= 1
 
     def _mapping(self, node: ast.Dict, line: int) -> Any:
-        pairs = [
-            (self.value(key, line), self.value(value, line)) for key, value in zip(node.keys, node.values, strict=True)
-        ]
-        return {key: value for key, value in pairs if isinstance(key, str)}
+        out: dict[str, Any] = {}
+        for key, each in zip(node.keys, node.values, strict=True):
+            name, value = self.value(key, line), self.value(each, line)
+            if key is None:  # **more
+                out |= value if isinstance(value, dict) else {_spread(each): UNKNOWN}
+            elif isinstance(name, str):
+                out[name] = value
+        return out
 
     def _arithmetic(self, node: ast.BinOp, line: int) -> Any:
         left, right = self.value(node.left, line), self.value(node.right, line)
@@ -260,8 +264,10 @@ class _Names:
 
     def _called(self, node: ast.Call, line: int) -> Any:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if name in _HAS_BF16:
+        if name in _HAS_BF16 or (name == "is_available" and getattr(node.func.value, "attr", "") == "cuda"):  # type: ignore[attr-defined]
             return True
+        if name == "dict":
+            return {each.arg: self.value(each.value, line) for each in node.keywords if each.arg}
         if name == "field":  # of a dataclass
             return self.value(next((each.value for each in node.keywords if each.arg == "default"), None), line)
         if name in ("get", "getenv") and len(node.args) == 2:  # os.environ.get("LEN", 2048)
@@ -284,6 +290,11 @@ def arithmetic(text: str, numbers: Mapping[str, int]) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _spread(node: ast.expr) -> str:
+    """Return the name of arguments that are in a mapping, as `**more`."""
+    return f"**{printable(ast.unparse(node), 40)}"
+
+
 def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
     targets: dict[int, tuple[str, ...]] = {}  # by the identity of what is assigned
     for node in ast.walk(tree):
@@ -299,7 +310,7 @@ def _calls(tree: ast.Module, names: _Names) -> Iterator[PythonCall]:
                 arguments[str(index)], lines[str(index)] = names.value(arg, node.lineno), arg.lineno
             for keyword in node.keywords:
                 value = names.value(keyword.value, node.lineno)
-                more: dict[str, Any] = {keyword.arg: value} if keyword.arg else {}
+                more: dict[str, Any] = {keyword.arg: value} if keyword.arg else {_spread(keyword.value): UNKNOWN}
                 if not keyword.arg and isinstance(value, dict):  # **{...}
                     more = cast("dict[str, Any]", value)
                 arguments |= more

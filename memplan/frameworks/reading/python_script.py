@@ -79,6 +79,7 @@ _UNSLOTH_LOADED = {
     "full_finetuning": "training.training_type",
     "load_in_8bit": "load_in_8bit",
     "load_in_fp8": "load_in_fp8",
+    "qat_scheme": "qat_scheme",
     "fast_inference": "fast_inference",
     "unsloth_tiled_mlp": "unsloth_tiled_mlp",
     "use_gradient_checkpointing": "training.gradient_checkpointing",
@@ -92,6 +93,10 @@ _UNSLOTH_ADAPTED = {
     "use_rslora": "lora.use_rslora",
     "finetune_vision_layers": "lora.finetune_vision_layers",
     "finetune_language_layers": "lora.finetune_language_layers",
+    "finetune_attention_modules": "lora.finetune_attention_modules",
+    "finetune_mlp_modules": "lora.finetune_mlp_modules",
+    "layers_to_transform": "layers_to_transform",
+    "qat_scheme": "qat_scheme",
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
 }
@@ -151,7 +156,7 @@ class _Keys:
     def take(self, call: PythonCall | None, names: Mapping[str, str] | None = None) -> None:
         """Set the keys of a call's arguments; of all that have a name, if `names` is None."""
         for argument, value in call.arguments.items() if call is not None else ():
-            if names is None and not argument.isdecimal():
+            if argument.startswith("**") or (names is None and not argument.isdecimal()):
                 key = argument
             elif names is not None and argument in names:
                 key = names[argument]
@@ -248,7 +253,8 @@ def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple
 _MATTER = {
     **dict.fromkeys(("load_in_8bit", "load_in_fp8"), "the weights' format"),
     **dict.fromkeys(("fast_inference", "unsloth_tiled_mlp", "neftune_noise_alpha"), "not counted"),
-    "target_parameters": "what trains",
+    **dict.fromkeys(("target_parameters", "layers_to_transform"), "what trains"),
+    "qat_scheme": "fake quantisation",
     "eval_strategy": "evaluation",
 }
 

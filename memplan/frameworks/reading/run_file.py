@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.catalogue.profiles.engines import ENGINES
-from memplan.catalogue.profiles.profiles import PROFILES
+from memplan.catalogue.profiles.profile_table import known_name, nearest_versions
 from memplan.core.errors import SpecError, UnknownNameError, printable
 from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
@@ -42,8 +41,9 @@ _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
 _LATER = {
-    "model_class": "LLaMA-Factory v1's",
+    "model_class": "LLaMA-Factory v1's (USE_V1=1: a preview with its own trainer and loss)",
     "policy_model": "torchtune's PPO",
+    "grpo_samples": "torchtune's GRPO",
     "checkpointer": "torchtune's evaluation and generation",
 }
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
@@ -294,7 +294,9 @@ def _read_launched(
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
     flags, config = _flags(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
-    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
+    start = shell.WRITTEN
+    written = {key[len(start) :]: text for key, text in command.variables.items() if key.startswith(start)}
+    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys}, written=written)
     launcher = command.launcher or _processes(command, form)
     note, models = "a variable that is not set", {each.model for each in FORMATS.values()}
     open_keys = {key for key in shell.unresolved(flags) if key not in models or "$" in str(flags[key]).split("/")[-1]}
@@ -587,12 +589,10 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
 
 def profile_of(framework: str, version: str) -> str:
     """Return the framework's newest profile that is not newer than the version; else its oldest."""
-    names = [each.name for each in (*PROFILES, *ENGINES) if each.name.startswith(f"{framework}-")]
-    if not names or framework == "transformers":
-        return NEWEST["transformers"]
-    numbers = {name: version_number(name.removeprefix(f"{framework}-")) for name in names}
-    older = [name for name in names if numbers[name] <= version_number(version)]
-    return max(older, key=numbers.__getitem__) if older else min(names, key=numbers.__getitem__)
+    name = f"{framework}-{version}"
+    names = () if framework == "transformers" else nearest_versions(name)
+    known = known_name(name)
+    return known if known in names else next(iter(names), NEWEST["transformers"])
 
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from memplan.core.records import NamedTuple
 from memplan.core.toml import read_tables
 from memplan.frameworks import WRITERS
-from memplan.frameworks.change_table import Framework, Key
+from memplan.frameworks.change_table import Framework, Key, is_
 from memplan.frameworks.reading.config import Rule
 
 
@@ -82,8 +82,9 @@ def _formats() -> Iterator[RunFormat]:
         if "writer" in table:
             keys = writers[table["writer"]]
         else:
-            rows = tuple(Key(key, (field,)) for key, field in table.get("keys", {}).items())
-            keys = Framework(name, table["title"], table["source"], rows)
+            rows = [Key(key, (field,)) for key, field in table.get("keys", {}).items()]
+            rows += [Key(key, (field,), is_(field, *on)) for key, (field, *on) in table.get("switches", {}).items()]
+            keys = Framework(name, table["title"], table["source"], tuple(rows))
         own |= {"matter": by_key(name, "matter"), "aliases": by_key(name, "aliases")}
         needs, any_of, excludes = (table.get(key, ()) for key in ("needs", "any_of", "excludes"))
         signature = Signature(needs, any_of, excludes, "is_general" in table, programs)

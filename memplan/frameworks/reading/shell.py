@@ -21,6 +21,7 @@ from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.frameworks.reading.shell_branches import Branches
+from memplan.frameworks.reading.shell_lines import LONG, WRITTEN, joined_lines
 from memplan.spec.file import read_text
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
@@ -38,27 +39,18 @@ _SLURM = {
 }
 # $A, ${A}, ${A[@]}, ${A:-text}; bounded: braces may never be closed
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?(?::?[-=]((?:[^{}]|\{[^{}]*\}){0,1000}))?\})")
+_DEFAULT = re.compile(r"\$\{(\w+):?=([^{}]{0,1000})\}")  # ${A:=text}, which sets it
 # $((A * B)), $(expr 16 / $A)
 _ARITHMETIC = re.compile(r"\$(?:\(\((.{1,200}?)\)\)(?!\))|\(expr +([^()]{1,200})\))")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?(\w+)(\+?)=\((.*?)\)\s*(?:#[^\n]*)?", re.DOTALL)
-_ARRAYS_END = re.compile(r"^[^#]*\)\s*(?:#.*)?$")
-_OPEN_ARRAY = re.compile(r"\s*(?:(?:export|local|declare(?: -\w+)?) +)?\w+\+?=\(")
 _REDIRECTION = re.compile(r"[&\d]?>>?(.*)|<")  # > a.log, 2>&1, < a
-_HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
-_READ = re.compile(r"\s*(?:IFS=\S* )?read\b.{0,99}?\b(\w{1,99})\s*<<")  # read -r NAME <<EOF; bounded: it may be data
 _ALL = "every GPU that it sees"
 COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
 _MOST_GPUS = 1024  # of a machine
 _MOST_DIGITS = 10
-_CONTINUED = "\\\n"
-_LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
-_LONGEST_ARRAY = 200  # lines
-_LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
-_QUOTES = re.compile(r"\\.|['\"]|(?<![^\s;&|()])#.*")  # and comments, in which they are none
 # A quoted text, or a comment; a hash inside a word, such as data#500, begins none, as it does for shlex.
 _COMMENT = re.compile(r"""(\\.|'[^']*'|"(?:\\.|[^"\\])*")|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
-_QUOTES_END = re.compile(r"\\.|\"")
 _MOST_TEXT = 2**22  # characters of all words, with variables resolved
 _MOST_SHOWN = 60  # of a name
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
@@ -154,7 +146,7 @@ def launched(
     skipped, other = "", None
     for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
-        found = _LONG if words == [_LONG] else _launched(words, environment, at, programs, folder)
+        found = LONG if words == [LONG] else _launched(words, environment, at, programs, folder)
         if isinstance(found, Launched) and (found.may_train or "Trainer(" in _near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):
@@ -223,10 +215,18 @@ def _commands(
 ) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
     variables, spent, branches = dict(variables), 0, Branches()
-    for line, joined in _joined_lines(text):
-        if joined == _LONG:
-            yield line, [_LONG], dict(variables)
+    for line, joined in joined_lines(text):
+        if joined == LONG:
+            yield line, [LONG], dict(variables)
             continue
+        if joined.startswith(WRITTEN):
+            path, _, written = joined.partition("\n")
+            spent += len(written)
+            if not branches.is_skipping and spent < _MOST_TEXT:
+                path, written = (_VARIABLE.sub(partial(_set, variables), each) for each in (path, written))
+                variables[f"{WRITTEN}{PurePath(path.removeprefix(WRITTEN))}"] = written
+            continue
+        variables |= {match[1]: match[2] for match in _DEFAULT.finditer(joined) if not variables.get(match[1])}
         array = _ARRAY.fullmatch(joined)
         try:
             text = array[3] if array is not None else joined
@@ -265,53 +265,6 @@ def _commands(
                 variables = own
 
 
-def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each line with the lines that continue it, its quotes or its array, and its number. A here-document is left
-    out, or a variable's value if `read` gets it."""
-    start, joined, end, name, here, quote = 1, "", "", "", "", ""
-    for number, line in enumerate((line if len(line) < _LONGEST_LINE else "" for line in text.splitlines()), 1):
-        if end:
-            is_end = line.strip() == end
-            here += "" if is_end else f"{line}\n"
-            if is_end and name:
-                yield start, f"{name}={shlex.quote(here.replace(_CONTINUED, ' '))}"
-            end, name, here = ("", "", "") if is_end else (end, name, here)
-            continue
-        start = start if joined else number
-        quote = _open_quote(line, quote)
-        if line.rstrip().endswith("\\") and (joined or not line.lstrip().startswith("#")):
-            joined += f"{line.rstrip()[:-1]} "
-            continue
-        joined += line
-        is_long = len(joined) >= _LONGEST_LINE
-        is_array = not is_long and number - start < _LONGEST_ARRAY and _OPEN_ARRAY.match(joined)
-        if quote or (is_array and not _ARRAYS_END.search(line)):
-            joined += "\n"
-            continue
-        ending, reading = _HERE.search(joined), _READ.match(joined)
-        end, name = ending[1] if ending is not None else "", reading[1] if reading is not None else ""
-        yield start, _LONG if is_long and "\n" in joined else joined
-        joined = ""
-    yield start, quote or joined  # a quote that is never closed, which shlex reads in quadratic time
-
-
-def _open_quote(line: str, quote: str) -> str:
-    """Return the quote that is open after a line, of which `quote` was open before it; empty if none is."""
-    at = 0
-    while at < len(line):
-        if quote == "'":
-            at = line.find(quote, at) + 1 or len(line) + 1
-            quote = quote if at > len(line) else ""
-            continue
-        match = (_QUOTES_END if quote else _QUOTES).search(line, at)
-        if match is None:
-            break
-        at = match.end()
-        if match[0] in ("'", '"'):
-            quote = "" if quote else match[0]
-    return quote
-
-
 def _simple(words: list[str]) -> Iterator[list[str]]:
     """Yield the words of each command in a line, without redirections, `> a.log 2>&1`, and the script's own words."""
     command: list[str] = []
@@ -345,6 +298,11 @@ def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
         with suppress(ValueError):
             return shlex.split(text)
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
+
+
+def _set(variables: Mapping[str, str], match: re.Match[str]) -> str:
+    """Return the variable that is meant, or what stands there if it is not set."""
+    return variables.get(match[1] or match[2], match[0])
 
 
 def _computed(variables: Mapping[str, str], match: re.Match[str]) -> str:

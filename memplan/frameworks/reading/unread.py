@@ -9,8 +9,9 @@ from memplan.frameworks.reading.config import Config, Unread, defaults_of
 from memplan.frameworks.reading.run_format import RunFormat
 from memplan.spec.options import FIELDS, flag
 
-# Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
-_SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
+# Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not: `x-` of
+# sections that are only there for their anchors.
+_SILENT = ("x_", "x-", "chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
 _DEGREES = "its GPUs"  # over which something is divided, unless it is 1
 
 

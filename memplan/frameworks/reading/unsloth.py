@@ -67,6 +67,9 @@ def _method(config: Config) -> None:
         parts = {"vision": "lora.finetune_vision_layers", "language": "lora.finetune_language_layers"}
         frozen = [part for part, key in parts.items() if not config.flag(key)]
         config.set("method.frozen", frozen, *parts.values())
+        for key in ("lora.finetune_attention_modules", "lora.finetune_mlp_modules"):
+            if config.said(key) is not None and not config.flag(key):
+                config.leave(key, "adapters of these modules are counted")
 
 
 def _trainer(config: Config) -> None:
@@ -79,8 +82,12 @@ def _trainer(config: Config) -> None:
     group = config.value("batch.generations")
     if group and (config.value("batch.micro") or 1) * (config.value("batch.accumulation") or 1) % group:
         config.set("batch.micro", group, "num_generations", why=f"{config.title} makes a step of other sizes this one")
+    longest, key = config.whole("training.max_seq_length"), "training.max_seq_length"
+    if group and longest and config.said("max_prompt_length") is None:
+        rest = max(longest - (config.value("batch.new_tokens") or 0), 1)
+        config.set("batch.sequence", rest, key, why="assumed: a prompt and its completion fill the context")
     if config.value("rollout") is not None:
-        config.set("serving.max_model_len", config.whole("training.max_seq_length"), "training.max_seq_length")
+        config.set("serving.max_model_len", longest, key)
 
 
 def _settings(config: Config) -> None:

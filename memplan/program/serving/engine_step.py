@@ -75,7 +75,7 @@ def _model_step(s: Settings, tokens: int, requests: int, profiled: bool) -> Engi
     axes["room"] = _room(s)
     if s.model.has_compressed_cache:
         axes |= {**room_of(s), "logits": LOGITS}
-    eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
+    eager = not (s.behaviour.compiles and s.serving.cuda_graphs)
     layers = s.model.layers[stage.first : stage.last]
     ends, gathered = (stage.headed, stage.receives_hidden), r.sharing > 1
     room = s.behaviour.experts_room
