@@ -316,7 +316,7 @@ def reference_of(graph: Graph) -> Graph | None:
     if trainer is None or not trainer.has_reference_pass:
         return None
     recipe, is_copy = graph.recipe, trainer.reference == "copy"
-    if (has_adapters := recipe.kind in ADAPTERS) or not trainer.trains_copy:  # without adapters, all of it frozen
+    if ((has_adapters := recipe.kind in ADAPTERS) or not trainer.trains_copy) and not trainer.copies_adapters:
         recipe = recipe._replace(kind=recipe.kind if has_adapters else "lora", targets=(), saved=(), selection=None)
         recipe = recipe._replace(bias="none", tokens=0, fused="")
     if is_copy:

@@ -37,7 +37,7 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
     ranks = s.tensor_parallel or 1
     if world % ranks:
         raise refused("serving.tensor_parallel", f"{ranks} does not divide the GPUs that train, {world}; set --gpus")
-    requests, own = batch.micro * batch.accumulation * ranks, library_behaviour(run.profile, "", False).trainer
+    requests, own = batch.micro * batch.accumulation * ranks, library_behaviour(run.profile, "", False).generation
     serving = {
         "memory_utilization": s.memory_utilization or own.engine_share,
         "max_num_seqs": s.max_num_seqs or requests,
@@ -84,7 +84,7 @@ def awake(b: Budget, profile: str) -> tuple[TensorGroup, ...]:
     """Return what the engine holds only while it is awake, with sleep mode: its cache, and weights of its own."""
     weights = tensor_group("parameter", "vLLM's weights", b.parameters, "uint8", _SOURCE)
     cache = tensor_group("buffer", "vLLM's KV cache", b.pool.bytes, "uint8", _SOURCE)
-    return (cache,) if library_behaviour(profile, "", False).trainer.shares_weights else (cache, weights)
+    return (cache,) if library_behaviour(profile, "", False).generation.shares_weights else (cache, weights)
 
 
 def asleep(b: Budget) -> tuple[TensorGroup, ...]:

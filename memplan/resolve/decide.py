@@ -194,8 +194,10 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         kept = logits_of_completions(batch, decided.structure.graph)
         decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     step = decided.structure.graph.trainer
-    if step is not None and step.reference == "adapters":
-        decided = decided._replace(structure=_with_reference(decided.structure, run.profile))
+    if step is not None and step.copies_adapters:
+        adapters = (w for w in sharding_of(decided.structure).weights() if ".lora_" in w.what)
+        reference = tuple(w._replace(what=f"ref.{w.what}") for w in adapters)
+        decided = decided._replace(structure=decided.structure._replace(engine=reference))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
@@ -222,14 +224,6 @@ def _check_sequence(decided: ResolvedRun, batch: Batch) -> None:
         context_parallel.check_sequence(batch.sequence, degrees)
     if degrees.tp > 1:
         tensor_parallel.check_sequence(batch.sequence, degrees)
-
-
-def _with_reference(structure: Structure, profile: str) -> Structure:
-    """Return the structure with the reference's own adapters, if it has any."""
-    if not library_behaviour(profile, "", False).trainer.copies_adapters:
-        return structure
-    adapters = (w for w in sharding_of(structure).weights() if ".lora_" in w.what)
-    return structure._replace(engine=tuple(w._replace(what=f"ref.{w.what}") for w in adapters))
 
 
 def _resident_critic(structure: Structure) -> Iterator[TensorGroup]:

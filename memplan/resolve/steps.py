@@ -74,6 +74,8 @@ def wire(run: OpenRun) -> None:
         run.notes.append(unseparated_note(run.model))
     elif packed is not None and packed.mask == "made" and library.attention.sdpa_varlen and runs_varlen(run):
         packed = packed._replace(mask="", is_varlen=True, repeats=library.attention.sdpa_varlen == "repeated")
+    elif packed is not None and packed.is_varlen:
+        packed = packed._replace(flattens=not library.attention.gives_lengths)
     if packed is not None and packed.is_varlen and packed.repacks:
         run.notes.append(SAMPLES_NOTE)
     run.wiring = wiring._replace(

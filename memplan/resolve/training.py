@@ -187,13 +187,17 @@ def _choose_trainer(run: OpenTraining) -> None:
         run.step = Trainer(name, log_probs, "none", likelihood=likelihood, value_head=head)
     else:
         run.reference = run.reference or (own if facts.reference == "own" else "none")
+        log_probs = "shifted" if (name, behaviour.log_probs) == ("kto", "joined") else behaviour.log_probs
         run.step = Trainer(
             name,
-            behaviour.log_probs,
+            log_probs,
             run.reference,
+            copies_adapters=behaviour.copies_adapters and run.reference == "adapters",
             trains_copy=bool(facts.completions) or behaviour.trained_reference,
-            caches_copy=(name, run.reference, behaviour.log_probs) == ("kto", "copy", "shifted"),  # until trl 1.13
+            caches_copy=(name, run.reference, log_probs) == ("kto", "copy", "shifted")  # until trl 1.13
+            and not (behaviour.kto_copies and run.kernels.loss == "fused"),
             copy_dtype=behaviour.reference_dtype,
+            copies=behaviour.kto_copies if name == "kto" else "",
             shards_copy=behaviour.fsdp2_reference if run.is_sharded else "",
             rows=facts.rows,
         )
@@ -219,6 +223,7 @@ def _choose_trainer(run: OpenTraining) -> None:
             and (facts.rescores or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
+            entropy_bonus=run.loop.entropy_bonus,
         )
     _without_autocast(run, run.step)
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
@@ -229,8 +234,10 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
     asked = run.precision
     if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
         run.precision = step_precision(run.trainer, run.kernels.loss, asked)
-        if asked.autocast and step.fused_gradients and step.name != "dpo":
+        if asked.autocast and step.fused_gradients and (step.name == "grpo" or step.copies):
             run.step = step._replace(scored_in=asked.compute or "bf16")
+    if run.precision.weights == "fp32" and not run.precision.autocast:
+        run.step = run.step._replace(logits_dtype="fp32")
     if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
         run.notes.append(
             f"{run.trainer}: TRL calls the backbone past accelerate's autocast, so fp32 weights compute in fp32, "

@@ -251,6 +251,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
             aliases=("num_generations",),
         ),
+        "entropy_bonus": Option(
+            "loop.entropy_bonus", "The loss of --trainer grpo rewards entropy (entropy_coef, use_adaptive_entropy)."
+        ),
         "score_batch_size": Option(
             "batch.scored", "Completions scored at once before a step of grpo or rloo. Default --batch-size."
         ),

@@ -291,6 +291,7 @@ class Loop(Part):
     expandable_segments  torch's allocator uses expandable segments (PYTORCH_CUDA_ALLOC_CONF)
     sync_each_batch      the Trainer reduces gradients in every pass of a step (accelerate's `sync_each_batch`); else
                          FSDP keeps them whole until the last one
+    entropy_bonus        GRPO's loss rewards entropy (`entropy_coef`, `use_adaptive_entropy`)
     """
 
     hold_outputs: Flag | Literal["step"] = False
@@ -301,6 +302,7 @@ class Loop(Part):
     trainer: Flag = False
     expandable_segments: Flag = False
     sync_each_batch: Flag = False
+    entropy_bonus: Flag = False
 
 
 class Evaluation(Part):

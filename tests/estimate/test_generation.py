@@ -454,6 +454,13 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
             {"method": "lora", "parallelism": {"world": 4, "dp": 4, "strategy": "fsdp2"}},
             "parallelism.strategy: peft generates past FSDP2's root, .* fails; use fsdp, zero3 or vLLM",
         ),
+        *(
+            ({"loop": {"entropy_bonus": True}, "profile": profile, "kernels": {"loss": loss}}, message)
+            for profile, loss, message in (
+                ("trl-1.6", "hf", "is not supported yet with trl-1.6; supported: trl-1.10 and later"),
+                ("trl-1.13", "fused", "loop.entropy_bonus: TRL refuses it with Liger's loss; use loss hf"),
+            )
+        ),
         ({"kernels": {"loss": "fused"}}, "not supported yet with trainer grpo and trl-1.15; supported: tiled_lm_head"),
         (
             {

@@ -206,7 +206,7 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
         ({"reference": "copy"}, "sft has no reference model"),
         ({"trainer": "orpo", "reference": "copy"}, "orpo has no reference model; use none, or trainer dpo"),
-        ({"trainer": "kto", "profile": "trl-1.6"}, "is not supported yet with kto and trl-1.6; supported: trl-1.15"),
+        ({"trainer": "dpo", "loop": {"entropy_bonus": True}}, "loop.entropy_bonus: only applies to trainer grpo"),
         (
             {"trainer": "dpo", "profile": "trl-0.24", "model": "gemma-3-4b"},
             "a vision or audio tower; supported: trl-1.15",
@@ -256,8 +256,14 @@ def test_a_reward_models_head_is_a_score() -> None:
             "kernels.loss: trl-0.24's DPO fails with Liger's loss and adapters; use hf, or trl-1.10",
         ),
         (
-            {"trainer": "dpo", "kernels": {"loss": "fused"}, "profile": "trl-1.6", "method": "lora"},
-            "kernels.loss: trl-1.6's DPO fails with Liger's loss and adapters; use hf, or trl-1.10",
+            {
+                "trainer": "kto",
+                "kernels": {"loss": "fused"},
+                "profile": "trl-1.6",
+                "method": "lora",
+                "batch": {"micro": 2},
+            },
+            "kernels.loss: trl-1.6's KTO fails with Liger's loss and adapters; use hf, or trl-1.10",
         ),
         ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (

@@ -108,6 +108,8 @@ SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], st
     ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
 )
 _LIGER = {"trl-1.13": CASES[::2], "trl-1.10": CASES[1:14:6], "trl-1.6": CASES[1:14:6]}
+# With `entropy_coef`; later kernels keep nothing for its gradient.
+_BONUS = {"trl-1.15": CASES[1:2], "trl-1.14": CASES[1:2], "trl-1.13": CASES[2::4], "trl-1.10": CASES[1::7]}
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -131,6 +133,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         cases += [(case, "liger") for case in _LIGER[profile]]
         if profile != "trl-1.6":
             cases += [(case, f"{strategy} liger") for case in DIVIDED[:1] for strategy in STRATEGIES[1:]]
+    if trainer == "grpo" and profile in _BONUS:
+        cases += [(case, "bonus") for case in _BONUS[profile]]
     if trainer == "ppo":
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
@@ -175,6 +179,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "precision": precision,
                     "batch": batch,
                     "kernels": {**kernels, **({"loss": "fused"} if how.endswith("liger") else {})},
+                    "loop": {"entropy_bonus": how == "bonus"},
                     "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "also": {"evaluation": {"micro": 2 * micro}} if how.startswith("evaluated") else {},
                     "profile": profile,

@@ -65,8 +65,8 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
     ("blocks", "qlora", BF16, 2, 4096, None, {}),
 )
 
-# With Liger's loss of DPO, whose compiled part allocates what memplan.probe.script.trl_losses.compiled_pair says.
-FUSED = ("trl-1.14", "trl-1.13", "trl-1.10", "trl-0.24")
+# With Liger's loss of DPO and KTO, whose compiled part memplan.probe.script.trl_losses.compiled_pair stands for.
+FUSED = ("trl-1.14", "trl-1.13", "trl-1.10", "trl-1.6", "trl-0.24")
 FUSED_CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
     ("llama", "full", BF16, 2, 1024, None, {}),
     ("llama", "full", FP32, 1, 1024, None, {}),
@@ -151,8 +151,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
     cases += [(case, "padding_free") for case in JOINED if (trainer, profile) == ("dpo", "trl-0.24")]
-    if trainer == "dpo" and profile in FUSED:  # TRL 0.24 fails under adapters
-        fused = [case for case in FUSED_CASES if case[1] == "full" or profile != "trl-0.24"]
+    if trainer in ("dpo", "kto") and profile in FUSED:  # TRL 0.24 fails under adapters, and KTO of 1.6 refuses them
+        older = ("trl-0.24", "trl-1.6")
+        fused = [case for case in FUSED_CASES if case[1] == "full" or profile not in older]
         cases += [((*case[:-1], {**case[-1], "loss": "fused"}), "fused") for case in fused]
     if (profile, trainer) == (SWIFT, "gkd"):
         flash = {"attention": "flash_attention_2"}

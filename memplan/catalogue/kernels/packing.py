@@ -52,6 +52,7 @@ class PackedRows(NamedTuple):
     is_one_row  the micro-batch is one row
     repacks     a row holds as many samples as fit; else those of the micro-batch
     repeats     k and v are repeated for every query head before the varlen kernel
+    flattens    q, k and v are copied before it unless they are contiguous
     """
 
     mask: Literal["made", "given", ""]
@@ -59,6 +60,7 @@ class PackedRows(NamedTuple):
     is_one_row: bool
     repacks: bool
     repeats: bool = False
+    flattens: bool = False
 
     def sequences(self, joined: Any, tokens: Any, most: Callable[[Any, Any], Any] = max) -> Any:
         """Return the number of sequences in a row of `tokens`, for which `joined` of the micro-batch have room."""

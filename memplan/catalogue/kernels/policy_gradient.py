@@ -73,7 +73,8 @@ def attach(
         loss = (*tail, released, *log_probs_of_logits(outputs, trainer, is_fp32))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
-    read = ("log_probs", *(t.name for op in scored for t in op.writes))
+    bonus = trainer.entropy_bonus and trainer.log_probs == "shifted"  # later kernels have the entropies in any case
+    read = ("log_probs", *(("entropies",) if bonus else ()), *(t.name for op in scored for t in op.writes))
     last = Op(f"loss.{trainer.name}", read, (Tensor("loss", "", "fp32"),), source=_LOSS)
     return stack._replace(after=after, loss=(*loss, last, ops.release_names(*read)))
 
@@ -154,13 +155,22 @@ def log_probs_of_logits(outputs: str, trainer: Trainer, is_fp32: bool, logits_sh
         logits = "scaled"
     yield from selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
     if not trainer.is_reference and trainer.log_probs not in ("rolled", "sliced"):
-        names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
-        chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)
+        names = ("log-softmax", "probabilities", "products")
+        chunk = tuple(Tensor(f"{name} of a chunk", "entropy_rows v", f"={logits}") for name in names)
         flat = (
             (Tensor("flat logits", shape, f"={logits}"),)
             if trainer.divided_logits == "in_place" and not trainer.has_one_sequence
             else ()
         )
-        yield Op("loss.entropy", (logits,), gradient="none", scratch=(*flat, *chunk), source=source)
+        if trainer.entropy_bonus:  # chunks have gradients of their own, which are joined
+            kept = tuple(Tensor(f"{name} of all chunks", shape, f"={logits}") for name in names[:2])
+            parts, written = Scratch(kept[0]._replace(name="gradients of chunks")), Tensor("entropies", _ROWS, "=chunk")
+            one, keeps = Tensor("chunk", "entropy_rows v", f"={logits}"), tuple(Keep(t.name, "chunk") for t in kept)
+            yield Op("loss.chunks", (logits,), (one,), view=True, scratch_back=(parts,), source=source)
+            back = tuple(Scratch(t._replace(name=f"{t.name}, gradients")) for t in chunk[:2])
+            yield Op("loss.entropy", ("chunk",), (written, *kept), (), keeps, chunk[2:], back, source=source)
+            yield ops.release_names("chunk", *(t.name for t in kept))
+        else:
+            yield Op("loss.entropy", (logits,), gradient="none", scratch=(*flat, *chunk), source=source)
     held = {"in_place": (outputs, "shifted"), "held": (outputs,), "released": ()}[trainer.divided_logits]
     yield ops.release_names(*held, logits)

@@ -32,6 +32,7 @@ _SOURCES = {
     **dict.fromkeys(("cpo", "simpo"), "trl 1.16.0 experimental/cpo/cpo_trainer.py concatenated_forward"),
 }
 _SHIFTED = ("shifted", "kernel")
+_KTO_COPIES = "llamafactory 0.9.5 train/kto/trainer.py concatenated_forward; trl 0.24.0 trainer/kto_trainer.py forward"
 _FSDP2 = "torch 2.13 distributed/fsdp/_fully_shard/_fsdp_state.py _post_forward (output_dtype)"
 _CASTS = "accelerate 1.15 utils/operations.py ConvertOutputsToFp32"
 
@@ -65,10 +66,12 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
     if trainer.log_probs == "joined":
         stack = returning_states(stack, "cache" if trainer.fused_gradients and trainer.is_reference else "states")
         body = stack.after[: start + 1]
-    if trainer.fused_gradients:
-        read_later = Op("lm_head", weights=(matrix, *bias), gradient="none")
-        loss = () if trainer.is_reference else fused_pair_loss(matrix, bias, trainer, reference)
-        return stack._replace(after=(*body, read_later) if trainer.is_reference else body, loss=loss)
+    if trainer.fused_gradients and not (trainer.is_reference and trainer.name == "kto"):  # KTO first scores by logits
+        if trainer.is_reference:
+            return _without_head(stack)
+        if reference is not None and trainer.copies:  # which it did before the step
+            reference = _without_head(reference)
+        return stack._replace(after=body, loss=fused_pair_loss(matrix, bias, trainer, reference))
     if trainer.log_probs in IN_PARTS:
         tail = log_probs_in_parts(matrix, bias, autocast, trainer)
         if trainer.log_probs == "recomputed":  # past the backbone, whose output the trainer holds
@@ -87,14 +90,26 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
     if trainer.log_probs == "gathered":
         tail = (*tail, *_gathered_log_probs(outputs))
         if first_pass is not None:
-            tail = (*tail, _other_completions(first_pass), *_halves("", outputs))
+            tail = (*tail, _other_completions(first_pass), *_halves("", outputs, trainer))
             return _finished(stack, trainer, tail, reference, ("halves",))
         return _finished(stack, trainer, tail, reference, (outputs,))
     if trainer.likelihood:
         tail = (*tail, *_likelihood(outputs, source_of(trainer)))
     if not trainer.is_reference:
-        tail = (*tail, *_shifted_log_probs("", outputs, is_fp32, trainer.log_probs))
-    return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
+        tail = (*tail, *_shifted_log_probs("", outputs, is_fp32, trainer))
+        tail += tuple(_halves("", outputs, trainer))
+    elif trainer.fused_gradients:
+        stack = stack._replace(after=(*body, Op("return", releases="cache"), *head))
+        tail = (*tail, *_shifted_log_probs("ref_", outputs, is_fp32, trainer), ops.release_names(outputs))
+    held = {"": (outputs, "shifted"), "halves": ("halves",), "all": (outputs, "shifted", "halves")}[trainer.copies]
+    return _finished(stack, trainer, tail, reference, held, is_fp32)
+
+
+def _without_head(stack: Stack) -> Stack:
+    """Return the stack of a model whose head the loss reads later."""
+    start = next(i for i, op in enumerate(stack.after) if begins_head(op))
+    matrix, bias = matrix_and_bias(stack.after[start:])
+    return stack._replace(after=(*stack.after[:start], Op("lm_head", weights=(matrix, *bias), gradient="none")))
 
 
 def _with_value_head(stack: Stack) -> Stack:
@@ -163,15 +178,16 @@ def _finished(
         if scores_twice:
             again = (Tensor("ref_kl_log_probs", "b s", "fp32"),)
             loss.append(Op("reference", (), again, gradient="none", model=reference, source=source_of(trainer)))
-            loss += [*_halves("ref_", "ref_outputs"), ops.release_names("ref_halves")]
         if trainer.log_probs in _SHIFTED:
-            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32 and not is_lower, trainer.log_probs)
-            held = (*held, "ref_outputs")
+            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32 and not is_lower, trainer)
+            held = (*held, "ref_outputs", "ref_shifted")
+        if trainer.copies == "halves":
+            loss += [*_halves("ref_", "ref_outputs", trainer), ops.release_names("ref_halves")]
         others = ("ref_log_probs",)
     others += ("kl_log_probs",) * trainer.has_first_pass + ("chosen_loss",) * trainer.likelihood
     read = ("log_probs", *others)
     loss.append(Op(f"loss.{trainer.name}", read, (Tensor("loss", "", "fp32"),), source=source_of(trainer)))
-    if trainer.log_probs in _SHIFTED and trainer.name not in PAIRED:
+    if trainer.log_probs in _SHIFTED and trainer.name not in PAIRED and not trainer.copies:
         loss += _metrics(trainer)
     loss.append(ops.release_names(*held, *read))
     return stack._replace(loss=tuple(loss))
@@ -202,12 +218,13 @@ def _other_completions(model: Stack) -> Op:
     return Op("forward", (), written, gradient="none", model=model, source=_SOURCES["kto"])
 
 
-def _halves(prefix: str, outputs: str) -> Iterator[Op]:
-    """Copy the logits of desirable examples and of the others, as LLaMA-Factory's KTO returns them."""
-    halves = Tensor(f"{prefix}halves", "b s v", f"={outputs}")
-    source = "llamafactory 0.9.5 train/kto/trainer.py concatenated_forward"
-    yield Op("loss.halves", (outputs,), (halves,), gradient="none", source=source)
-    yield ops.release_names(outputs)
+def _halves(prefix: str, outputs: str, trainer: Trainer) -> Iterator[Op]:
+    """Copy the logits of desirable examples and of the others, if KTO does. If it returns them, only they remain."""
+    if trainer.copies:
+        halves = Tensor(f"{prefix}halves", "b s v", f"={outputs}")
+        yield Op("loss.halves", (outputs,), (halves,), gradient="none", source=_KTO_COPIES)
+    if trainer.copies == "halves":
+        yield ops.release_names(outputs, *((f"{prefix}shifted",) if trainer.log_probs in _SHIFTED else ()))
 
 
 def with_masks(op: Op, *more: str) -> Iterator[Op]:
@@ -300,13 +317,14 @@ def _joined_log_probs(logits: str, outputs: str, is_fp32: bool, is_reference: bo
     yield Op("return", (outputs, *(t.name for op in cast for t in op.writes)), releases="states")
 
 
-def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> Iterator[Op]:
+def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, trainer: Trainer) -> Iterator[Op]:
     """Compute log-probabilities of all tokens but the first, in a loop over sequences or by a kernel.
 
     The kernel keeps the logits, in any dtype, and four fp32 numbers per token.
     """
-    source, shifted, result = _SOURCES[kind], f"{prefix}shifted", f"{prefix}log_probs"
-    yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
+    kind, shifted, result = trainer.log_probs, f"{prefix}shifted", f"{prefix}log_probs"
+    source, rows = _SOURCES[kind], (Tensor(shifted, "shifted_rows v", f"={outputs}"),)
+    yield Op("loss.shift", (outputs,), rows, view=trainer.copies != "all", source=source)
     name = f"loss.{result}"
     if kind == "shifted":
         of = {"is_reference": bool(prefix)}

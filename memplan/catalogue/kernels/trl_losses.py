@@ -294,19 +294,25 @@ def fused_policy_loss(
 def fused_pair_loss(
     matrix: Weight, bias: tuple[Weight, ...], trainer: Trainer, reference: Stack | None
 ) -> tuple[Op, ...]:
-    """Compute Liger's loss of DPO, a pair at a time, from the states that the policy and its reference return.
+    """Compute Liger's loss of DPO or KTO from the states that the policy and its reference return, a pair or an example
+    at a time.
 
     Forward computes what backward returns. A pair's logits, their gradient and the fp32 sum that it begins with are
     alive together, as Inductor of torch 2.13 schedules them, which frees the reference's logits before; then the pair's
     gradients of rows and matrix are made. Backward scales all gradients into copies if a step has several
-    micro-batches, whose loss the Trainer divides. TRL 0.24 copies no rows, and asks both models for all their states.
+    micro-batches, whose loss the Trainer divides. TRL 0.24 copies no rows, and asks both models for all their states;
+    KTO copies none either, as an example's are contiguous.
     """
-    views = trainer.log_probs == "joined"
+    has_states, is_kto = trainer.log_probs == "joined", trainer.name == "kto"
+    views = has_states or is_kto
     source = "liger-kernel 0.8.5 chunked_loss/fused_linear_preference.py LigerFusedLinearPreferenceBase"
+    if is_kto:
+        source = "liger-kernel 0.8.5 chunked_loss/fused_linear_unpaired_preference.py, kto_loss.py"
     has_gradient = matrix.trains or trainer.fused_gradients != "trained"
     gradient = (Tensor("head_gradient", matrix.shape, matrix.dtype),) if has_gradient else ()
-    rows, pair, logits = "shifted_rows h", "2 row_tokens h", "2 row_tokens v"
-    inputs = (Tensor("pair", pair, "=rows"), Tensor("pair of the reference", pair, "=ref_rows"))
+    tokens = "row_tokens" if is_kto else "2 row_tokens"
+    rows, pair, logits = "shifted_rows h", f"{tokens} h", f"{tokens} v"
+    inputs = () if is_kto else (Tensor("pair", pair, "=rows"), Tensor("pair of the reference", pair, "=ref_rows"))
     of_pair = (Tensor("logits of a pair", logits, "=rows"), Tensor("gradient of the logits", logits, "=rows"))
     moments = {
         "logits": (Tensor("sum of the gradient", logits, "fp32"),),
@@ -315,14 +321,15 @@ def fused_pair_loss(
             *(t._replace(name="gradient of the matrix by a pair") for t in gradient),
         ),
     }
-    before = (*gradient, Tensor("gradients of earlier pairs", "earlier_pairs h", "=rows"), *inputs)
+    earlier = "earlier_examples" if is_kto else "earlier_pairs"
+    before = (*gradient, Tensor("gradients of earlier pairs", f"{earlier} h", "=rows"), *inputs)
     is_kept = not trainer.has_parts
     return (
         Op("loss.shift", ("n",), (Tensor("rows", rows),), view=views, source=source),
         Op(
             "reference",
             (),
-            (Tensor("ref_n", "0" if views else "b s h", "=n"),),
+            (Tensor("ref_n", "0" if has_states else "b s h", "=n"),),
             gradient="none",
             model=reference,
             source=source,
@@ -357,5 +364,5 @@ def fused_pair_loss(
             source=source,
         ),
         ops.release_names("rows", "ref_rows", "targets", "ref_n", "n"),
-        *((Op("return", releases="states"),) if views else ()),
+        *((Op("return", releases="states"),) if has_states else ()),
     )

@@ -148,6 +148,7 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
+KtoCopies = Literal["", "halves", "all"]
 FusedGradients = Literal["", "trained", "always", "compiled", "recomputed"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
 LogProbs = Literal[
@@ -174,7 +175,7 @@ class TrainerFacts(NamedTuple):
     backbone     the loss with which its step calls the model's backbone, past the forward that accelerate wraps in
                  autocast, or `every` loss; empty if it calls the model. Source: trl 1.16.0 models/utils.py
                  _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl 1.13.0
-                 trainer/grpo_trainer.py compute_liger_loss, trainer/dpo_trainer.py _compute_loss_liger
+                 trainer/grpo_trainer.py compute_liger_loss, trainer/dpo_trainer.py, kto_trainer.py _compute_loss_liger
     own_loop     it does not run transformers' loop. Its own checkpoints nothing, prepares no quantised model, casts no
                  adapters, clips nothing, leaves use_cache on, divides logits in place, and holds the outputs of a
                  micro-batch and the logits of all completions until the next ones exist. A value model trains in the
@@ -203,7 +204,7 @@ class TrainerFacts(NamedTuple):
 TRAINERS = {
     "sft": TrainerFacts(packs=True),
     "dpo": TrainerFacts("own", rows=2, packs=True, backbone="fused"),
-    "kto": TrainerFacts("own", least=2),
+    "kto": TrainerFacts("own", least=2, backbone="fused"),
     "orpo": TrainerFacts(rows=2, older=True, likelihood=True),
     "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
     "simpo": TrainerFacts(rows=2, older=True),
@@ -231,6 +232,7 @@ class Trainer(NamedTuple):
                   own operations `recomputed`, TRL 1.14 with use_liger_kernel), or with their gradients in forward
                   (`chunked`, Unsloth)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
+    copies_adapters  the reference has a frozen copy of the adapters
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     caches_copy   a copy returns the keys and values of all layers
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
@@ -240,6 +242,7 @@ class Trainer(NamedTuple):
                   or stay as they are (`model`)
     casts_back    FSDP2 then casts them to the dtype that it computes in
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
+    copies        what KTO copies of the logits (`TrainerBehaviour.kto_copies`)
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
     value_head    a reward model's scores are of a head next to the language model's
@@ -258,12 +261,14 @@ class Trainer(NamedTuple):
     prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
+    entropy_bonus     the loss rewards entropy, whose gradient is computed
     scored_in         dtype to which autocast computes passes without gradients, if the step itself has no autocast
     """
 
     name: str
     log_probs: LogProbs
     reference: str
+    copies_adapters: bool = False
     trains_copy: bool = True
     caches_copy: bool = False
     copy_dtype: str = "weights"
@@ -271,6 +276,7 @@ class Trainer(NamedTuple):
     logits_dtype: LogitsDtype = "autocast"
     casts_back: bool = False
     likelihood: bool = False
+    copies: KtoCopies = ""
     is_reference: bool = False
     rows: int = 2
     value_head: bool = False
@@ -282,6 +288,7 @@ class Trainer(NamedTuple):
     prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
     fused_gradients: FusedGradients = ""
+    entropy_bonus: bool = False
     scored_in: str = ""
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import DividedLogits, FusedGradients, LogitsDtype, LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, FusedGradients, KtoCopies, LogitsDtype, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -93,6 +93,7 @@ class AttentionBehaviour(NamedTuple):
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
     packs_without_flash   it also does so with other attention than flash-attn's
+    gives_lengths         flash attention is told where a packed row's sequences begin, instead of reading positions
     sdpa_varlen           with sdpa it runs torch's varlen attention over packed rows: `grouped` k and v, or `repeated`
     """
 
@@ -109,6 +110,7 @@ class AttentionBehaviour(NamedTuple):
     masks_padding: bool
     packing: tuple[str, ...]
     packs_without_flash: tuple[str, ...]
+    gives_lengths: bool
     sdpa_varlen: Literal["", "grouped", "repeated"]
 
 
@@ -174,6 +176,12 @@ class GenerationBehaviour(NamedTuple):
     evaluation_caches transformers' Trainer evaluates the model with a cache, which its nested `text_config` asks for
     last_logits       generation asks the model only for the last token's logits
     casts_all_logits  the model's code casts all logits to fp32, even without labels
+
+    Of an engine on the GPU of a trainer that generates
+
+    shares_weights    its weights are the policy's frozen ones
+    engine_share      share of the GPU that it takes by default
+    engine_is_short   it serves by default no more tokens than a prompt and its completion have
     """
 
     cache: Cache
@@ -181,6 +189,9 @@ class GenerationBehaviour(NamedTuple):
     evaluation_caches: bool
     last_logits: bool
     casts_all_logits: bool
+    shares_weights: bool
+    engine_share: float
+    engine_is_short: bool
 
 
 class WeightsBehaviour(NamedTuple):
@@ -228,6 +239,8 @@ class TrainerBehaviour(NamedTuple):
     value_head         a reward model's scores are of a head next to the language model's, which computes logits, too
     takes_one          KTO takes one completion a batch, whose divergence is then estimated from it; trainers that
                        compare completions take one of a prompt
+    kto_copies         what KTO copies of the logits: `halves`, those of desirable examples and of the others; `all`,
+                       those of all tokens but the last, too; or nothing
     logits_dtype       when the model's logits are cast to fp32
     prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
@@ -240,9 +253,6 @@ class TrainerBehaviour(NamedTuple):
     fused_trainers     trainers that have such a loss
     fused_adapters     DPO's such loss works with adapters
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
-    shares_weights     the policy's frozen weights are those of the vLLM engine on its GPU
-    engine_share       share of the GPU that this engine takes by default
-    engine_is_short    it serves by default no more tokens than a prompt and its completion have
     copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
     """
 
@@ -250,6 +260,7 @@ class TrainerBehaviour(NamedTuple):
     log_probs: LogProbs
     value_head: bool
     takes_one: bool
+    kto_copies: KtoCopies
     logits_dtype: LogitsDtype
     prompt_logits: bool
     trained_reference: bool
@@ -262,9 +273,6 @@ class TrainerBehaviour(NamedTuple):
     fused_trainers: tuple[str, ...]
     fused_adapters: bool
     reward_caches: bool
-    shares_weights: bool
-    engine_share: float
-    engine_is_short: bool
     copies_adapters: bool
 
 

@@ -118,9 +118,9 @@ def _generation(config: Config, name: str, *keys: str, why: str) -> None:
         trainer.role(config, role, model, key)
     if name == "distill":
         config.found.pop("reference", None)  # its beta chooses a divergence
-    for bonus in ("entropy_coef", "use_adaptive_entropy"):  # later kernels keep nothing for its gradient
-        if version < (1, 14) and config.said(bonus):
-            config.leave(bonus, "the probabilities of all tokens that the entropy's gradient keeps are not counted")
+    for bonus in ("entropy_coef", "use_adaptive_entropy"):
+        if config.said(bonus) and name == "grpo":
+            config.set("loop.entropy_bonus", True, bonus)
 
 
 def method(config: Config) -> None:

@@ -227,9 +227,9 @@ def cluster_evenly() -> None:
 
 def _peft() -> None:
     """Let peft recognise quantised weights without bitsandbytes' classes, which cannot hold fake tensors."""
+    original = library("peft.utils.integrations").dequantize_module_weight  # transformers imports scikit-learn it finds
     cluster_evenly()
     torch.random.fork_rng = lambda *_, **__: contextlib.nullcontext()  # pyright: ignore[reportUnknownLambdaType]
-    original = library("peft.utils.integrations").dequantize_module_weight
     functional = library("bitsandbytes.functional")
 
     def dequantize_module_weight(module: Any) -> Any:

@@ -137,6 +137,7 @@ class GenerationScript(TrainerScript):
             "num_generations": run.batch.generations,
             "gradient_accumulation_steps": run.batch.accumulation,
             "beta": 0.0 if reference == "none" else 0.05,
+            **({"entropy_coef": 0.01} if run.loop.entropy_bonus else {}),
             **fused_loss(run, config),
         }
 

@@ -155,7 +155,8 @@ def _add(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def compiled_pair(function: Any) -> Callable[..., Any]:
-    """Return what `torch.compile` makes of the function in which Liger's loss of DPO computes a pair and its gradients.
+    """Return what `torch.compile` makes of the function in which Liger's loss of DPO computes a pair and its gradients,
+    or that of KTO an example and its gradients.
 
     It allocates what Inductor's code does: logits of the pair and of the reference, whose log-probabilities it reads,
     a sum in fp32 to which the labels' gradients are added, the logits' gradient, and two products.
@@ -163,9 +164,10 @@ def compiled_pair(function: Any) -> Callable[..., Any]:
     inside = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
     weight, loss = inside["weight"].cell_contents, inside["compute_loss"].cell_contents
     indices = inside["argnums"].cell_contents if "argnums" in inside else (0, 1)  # Liger 0.8.2 has no such choice
+    is_kto = function.__code__.co_argcount == 4
 
-    def run(pair: Any, _: Any, of_reference: Any, *__: Any) -> Any:
-        rows = pair.flatten(0, 1)
+    def run(pair: Any, *others: Any) -> Any:
+        rows, of_reference = pair.flatten(0, 1), others[2 if is_kto else 1]
         logits = rows @ weight.t()
         torch.mm(of_reference.flatten(0, 1), loss.keywords["ref_weight"].t())
         sums = torch.empty(logits.shape, device=logits.device)
@@ -175,6 +177,7 @@ def compiled_pair(function: Any) -> Callable[..., Any]:
         if 1 in indices:
             made[1] = gradient.t() @ rows
         number, one = torch.zeros((), device=logits.device), torch.zeros(1, device=logits.device)
-        return tuple(made[i] for i in indices), (number, (one, one, number, number, number, one, one))
+        metrics = (number,) * 6 if is_kto else (one, one, number, number, number, one, one)
+        return tuple(made[i] for i in indices), (number, metrics)
 
     return run

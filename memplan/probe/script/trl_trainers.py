@@ -162,8 +162,10 @@ def prepared(run: RunSpec) -> Generator[None]:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
         return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
 
-    def of_all(mask: Any, **_: Any) -> Any:
+    def of_all(mask: Any, as_tuple: bool = False) -> Any:
         """Return indices of a mask's positions: where TRL 0.24 asks in which of a row the rejected sequences begin."""
+        if not as_tuple:  # a mesh of ranks asks for its own
+            return before[torch.Tensor]["nonzero"](mask)
         return tuple(torch.zeros(mask.numel(), dtype=torch.int64, device=mask.device) for _ in mask.shape)
 
     def without_gradients(*_: Any) -> Any:
@@ -414,7 +416,8 @@ class TrainerScript:
 
     def _dataset(self) -> Any:
         columns = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids")
-        texts = {name: ["<pad>"] for name in ("prompt", "chosen", "rejected", "completion")}
+        pairs = () if self.run.trainer == "kto" else ("chosen", "rejected")
+        texts = {name: ["<pad>"] for name in ("prompt", "completion", *pairs)}
         return library("datasets").Dataset.from_dict({**{name: [[0]] for name in columns}, **texts, "label": [True]})
 
     @staticmethod
@@ -485,11 +488,17 @@ class TrainerScript:
         if self.run.trainer == "reward":
             return masked("", 2 * micro, tokens), 2 * micro
         if self.run.trainer == "kto":
-            inputs = {**masked("", micro, tokens), **masked("KL_", micro, tokens)}
-            inputs |= {f"{part}completion_mask": torch.ones_like(inputs["input_ids"]) for part in ("", "KL_")}
-            inputs["label"] = torch.ones(micro, dtype=torch.bool, device=self.device)
-            if self.run.reference == "precomputed":
-                inputs |= {name: torch.zeros(micro, device=self.device) for name in ("ref_logps", "ref_KL_logps")}
+            first = hasattr(self.trainer, "kto_loss")  # TRL 0.24
+            label, reference = ("labels", "reference") if first else ("mask", "ref")
+            older = "completion_" if first or hasattr(self.trainer, "_get_kl_dataset") else ""  # up to 1.9
+            inputs: dict[str, Any] = {"label": torch.ones(micro, dtype=torch.bool, device=self.device)}
+            if older:
+                inputs["label"] = [row % 2 == 0 for row in range(micro)]
+            for part in ("", "KL_"):
+                inputs |= masked(f"{part}{older}", micro, tokens)
+                inputs[f"{part}completion_{label}"] = ids(micro, tokens)
+                if self.run.reference == "precomputed":
+                    inputs[f"{reference}_{part}logps"] = torch.zeros(micro, device=self.device)
             return inputs, micro * (tokens - 1)
         if self.run.trainer in PAIRED:
             inputs = {**masked("chosen_", micro, tokens), **masked("rejected_", micro, tokens)}

@@ -26,6 +26,8 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.batch.scored and not (generates and run.trainer in ("grpo", "rloo")):
         yield refused("batch.scored", "only applies to trainers that score completions before a step: grpo, rloo")
+    if run.loop.entropy_bonus and not (generates and run.trainer == "grpo"):
+        yield refused("loop.entropy_bonus", "only applies to trainer grpo")
     if run.task != "generate":
         if run.batch.new_tokens and not generates:
             yield refused("batch.new_tokens", "only task generate makes new tokens")

@@ -15,10 +15,6 @@ from memplan.resolve.parallelism import FSDP, WHOLE_WEIGHTS, ZERO
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.run import RunSpec
 
-# Ways of computing them that were read.
-_LOG_PROBS = {"kto": ("tiled", "chunked", "kernel", "gathered", "rolled", "shifted"), "distill": ("tiled",)}
-_COPYING = ("kto", "trl-1.6")  # trl 1.6.0 experimental/kto/kto_trainer.py copies the logits of all, and of either half
-
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
     """Yield errors for a trainer, for its reference, and for what it cannot be combined with."""
@@ -29,7 +25,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(run.profile, having)}")
     log_probs = run.library.trainer.log_probs
-    if (name, run.profile) == _COPYING or log_probs not in _LOG_PROBS.get(name, (log_probs,)):
+    if name == "distill" and log_probs != "tiled":  # the others were not read
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if facts.least > 1 and run.batch_facts.is_single_sequence and not run.library.trainer.takes_one:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
@@ -125,6 +121,13 @@ def _ppo(run: OpenRun, has_tower: bool, is_copy: bool) -> Iterator[SpecError]:
 
 def _generating(run: OpenRun, has_adapters: bool) -> Iterator[SpecError]:
     """Yield errors for completions, and for the reference of a trainer that generates."""
+    if run.loop.entropy_bonus:
+        behaviour = run.library.trainer
+        has_entropies = behaviour.log_probs in ("tiled", "kernel", "shifted") and not behaviour.prompt_logits
+        if not has_entropies or behaviour.divided_logits == "in_place":
+            yield not_yet_with("loop.entropy_bonus", run.profile, "trl-1.10 and later")
+        if run.kernels.loss == "fused" and behaviour.fused_gradients != "recomputed":
+            yield refused("loop.entropy_bonus", "TRL refuses it with Liger's loss; use loss hf")
     if run.batch_facts.ungrouped:
         yield refused("batch.generations", run.batch_facts.ungrouped)
     if run.reference == "precomputed":
@@ -161,8 +164,9 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("method", f"trainer {name}, {run.profile} and a head that trains", "adapters, or trl-1.15")
     if is_fused and run.reference == "precomputed" and not recomputes:
         yield refused("reference", "Liger's loss of pairs reads the reference's hidden states; use copy or adapters")
-    if is_fused and name == "dpo" and run.method.kind in ADAPTERS and not behaviour.fused_adapters:
-        yield refused("kernels.loss", f"{run.profile}'s DPO fails with Liger's loss and adapters; use hf, or trl-1.10")
+    if is_fused and name in ("dpo", "kto") and run.method.kind in ADAPTERS and not behaviour.fused_adapters:
+        text = f"{run.profile}'s {name.upper()} fails with Liger's loss and adapters; use hf, or trl-1.10"
+        yield refused("kernels.loss", text)
     if is_fused and p.world > 1 and p.strategy not in strategies:
         yield not_yet_with("parallelism.strategy", f"{run.method.kind} and loss fused", ", ".join(strategies))
     if name == "gkd" and p.world > 1 and p.strategy in FSDP and run.library.trainer.log_probs == "rolled":
