@@ -228,7 +228,7 @@ class Block(NamedTuple):
     never_checkpointed  never checkpointed, like the layers of a tower that the library does not checkpoint
     by_name             gets what it reads besides `x` as keyword arguments, which reentrant checkpointing references
                         until the graph is freed
-    replaces            names shared by earlier blocks that the model drops, because what it shares takes their place
+    passed              names that an earlier block returned and the model passes to it, which a checkpoint keeps
     recomputes_all      a checkpoint recomputes all of it, instead of stopping at the last tensor that is kept
     unread              nothing reads its output: what it keeps is freed when forward ends, and its weights are idle
     """
@@ -239,7 +239,7 @@ class Block(NamedTuple):
     returned: bool = False
     never_checkpointed: bool = False
     by_name: bool = False
-    replaces: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
     recomputes_all: bool = False
     unread: bool = False
 
@@ -300,7 +300,7 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
     """Yield names that operations read, keep or take a dtype from though nothing wrote them; a valid stack has none.
 
     An operation can use what its own list wrote before it, what was written outside of blocks, and what earlier blocks
-    share; operations after the blocks can also use what the last block wrote.
+    share; operations after the blocks can also use what the last block wrote or was passed.
     """
     known = set[str]()
     yield from _unwritten("before", stack.before, known, "embeds")
@@ -310,9 +310,9 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
             known = known | {"x"}
             yield from _unwritten(f"before {run.times}", run.before, known, "stream")
         for block in run.blocks:
-            last = known | {"x"}
+            last = known | {"x", *block.passed}
             yield from _unwritten(block.name, block.ops, last, "y", *block.shares)
-            known = known.union(block.shares).difference(block.replaces)
+            known = known.union(block.shares)
     known = known | last | {"x"}
     yield from _unwritten("after", stack.after, known)
     yield from _unwritten("loss", stack.loss, known, *(("loss",) if stack.loss else ()))

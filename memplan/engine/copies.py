@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from memplan.core.ir import Block, Op, Stack, Tensor
@@ -130,15 +130,16 @@ def resolve_stack(
         copies = split_all(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
     scope = next((c.joins.scope for c in reversed(copies) if c.joins is not None), before_scope)
-    returned = _returned(stack, last, copies[-1].blocks[-1].ops)
-    handed = {name: last[name]._replace(name=name) for name in returned}
+    handed = _returned(stack, copies)
     shared = {
         name: inner[name]
         for c in copies
         for block, inner in zip(c.blocks, c.scopes, strict=True)
         for name in block.shares
     }
-    tail = Scope(scope, {"x": last["y"]._replace(name="x"), **shared, **handed})
+    tail = Scope(
+        scope, {"x": last["y"]._replace(name="x"), **shared, **{name: made for name, (made, _) in handed.items()}}
+    )
     after, loss = tail.resolve(stack.after, autocast), tail.resolve(stack.loss, autocast)
     read = frozenset(r for op in (*after, *loss) for r in op.reads)
     read_from: list[frozenset[str]] = []
@@ -154,7 +155,7 @@ def resolve_stack(
         after,
         loss,
         tail,
-        returned,
+        {name: storage for name, (_, storage) in handed.items()},
         frozenset(shared),
         read,
         tuple(read_from),
@@ -217,7 +218,9 @@ def resolve_copies(
             at_input = at_input or joins is not None
             works = not all(_returns_input(block) for block in blocks)
             shares = any(block.shares for block in run.blocks)
-            alone = (at_input and works) or joins is not None or shares or (x.shape, x.dtype, flows) != entered
+            passed = less == 0 and any(block.passed for block in run.blocks)  # by another run, which may keep it
+            alone = (at_input and works) or joins is not None or shares or passed
+            alone = alone or (x.shape, x.dtype, flows) != entered
             at_input = at_input and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
@@ -339,13 +342,17 @@ def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> T
     return copies[-1].scopes[-1]["y"] if copies else scope["embeds"]
 
 
-def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
-    """Return the block outputs other than `y` that `after` reads, each with its storage.
+def _returned(stack: Stack, copies: Sequence[Copies]) -> dict[str, tuple[Tensor, str]]:
+    """Return the block outputs other than `y` that `after` reads, each with its storage, of the last block that has it.
 
-    Every block returns them with `y`, so they stay alive until the next block has returned.
+    Blocks return them with `y`, so they stay alive until a later block returns others.
     """
     written = {t.name for op in stack.after for t in op.writes}
     shared = {name for run in stack.runs for block in run.blocks for name in block.shares}
     names = {r for op in stack.after for r in op.reads} - written - {"x", "y"} - shared
-    behind = storages_behind(ops)
-    return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
+    returned: dict[str, tuple[Tensor, str]] = {}
+    for block, inner in (pair for c in copies for pair in zip(c.blocks, c.scopes, strict=True)):
+        behind = storages_behind(block.ops)
+        made = {name: inner[name] for name in names if name in inner and inner[name].name in behind}
+        returned |= {name: (t._replace(name=name), behind[t.name]) for name, t in made.items()}
+    return returned

@@ -231,7 +231,7 @@ class _Pass:
     stream_requires_grad  whether it needs a gradient
     outer      the other tensors from outside of blocks, by name
     flowing    names of those that need a gradient
-    carried    outputs that the blocks return with the stream, alive until the next block has returned
+    carried    outputs that the blocks return with the stream, alive until the next block returns others
     """
 
     def __init__(
@@ -402,15 +402,15 @@ class _Pass:
                 shared.refs += 1
                 frame.shared.append(shared)
                 frame.shares = tuple(shares.values())
-        for name in block.replaces:
-            tape.drop(self.outer.pop(name))
         self.flowing |= shares_with_gradient(block, frame.flows, is_checkpointed and self.options.reentrant)
         self.gatherer.leave(copies.units[i])
         returns_input = y not in made
-        for storage in (*(() if returns_input else (self.stream,)), *self.carried.values()):
+        carried = {name: made[of] for name, of in self.stack.returned.items() if of in made}
+        replaced = (storage for name, storage in self.carried.items() if name in carried)
+        for storage in (*(() if returns_input else (self.stream,)), *replaced):
             tape.drop(storage)  # the caller's variables now hold what the block returned
         self.stream = self.stream if returns_input else made[y]
-        self.carried = {name: made[of] for name, of in self.stack.returned.items() if of in made}
+        self.carried = {**self.carried, **carried}
         self.stream_requires_grad = "y" in frame.flows
         return frame
 
@@ -423,6 +423,7 @@ class _Pass:
             frame.saves = _saved_operations(block.ops, options.saves_products == "alternate")
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
         inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
+        inputs += [self.carried[name] for name in block.passed if name in self.carried]
         if options.reentrant and block.by_name:
             frame.named, inputs = inputs, []
         frame.checkpoint = [*([] if frame.to_host else [self.stream]), *inputs]

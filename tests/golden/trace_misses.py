@@ -59,6 +59,7 @@ MAMBA = {
     "kernels": {"attention": "eager", "loss": "chunked_lm_head", "checkpointing": "none"},
     "batch": {"micro": 2, "sequence": 128},
 }
+SELECTING = {"indexer_types": ["full", *("full", "shared") * 2, "full", "full", "shared", "shared"]}
 
 CASES: dict[str, dict[str, Any]] = {
     "tied copies": {"model": "llama-3.2-1b", **lora(["embed_tokens", "lm_head"])},
@@ -273,6 +274,10 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}},
         "batch": {"micro": 24, "sequence": 33},
         "kernels": {"checkpointing": "none"},
+    },
+    "keys that the layer before selected, which checkpoints keep": {
+        **small("glm_moe_dsa", {"glm_moe_dsa": {**DECODERS["glm_moe_dsa"], "num_hidden_layers": 9, **SELECTING}}),
+        "batch": {"micro": 3, "sequence": 35},
     },
 }
 

@@ -137,8 +137,3 @@ def sparse_mask(name: str, wiring: Wiring) -> tuple[Op, ...]:
             scratch=() if eager else (Tensor("chosen", shape, "bool"),),
         ),
     )
-
-
-def handed_on() -> tuple[Op, ...]:
-    """Return the chosen keys of a layer without its own indexer, allocated after its other tensors are freed."""
-    return detached(Op("index.handed_on", (), (Tensor(KEYS, _CHOSEN, "int32"),)))

@@ -69,18 +69,15 @@ def _sparse_attention(m: ModelSpec, wiring: Wiring, chosen: tuple[Op, ...], keep
 
 
 def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build GLM 5: a layer returns the keys its queries selected, and some layers reuse the previous layer's selection.
-
-    A checkpoint keeps the selection of every layer, which is not counted.
-    """
+    """Build GLM 5: a layer returns the keys its queries selected, and some reuse the previous layer's selection."""
     indexer = lightning.indexer("self_attn", "n1", "q.normed", wiring, True)
     mixture, made = sigmoid_mixture(m), lightning.causal_mask(wiring)
 
     def block(layer: Layer) -> Block:
         shared, mlp = layer.mixer == "shared", mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
         heads = _sparse_attention(m, wiring, () if shared else indexer, keeps=True)
-        layer_block = decoder_block(heads, mlp, held=returned(wiring))
-        return layer_block._replace(ops=(*layer_block.ops, *lightning.handed_on())) if shared else layer_block
+        held = (*returned(wiring), *(() if shared else (lightning.KEYS,)))
+        return decoder_block(heads, mlp, held=held)._replace(passed=(lightning.KEYS,))
 
     *last, head = after(m, wiring, made=made)
     return Stack(before(wiring, made=made), runs(m, block), (*last, ops.release_names(lightning.KEYS), head))

@@ -89,7 +89,7 @@ def _own_names(stack: Stack) -> Stack:
 
     stack = rewrite_lists(stack, changed)
     return rewrite_blocks(
-        stack, lambda b: b._replace(shares=tuple(map(new, b.shares)), replaces=tuple(map(new, b.replaces)))
+        stack, lambda b: b._replace(shares=tuple(map(new, b.shares)), passed=tuple(map(new, b.passed)))
     )
 
 
