@@ -235,9 +235,10 @@ def _without_autocast(run: OpenTraining, step: Trainer) -> None:
     if step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
         run.precision = step_precision(run.trainer, run.kernels.loss, asked)
         if asked.autocast and step.fused_gradients and (step.name == "grpo" or step.copies):
-            run.step = step._replace(scored_in=asked.compute or "bf16")
+            step = step._replace(scored_in=asked.compute or "bf16")
     if run.precision.weights == "fp32" and not run.precision.autocast:
-        run.step = run.step._replace(logits_dtype="fp32")
+        step = step._replace(logits_dtype="fp32")
+    run.step = step
     if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
         run.notes.append(
             f"{run.trainer}: TRL calls the backbone past accelerate's autocast, so fp32 weights compute in fp32, "
