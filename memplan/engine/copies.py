@@ -130,16 +130,14 @@ def resolve_stack(
         copies = split_all(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
     scope = next((c.joins.scope for c in reversed(copies) if c.joins is not None), before_scope)
-    handed = _returned(stack, copies)
+    handed, returned = _returned(stack, copies)
     shared = {
         name: inner[name]
         for c in copies
         for block, inner in zip(c.blocks, c.scopes, strict=True)
         for name in block.shares
     }
-    tail = Scope(
-        scope, {"x": last["y"]._replace(name="x"), **shared, **{name: made for name, (made, _) in handed.items()}}
-    )
+    tail = Scope(scope, {"x": last["y"]._replace(name="x"), **shared, **handed})
     after, loss = tail.resolve(stack.after, autocast), tail.resolve(stack.loss, autocast)
     read = frozenset(r for op in (*after, *loss) for r in op.reads)
     read_from: list[frozenset[str]] = []
@@ -155,7 +153,7 @@ def resolve_stack(
         after,
         loss,
         tail,
-        {name: storage for name, (_, storage) in handed.items()},
+        returned,
         frozenset(shared),
         read,
         tuple(read_from),
@@ -174,9 +172,9 @@ def resolve_copies(
     """Resolve the stack's blocks, and split off copies that differ from the others of their run.
 
     The very first block, and the first after operations between runs, reads a tensor that the model may still
-    reference. A block's output may differ from its input in shape or dtype, or need a gradient though its input does
-    not. In backward the last copy comes first: it creates the gradients of tensors that all copies read, to which the
-    others add.
+    reference; the first of a run may be passed what an earlier run keeps. A block's output may differ from its input in
+    shape or dtype, or need a gradient though its input does not. In backward the last copy comes first: it creates the
+    gradients of tensors that all copies read, to which the others add.
 
     flowing  names of tensors that need a gradient
     leaf     whether embeddings between runs require a gradient
@@ -217,10 +215,8 @@ def resolve_copies(
                 scopes.append(inner)
             at_input = at_input or joins is not None
             works = not all(_returns_input(block) for block in blocks)
-            shares = any(block.shares for block in run.blocks)
-            passed = less == 0 and any(block.passed for block in run.blocks)  # by another run, which may keep it
-            alone = (at_input and works) or joins is not None or shares or passed
-            alone = alone or (x.shape, x.dtype, flows) != entered
+            shares = any(block.shares or (block.passed and not less) for block in run.blocks)
+            alone = (at_input and works) or joins is not None or shares or (x.shape, x.dtype, flows) != entered
             at_input = at_input and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
@@ -342,17 +338,17 @@ def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> T
     return copies[-1].scopes[-1]["y"] if copies else scope["embeds"]
 
 
-def _returned(stack: Stack, copies: Sequence[Copies]) -> dict[str, tuple[Tensor, str]]:
-    """Return the block outputs other than `y` that `after` reads, each with its storage, of the last block that has it.
+def _returned(stack: Stack, copies: Sequence[Copies]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the block outputs other than `y` that `after` reads, and their storages, of the last block that has them.
 
     Blocks return them with `y`, so they stay alive until a later block returns others.
     """
     written = {t.name for op in stack.after for t in op.writes}
     shared = {name for run in stack.runs for block in run.blocks for name in block.shares}
     names = {r for op in stack.after for r in op.reads} - written - {"x", "y"} - shared
-    returned: dict[str, tuple[Tensor, str]] = {}
+    handed, returned = dict[str, Tensor](), dict[str, str]()
     for block, inner in (pair for c in copies for pair in zip(c.blocks, c.scopes, strict=True)):
         behind = storages_behind(block.ops)
-        made = {name: inner[name] for name in names if name in inner and inner[name].name in behind}
-        returned |= {name: (t._replace(name=name), behind[t.name]) for name, t in made.items()}
-    return returned
+        for name in (name for name in names if name in inner and inner[name].name in behind):
+            handed[name], returned[name] = inner[name]._replace(name=name), behind[inner[name].name]
+    return handed, returned

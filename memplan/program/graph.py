@@ -27,7 +27,7 @@ from memplan.catalogue.parallelism import context_parallel, expert_parallel, pip
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
 from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
-from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.catalogue.quantization.quantization import BNB, codes_of_scales, fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.collection import without_collection
 from memplan.core.errors import InternalError, refused
 from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
@@ -586,15 +586,14 @@ def weights_of(graph: Graph) -> tuple[tuple[Weight, int, str], ...]:
 
 @lru_cache(maxsize=128)
 def parameters_of(graph: Graph) -> tuple[TensorGroup, ...]:
-    """Return the stored tensors of every weight, and the model's buffers."""
-    _, axes = operations_of(graph)
-    groups: list[TensorGroup] = []
-    for w, count, where in weights_of(graph):
+    """Return the stored tensors of every weight, the model's buffers, and what quantising them leaves."""
+    (_, axes), running = operations_of(graph), graph.recipe.running
+    codes = () if graph.recipe.packed else codes_of_scales(w for w, _, _ in weights_of(graph))
+    groups = [tensor_group("buffer", "codes of scales", t.shape, t.dtype, f"{BNB} quantize_blockwise") for t in codes]
+    for w, count, block in weights_of(graph):
+        source = running.of(w).source if running and w.kernel else storage_of(w) if w.stored else "the model's config"
+        kind, where = "buffer" if w.group == "buffer" else "parameter", block.rstrip(".")
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
-            source = storage_of(w) if w.stored else "the model's config"
-            if w.kernel and graph.recipe.running is not None:
-                source = graph.recipe.running.of(w).source
-            kind = "buffer" if w.group == "buffer" else "parameter"
-            groups.append(tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes))
+            groups.append(tensor_group(kind, what, t.shape, t.dtype, source, where, count, axes))
     return tuple(groups)

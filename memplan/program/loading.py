@@ -8,6 +8,7 @@ from itertools import chain
 
 from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS, inside
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
+from memplan.catalogue.quantization.quantization import codes_of_scales
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
 from memplan.engine.walk import size
@@ -121,6 +122,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
     unpacked_later: dict[int, list[list[int]]] = {}  # by the first call of the model: quantised numbers by weight
     unquantised: dict[int, Weight] = {}
     wide: dict[int, Weight] = {}
+    _alloc(tape, () if graph.recipe.packed else codes_of_scales(weights))
     for w in weights:
         if w.group == "adapter":
             continue

@@ -172,3 +172,9 @@ def looked_up_weights(graph: Graph) -> frozenset[str]:
     """Return the names of nn.Embedding's weights, and of their copies that peft's `modules_to_save` trains."""
     tables = {w.name for w, _, _ in weights_of(graph) if w.group == "embedding" and not w.matrix}
     return frozenset(tables | {f"{name}.saved" for name in tables})
+
+
+def trained_tables(graph: Graph) -> list[tuple[int, bool]]:
+    """Return which of `weights_of` are nn.Embedding's weights that train, and whether several layers have one each."""
+    tables = looked_up_weights(graph)
+    return [(i, count > 1) for i, (w, count, _) in enumerate(weights_of(graph)) if w.trains and w.name in tables]

@@ -29,6 +29,7 @@ from memplan.program.graph import Graph, without_gradients
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.ranks import Ranks
+from memplan.program.stack_facts import trained_tables
 from memplan.program.structure import Pipe, Structure
 from memplan.program.training.pipeline import pipeline_stage
 from memplan.resolve import steps
@@ -493,14 +494,11 @@ def _check_optimizer(run: OpenTraining) -> None:
         )
     if run.batch_facts.accumulates and optimizer.in_backward:
         raise refused("optimizer.in_backward", "needs batch.accumulation 1")
-    # bitsandbytes 0.50 optim/optimizer.py check_overrides: one manager keeps by index what embeddings have, and all of
-    # these optimizers have one parameter: after the decoder's embeddings the encoder's states are in 32 bits
-    is_mixed = spares_embeddings(name) and trains_embeddings and run.model.is_encoder_decoder
-    if optimizer.in_backward and run.loop.trainer and is_mixed:
-        raise not_yet_with("optimizer.in_backward", f"{name} and an encoder-decoder", "false")
+    differs = run.loop.trainer and spares_embeddings(name) and any(several for _, several in trained_tables(run.graph))
+    if optimizer.in_backward and differs:  # see `Sharding.trained`: layers have different states
+        raise not_yet_with("optimizer.in_backward", f"{name} and embeddings in every layer", "false")
     if run.batch_facts.accumulates and name.endswith("_layerwise"):
-        field = "batch.accumulation"
-        raise refused(field, f"{name} steps in backward, so transformers' Trainer only accepts 1")
+        raise refused("batch.accumulation", f"{name} steps in backward, so transformers' Trainer only accepts 1")
 
 
 STEPS: tuple[Callable[[OpenTraining], None], ...] = (

@@ -38,10 +38,8 @@ def _before(m: ModelSpec, body: str) -> tuple[Op, ...]:
     """
     name, patches = f"{body}embeddings", f"{body}embeddings.patch_embeddings.projection"
     w, bias = Weight(f"{patches}.weight", "h patch", "embedding", rows=1), Weight(f"{patches}.bias", "h", "embedding")
-    token, table = (
-        Weight(f"{name}.cls_token", "h", "embedding"),
-        Weight(f"{name}.position_embeddings", "s h", "embedding"),
-    )
+    token = Weight(f"{name}.cls_token", "h", "embedding")
+    table = Weight(f"{name}.position_embeddings", "s h", "embedding", rows=1)
     labels = () if m.objective == "feature_extraction" else (labels_of(m),)
     drop = drops(m, "hidden_dropout_prob")
     return (

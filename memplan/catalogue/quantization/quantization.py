@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.quantization.fused_4bit import Copies, copied
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.core.records import NamedTuple
 
-_BNB = "bitsandbytes 0.50"
+BNB = "bitsandbytes 0.50"
 _GPTQ = "gptqmodel 7.7; auto-gptq 0.7 stores the same tensors"
 _HQQ, _TORCHAO = "hqq 0.2.8", "torchao 0.18"
 _AWQ = "gptqmodel 7.7; autoawq 0.2.9 stores the same tensors"
@@ -39,9 +39,9 @@ class TrainableFormat(NamedTuple):
 
 
 FORMATS = {
-    "nf4": TrainableFormat(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
-    "fp4": TrainableFormat(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
-    "int8": TrainableFormat(_BNB, "bitsandbytes 0.50 backends for LLM.int8"),
+    "nf4": TrainableFormat(BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
+    "fp4": TrainableFormat(BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
+    "int8": TrainableFormat(BNB, "bitsandbytes 0.50 backends for LLM.int8"),
     **dict.fromkeys(
         ("gptq-int4", "gptq-int8"),
         TrainableFormat(
@@ -139,6 +139,11 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
     )
 
 
+def codes_of_scales(weights: Iterable[Weight]) -> tuple[Tensor, ...]:
+    """Return the codes that quantising scales leaves once in the process; every matrix has its own next to them."""
+    return tuple(t for w in weights for t in w.stored if t.name == "nested code")[:1]
+
+
 def family_of(w: Weight) -> str:
     """Return the family of a stored matrix's format: gptq, awq, fp8, int8, hqq, torchao, or 4bit for bitsandbytes'."""
     names = [t.name for t in w.stored]
@@ -150,7 +155,7 @@ def family_of(w: Weight) -> str:
 def storage_of(w: Weight) -> str:
     """Return the library that stores a quantised matrix in this format."""
     libraries = {"gptq": _GPTQ, "awq": _AWQ, "fp8": FORMATS["fp8"].library, "hqq": _HQQ, "torchao": _TORCHAO}
-    return libraries.get(family_of(w), _BNB)
+    return libraries.get(family_of(w), BNB)
 
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
@@ -162,7 +167,7 @@ def absmax(w: Weight) -> tuple[Tensor, ...]:
 
 def dequantise(w: Weight, name: str, y: str, shape: str) -> Op:
     """Return the matrix in the dtype it had before it was quantised."""
-    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
+    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{BNB} dequantize_4bit")
 
 
 def quantised_linear(
@@ -315,7 +320,7 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
         (Tensor(f"{y}.int8", rows, "int8"), Tensor(f"{y}.scales", lead, "fp32")),
         scratch=(Tensor("magnitudes", rows, "fp16"), Tensor("outliers", rows, "bool")),
         gradient="none",
-        source=f"{_BNB} int8_vectorwise_quant",
+        source=f"{BNB} int8_vectorwise_quant",
     )
     yield Op(
         name,
@@ -327,7 +332,7 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
         gradient=op.gradient,
         captures=(x,),
         product="matrix",
-        source=f"{_BNB} MatMul8bitLt",
+        source=f"{BNB} MatMul8bitLt",
     )
 
 
@@ -370,7 +375,7 @@ def fp8_experts_at_once(elements: int, experts: int, itemsize: int) -> int:
 def _source(w: Weight) -> str:
     """Return the source of the temporaries of a product with packed weights."""
     row = {"gptq": FORMATS["gptq-int4"], "awq": FORMATS["awq-int4"]}.get(family_of(w))
-    return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
+    return f"{row.basis}: {row.source}" if row else f"{BNB} MatMul4Bit"
 
 
 def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: Copies) -> Iterator[Op]:

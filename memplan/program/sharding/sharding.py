@@ -27,7 +27,7 @@ from memplan.program.graph import (
     weights_of,
 )
 from memplan.program.loading import loading, most_at_once
-from memplan.program.stack_facts import looked_up_weights
+from memplan.program.stack_facts import looked_up_weights, trained_tables
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import shape_of
 
@@ -81,14 +81,12 @@ class Sharding:
 
     @property
     def frees_gradients(self) -> bool:
-        """Whether each gradient is consumed as soon as it is computed, by a fused optimizer or by stepping in
-        backward."""
+        """Whether each gradient is consumed as soon as it is computed, by an optimizer that steps in backward."""
         return self.run.in_backward or row_of(self.run.optimizer).frees_gradients
 
     @property
     def leaves_no_gradients(self) -> bool:
-        """Whether a pass leaves no new gradient: each one is consumed, added to an existing one, or sent away at
-        once."""
+        """Whether a pass leaves no new gradient: each is consumed, added to another, or sent away at once."""
         return self.sends_gradients or self.run.grads is not None or self.frees_gradients
 
     def division(self, later: bool = False, opens: bool = False) -> Division | None:
@@ -161,8 +159,7 @@ class Sharding:
         return 0 if self.run.grads or not self.run.accumulates else total_bytes(self.accumulated())
 
     def accumulates_in(self, phase: str) -> bool:
-        """Whether accumulated gradients exist throughout a phase of a later micro-batch. They do not if ranks reduce
-        them unit by unit in that phase."""
+        """Whether accumulated gradients exist throughout a phase of a later micro-batch, not reduced unit by unit."""
         return True
 
     def reduction_buffers(self) -> Iterable[TensorGroup]:
@@ -183,10 +180,14 @@ class Sharding:
         _, axes = operations_of(self.graph)
         out: list[Parameter] = []
         blocks: dict[str, list[tuple[Parameter, int]]] = {}
-        for w, count, where in weights_of(self.graph):
+        # bitsandbytes 0.50 optim/optimizer.py check_overrides: a manager keeps by index what embeddings have. All that
+        # steps in backward has one index, so after a decoder's embeddings the encoder's weights are treated alike.
+        tables = trained_tables(self.graph) if self.run.in_backward and self.graph.model.is_encoder_decoder else []
+        last = max((i for i, _ in tables), default=0)
+        for i, (w, count, where) in enumerate(weights_of(self.graph)):
             if not is_meant(w):
                 continue
-            embedding = self.run.trainer and w.name in looked_up_weights(self.graph)
+            embedding = self.run.trainer and (i < last or w.name in looked_up_weights(self.graph))
             target = w.matrix and not w.transposed
             vocabulary = w.group in ("embedding", "lm_head")
             p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding, target, vocabulary)
