@@ -537,7 +537,8 @@ def engines_command(command: Launched, engines: Mapping[str, str]) -> Launched:
 # Flags of data, outputs and logs, on whose values memory does not depend.
 _ASIDE = re.compile(
     r"(?:.*\.)?(?:(?:output|logging|log|cache|save|tensorboard|data|dataset)_dir|(?:train|validation|test|eval|data)_file"
-    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed)"
+    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed"
+    r"|ckpt\.\w+|reward\.remote_url)"
 )
 
 
