@@ -353,6 +353,7 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "packing: true\nneat_packing: true": {"batch.packing": "neat_packing", "loop.padded": None},
     "stage: pt": {"batch.packing": None, "loop.padded": None},
     "flash_attn: fa2\nenable_liger_kernel: true": {"kernels.attention": "flash_attention_2", "kernels.loss": "fused"},
+    "ray_num_workers: 4": {"parallelism.world": 4, "parallelism.strategy": "ddp"},
     "flash_attn: fa3": {"kernels.attention": "flash_attention_3"},
     "disable_gradient_checkpointing: true": {"kernels.checkpointing": "none", "kernels.reentrant": None},
     "use_unsloth_gc: true": {"kernels.checkpointing": "offload"},

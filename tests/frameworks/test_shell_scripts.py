@@ -147,6 +147,17 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sudo tee a.yaml >/dev/null <<EOF\nmodel_name_or_path: Qwen/Qwen2-7B\nstage: sft\ncutoff_len: 48\nEOF\n"
     "llamafactory-cli train a.yaml": ("llamafactory", {"batch.sequence": 48}),
+    'case ${1:-small}-x in\n  big*|huge*) LEN=64;;\n  "small"*)\n    case $2 in (a) B=1 ;; *) B=5;; esac\n    LEN=16\n'
+    "    ;;\n"
+    "  *) LEN=32 ;;\nesac\ntrl sft --config trl.yaml --max_length $LEN --per_device_train_batch_size $B": (
+        "trl",
+        {"batch.sequence": 16, "batch.micro": 5},  # of a word that is not known, the last
+    ),
+    "ray job submit -- python3 -m openrlhf.cli.train_ppo_ray --pretrain Qwen/Qwen2-7B --advantage_estimator group_norm "
+    "--n_samples_per_prompt 4 --prompt_max_len 512 --generate_max_len 4096 --flash_attn": (
+        "openrlhf",
+        {"batch.sequence": 512, "batch.new_tokens": 4096},
+    ),
     "MODEL=${MODEL:-${BASE}/models/Qwen2___5-7B-Instruct}\ntrl sft --model_name_or_path $MODEL --dataset_name mine": (
         "trl",
         {"model": "Qwen2.5-7B-Instruct"},

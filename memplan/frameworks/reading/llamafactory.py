@@ -118,6 +118,8 @@ def _precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
+    if config.gpus is None and (config.whole("ray_num_workers") or 1) > 1:  # train/tuner.py, with USE_RAY
+        config.set("parallelism.world", config.whole("ray_num_workers"), "ray_num_workers")
     if config.get("stage") == "pt":  # rows of a text without ends
         trainer.padding(config, config.get("packing") is None or config.flag("packing"))
     else:

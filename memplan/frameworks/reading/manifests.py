@@ -94,6 +94,7 @@ def containers(
         text = f"{first} {_text(inner.get('command' if is_service else 'args'))}".strip()
         keys = ("command", "args", "entrypoint", "image")
         line = next((lines[(*path, key)] for key in keys if (*path, key) in lines and inner.get(key) is not None), 0)
+        text = text.replace("$$", "$") if is_service else text  # as Compose writes a variable of the container
         if text:
             shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
             own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}

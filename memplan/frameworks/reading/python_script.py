@@ -32,36 +32,24 @@ _ROLES = {
     "ref_model": "",
 }
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
+
+
+def _keys_of(words: str) -> dict[str, str]:
+    """Return the keys that arguments are, by `argument=key`, or `argument` of a key with the same name."""
+    return {argument: key or argument for argument, _, key in (word.partition("=") for word in words.split())}
+
+
 # Arguments of a call -> keys of TRL's command line.
-_LOADED = {
-    "0": "model_name_or_path",
-    "pretrained_model_name_or_path": "model_name_or_path",
-    "dtype": "dtype",
-    "torch_dtype": "dtype",
-    "attn_implementation": "attn_implementation",
-    "load_in_4bit": "load_in_4bit",
-    "load_in_8bit": "load_in_8bit",
-}
-_QUANTISED = {
-    "load_in_4bit": "load_in_4bit",
-    "load_in_8bit": "load_in_8bit",
-    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
-}
-_ADAPTERS = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-    "target_parameters": "lora_target_parameters",
-}
-_TRAINED = {"max_seq_length": "max_length", "packing": "packing", "max_length": "max_length"} | {
-    "max_prompt_length": "max_prompt_length",
-    "beta": "beta",
-}
+_LOADED = _keys_of(
+    "0=model_name_or_path pretrained_model_name_or_path=model_name_or_path dtype torch_dtype=dtype attn_implementation "
+    "load_in_4bit load_in_8bit"
+)
+_QUANTISED = _keys_of("load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant=use_bnb_nested_quant")
+_ADAPTERS = _keys_of(
+    "r=lora_r lora_alpha lora_dropout target_modules=lora_target_modules modules_to_save=lora_modules_to_save use_dora "
+    "use_rslora target_parameters=lora_target_parameters"
+)
+_TRAINED = _keys_of("max_seq_length=max_length packing max_length max_prompt_length beta")
 # Keys of a config's `model_init_kwargs` -> keys of TRL's command line; memory does not depend on the others.
 _INITIAL = {name: _LOADED[name] for name in ("dtype", "torch_dtype", "attn_implementation", "load_in_4bit")}
 # Beginnings of arguments that memory does not depend on.
@@ -71,51 +59,29 @@ _WITHOUT_MEMORY = (
 )
 # What classes default to where TRL's command line has another default.
 _DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bnb_4bit_quant_type": "fp4", "dtype": "auto"}
-_UNSLOTH_LOADED = {
-    "0": "model",
-    "model_name": "model",
-    "max_seq_length": "training.max_seq_length",
-    "load_in_4bit": "training.load_in_4bit",
-    "full_finetuning": "training.training_type",
-    "load_in_8bit": "load_in_8bit",
-    "load_in_fp8": "load_in_fp8",
-    "qat_scheme": "qat_scheme",
-    "fast_inference": "fast_inference",
-    "unsloth_tiled_mlp": "unsloth_tiled_mlp",
-    "use_gradient_checkpointing": "training.gradient_checkpointing",
-}
-_UNSLOTH_ADAPTED = {
-    "r": "lora.lora_r",
-    "lora_alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.lora_dropout",
-    "target_modules": "lora.target_modules",
-    "use_gradient_checkpointing": "training.gradient_checkpointing",
-    "use_rslora": "lora.use_rslora",
-    "finetune_vision_layers": "lora.finetune_vision_layers",
-    "finetune_language_layers": "lora.finetune_language_layers",
-    "finetune_attention_modules": "lora.finetune_attention_modules",
-    "finetune_mlp_modules": "lora.finetune_mlp_modules",
-    "layers_to_transform": "layers_to_transform",
-    "qat_scheme": "qat_scheme",
-    "modules_to_save": "modules_to_save",
-    "target_parameters": "target_parameters",
-}
-_UNSLOTH_TRAINED = {
-    "per_device_train_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "optim": "training.optim",
-    "packing": "training.packing",
-    "max_seq_length": "training.max_seq_length",
-    "max_length": "training.max_seq_length",
-    "eval_strategy": "eval_strategy",
-    "neftune_noise_alpha": "neftune_noise_alpha",
-}
+# Arguments of Unsloth's -> keys of its command line, or names of what is not one of them.
+_UNSLOTH_LOADED = _keys_of(
+    "0=model model_name=model max_seq_length=training.max_seq_length load_in_4bit=training.load_in_4bit "
+    "full_finetuning=training.training_type use_gradient_checkpointing=training.gradient_checkpointing load_in_8bit "
+    "load_in_fp8 qat_scheme fast_inference unsloth_tiled_mlp"
+)
+_UNSLOTH_ADAPTED = _keys_of(
+    "r=lora.lora_r lora_alpha=lora.lora_alpha lora_dropout=lora.lora_dropout target_modules=lora.target_modules "
+    "use_gradient_checkpointing=training.gradient_checkpointing use_rslora=lora.use_rslora "
+    "finetune_vision_layers=lora.finetune_vision_layers finetune_language_layers=lora.finetune_language_layers "
+    "finetune_attention_modules=lora.finetune_attention_modules finetune_mlp_modules=lora.finetune_mlp_modules "
+    "layers_to_transform qat_scheme modules_to_save target_parameters"
+)
+_UNSLOTH_TRAINED = _keys_of(
+    "per_device_train_batch_size=training.batch_size optim=training.optim packing=training.packing "
+    "gradient_accumulation_steps=training.gradient_accumulation_steps max_seq_length=training.max_seq_length "
+    "max_length=training.max_seq_length eval_strategy neftune_noise_alpha"
+)
 # What the trainers that compare or generate read: keys of TRL's, of which its loader sets three.
-_UNSLOTH_LOADED_RL = {
-    "fast_inference": "use_vllm",
-    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
-    "unsloth_vllm_standby": "vllm_enable_sleep_mode",
-}
+_UNSLOTH_LOADED_RL = _keys_of(
+    "fast_inference=use_vllm gpu_memory_utilization=vllm_gpu_memory_utilization "
+    "unsloth_vllm_standby=vllm_enable_sleep_mode"
+)
 _UNSLOTH_RL = (
     *("num_generations", "max_completion_length", "max_prompt_length", "steps_per_generation", "num_iterations"),
     *("generation_batch_size", "beta", "loss_type", "cpo_alpha", "precompute_ref_log_probs"),

@@ -273,7 +273,11 @@ def _simple(words: list[str]) -> Iterator[list[str]]:
         redirection = _REDIRECTION.fullmatch(word)
         is_word = redirection is None and not is_file and not word.startswith(("$@", "$*", "${@"))
         is_file = redirection is not None and not redirection[1]
-        if word in _ENDS or word.endswith(";") or (redirection is not None and "|" in word):  # 2>&1|tee a.log
+        if word.endswith(";;"):  # of a case
+            command += [word[:-2]] * (is_word and len(word) > 2)
+            yield from filter(None, (command, [";;"]))
+            command = []
+        elif word in _ENDS or word.endswith(";") or (redirection is not None and "|" in word):  # 2>&1|tee a.log
             command += [word[:-1]] if is_word and word.endswith(";") and len(word) > 1 else []
             if command:
                 yield command
@@ -537,7 +541,8 @@ def engines_command(command: Launched, engines: Mapping[str, str]) -> Launched:
 # Flags of data, outputs and logs, on whose values memory does not depend.
 _ASIDE = re.compile(
     r"(?:.*\.)?(?:(?:output|logging|log|cache|save|tensorboard|data|dataset)_dir|(?:train|validation|test|eval|data)_file"
-    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed)"
+    r"|datasets?|(?:val_|eval_|train_)?dataset(?:_\w+)?|data_path|save_path|run_name|hub_\w+|wandb\w*|learning_rate|seed"
+    r"|ckpt\.\w+|reward\.remote_url|host|port)"
 )
 
 

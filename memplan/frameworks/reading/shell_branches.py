@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
+from fnmatch import fnmatchcase
 
 _TEXTS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne}
 _NUMBERS = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "gt", "ge", "lt", "le")}
 _TESTS = ("[", "[[", "test")
 _MOST_DIGITS = 20
+_LONGEST_PATTERN = 200
 
 
 class Branches:
-    """The `if`s that are open: of each, whether a branch around or before it rules it out, and its condition."""
+    """The `if`s and `case`s that are open: of each, whether a branch around or before it rules it out, and its
+    condition; of a `case`, also the word that it compares."""
 
     def __init__(self) -> None:
         self._open: list[tuple[bool, bool | None]] = []
-        self._in_condition = False
+        self._compared: list[str] = []
+        self._in_condition = self._at_pattern = False
 
     @property
     def is_skipping(self) -> bool:
@@ -28,6 +32,11 @@ class Branches:
         while self._open and command[:1] == ["else"]:
             self._otherwise(True)
             command = command[1:]
+        if self._at_pattern and command[:1] and command[0].endswith(")"):
+            self._at_pattern, patterns = False, command[0].strip("()").split("|")
+            is_known = "$" not in self._compared[-1] and len(command[0]) < _LONGEST_PATTERN
+            self._otherwise(any(fnmatchcase(self._compared[-1], each) for each in patterns) if is_known else None)
+            command = command[1:]
         first, rest, was_condition = command[:1], command[1:], self._in_condition
         self._in_condition = first == ["if"] or (bool(self._open) and first == ["elif"])
         if first == ["if"]:
@@ -39,6 +48,16 @@ class Branches:
             self._in_condition = True
         elif self._open and first == ["fi"]:
             self._open.pop()
+        elif first == ["case"] and rest[1:2] == ["in"]:
+            self._open.append((self.is_skipping, False))
+            self._compared.append(rest[0])
+            self._at_pattern = True
+            return self.followed(rest[2:])
+        elif self._compared and first in ([";;"], ["esac"]):
+            self._at_pattern = first == [";;"]
+            if first == ["esac"]:
+                self._open.pop()
+                self._compared.pop()
         else:
             return [] if self.is_skipping else command
         return []
