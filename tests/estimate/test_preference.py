@@ -168,10 +168,14 @@ def test_a_reward_models_head_is_a_score() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": "ppo"}, r"trl-1.15 does not have ppo; the last with it is trl-1.10 \(--profile trl-1.10\)"),
+        (
+            {"trainer": "ppo"},
+            r"trl-1.15 does not have ppo; the last with it is TRL 1.10 to 1.12 \(--profile trl-1.10\)",
+        ),
         *(
             ({"trainer": "ppo", "profile": "trl-1.10", "roles": {"reward": LLAMA}, **changes}, message)
             for changes, message in (
+                ({"profile": "verl-0.9"}, "trainer: verl-0.9 trains PPO's critic by itself; use grpo with a value"),
                 ({"roles": {}}, "roles.reward: ppo scores completions with a reward model; name one"),
                 ({"reference": "none"}, "reference: ppo compares with a reference model; use copy"),
                 (
