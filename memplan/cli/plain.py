@@ -46,11 +46,12 @@ def command_of(name: str) -> Any:
 
 
 def with_method(words: Sequence[str]) -> Sequence[str]:
-    """Return the words with a method that is in front of the model as its option: `qlora qwen2-7b` means `qwen2-7b
-    --method qlora`."""
+    """Return the words with methods that are in front of the model as its options: `dpo qlora qwen2-7b` means `qwen2-7b
+    --method dpo --method qlora`."""
     if len(words) < 2 or words[0] in COMMANDS or words[1].startswith("-") or not is_method(words[0]):
         return words
-    return (words[1], "--method", words[0], *words[2:])
+    model, *others = with_method(words[1:])
+    return (model, "--method", words[0], *others)
 
 
 def run_plain(words: Sequence[str]) -> int | None:

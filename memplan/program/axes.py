@@ -411,19 +411,10 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
-    pairs = (
-        "row_tokens",
-        "earlier_pairs",
-        "earlier_examples",
-        "half_tokens",
-        "half_rows",
-        "entropy_rows",
-        "chosen_copied",
-    )
+    pairs = ("row_tokens", "earlier_pairs", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")
     if not run.needs.isdisjoint(pairs):
         yield "row_tokens", run.s - 1
         yield "earlier_pairs", rows - 2 * (run.s - 1)
-        yield "earlier_examples", rows - (run.s - 1)
         yield "half_tokens", run.b * run.s // 2
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)

@@ -33,6 +33,12 @@ def method_word(text: str) -> str:
     return next((method for method, words in _METHOD_WORDS.items() if word in words), word)
 
 
+def trainer_word(text: str) -> str:
+    """Return a trainer in memplan's words, in any case; IPO is a loss of DPO's."""
+    word = text.lower()
+    return {"ipo": "dpo", "rm": "reward"}.get(word, word)
+
+
 def is_method(text: str) -> bool:
     """Return whether a word says what to do with a model: a method that trains or runs it, or a trainer."""
     return method_word(text) in (*_METHOD_WORDS, *FLAGS, *TRAINERS)
@@ -91,7 +97,8 @@ INSTEAD = {
     **dict.fromkeys(("full", "train", "finetune"), "--method full"),
     **dict.fromkeys(("g", "card", "device", "hardware", "mem", "memory"), "--gpu, as in --gpu 24gb"),
     **dict.fromkeys(("m", "b"), "--method or --batch-size in full"),
-    **dict.fromkeys(("ddp", "dp", "data-parallel-size", "nodes"), "--gpus 2, the GPUs of all nodes together"),
+    **dict.fromkeys(("ddp", "dp", "data-parallel-size"), "--gpus 2 alone, which is DDP"),
+    "nodes": "--gpus 2, the GPUs of all nodes together",
     **dict.fromkeys(("strategy", "sharding", "distributed"), "--zero 3 or --fsdp fsdp2, with --gpus 2"),
     **dict.fromkeys(("sp", "sequence-parallel-size"), "--cp 2, which divides the sequence"),
     **dict.fromkeys(("html", "markdown", "csv", "svg", "yaml"), "--output FILE, whose ending says the format"),

@@ -19,6 +19,7 @@ from memplan.spec.option_values import (
     saving,
     settings,
     tokens,
+    trainer_word,
 )
 
 
@@ -180,6 +181,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=TRAINERS,
             combined=True,
             aliases=("rl", "rlhf_type"),
+            spelling=trainer_word,
             alone=("on", "off"),
         ),
         "reference": Option(
@@ -250,6 +252,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "batch.generations",
             "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
             aliases=("num_generations",),
+        ),
+        "rollout_tp": Option(
+            "serving.tensor_parallel",
+            "--rollout colocate: GPUs that one vLLM is divided among. Default 1.",
+            aliases=("vllm_tensor_parallel_size",),
         ),
         "entropy_bonus": Option(
             "loop.entropy_bonus", "The loss of --trainer grpo rewards entropy (entropy_coef, use_adaptive_entropy)."

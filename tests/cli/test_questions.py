@@ -65,6 +65,8 @@ QUESTIONS = {
     "sft qwen3-0.6b --method lora --gpu 3090": (0, "FITS  LoRA of qwen3-0.6b"),
     "inference qwen3-8b --gpu 3090": (0, "FITS  generation of qwen3-8b"),
     "dpo qwen3-0.6b --method lora --gpu 3090": (0, "FITS  DPO with LoRA of qwen3-0.6b"),
+    "GRPO qlora qwen3-0.6b --gpu 3090": (0, "FITS  GRPO with QLoRA of qwen3-0.6b"),
+    "qwen3-0.6b --method lora --trainer IPO --gpu 3090": (0, "FITS  DPO with LoRA of qwen3-0.6b"),
     "buy pythia-70m --have 7900xtx": (0, "To own, of one combination of card, count and strategy: rx-7900-xtx.\n"),
 }
 # A wrong line -> the wrong word, and how the suggestion is put in its place.

@@ -60,6 +60,7 @@ def test_steps_are_held_to_traces() -> None:
     assert sum(row["run"].get("roles", {}).get("teacher", {}).get("location") == "server" for row in ROWS) >= 2
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert sum(row["run"].get("kernels", {}).get("loss") == "fused" for row in ROWS) >= 10
+    assert sum(row["run"].get("loop", {}).get("entropy_bonus", False) for row in ROWS) >= 9
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
     assert sum("evaluation" in row["run"].get("also", {}) for row in ROWS) >= 6

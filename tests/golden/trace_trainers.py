@@ -134,6 +134,8 @@ OF_UNSLOTH: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...
 COMPARED: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
     ("dpo", "llama", "lora", 2, 1024, {}),
     ("dpo", "blocks", "lora", 2, 4096, {"checkpointing": "none"}),
+    ("kto", "llama", "lora", 2, 1024, {}),
+    ("kto", "blocks", "lora", 2, 4096, {"checkpointing": "none"}),
 )
 # Of NeMo Automodel, whose recipes have dropout.
 OF_AUTOMODEL: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (

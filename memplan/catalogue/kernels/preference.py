@@ -32,7 +32,7 @@ _SOURCES = {
     **dict.fromkeys(("cpo", "simpo"), "trl 1.16.0 experimental/cpo/cpo_trainer.py concatenated_forward"),
 }
 _SHIFTED = ("shifted", "kernel")
-_KTO_COPIES = "llamafactory 0.9.5 train/kto/trainer.py concatenated_forward; trl 0.24.0 trainer/kto_trainer.py forward"
+_KTO_COPIES = "llamafactory 0.9.5 train/kto/trainer.py concatenated_forward; trl 0.24.0 and 1.6.0 kto_trainer.py"
 _FSDP2 = "torch 2.13 distributed/fsdp/_fully_shard/_fsdp_state.py _post_forward (output_dtype)"
 _CASTS = "accelerate 1.15 utils/operations.py ConvertOutputsToFp32"
 

@@ -321,8 +321,8 @@ def fused_pair_loss(
             *(t._replace(name="gradient of the matrix by a pair") for t in gradient),
         ),
     }
-    earlier = "earlier_examples" if is_kto else "earlier_pairs"
-    before = (*gradient, Tensor("gradients of earlier pairs", f"{earlier} h", "=rows"), *inputs)
+    before = (*gradient, Tensor("gradients of earlier pairs", "earlier_pairs h", "=rows"), *inputs)
+    before += (Tensor("gradient of the example before", pair, "=rows"),) if is_kto else ()
     is_kept = not trainer.has_parts
     return (
         Op("loss.shift", ("n",), (Tensor("rows", rows),), view=views, source=source),

@@ -169,7 +169,8 @@ def compiled_pair(function: Any) -> Callable[..., Any]:
     def run(pair: Any, *others: Any) -> Any:
         rows, of_reference = pair.flatten(0, 1), others[2 if is_kto else 1]
         logits = rows @ weight.t()
-        torch.mm(of_reference.flatten(0, 1), loss.keywords["ref_weight"].t())
+        if of_reference is not None:  # TRL 1.10's KTO gives it none under adapters
+            torch.mm(of_reference.flatten(0, 1), loss.keywords["ref_weight"].t())
         sums = torch.empty(logits.shape, device=logits.device)
         gradient = torch.empty_like(logits)
         del sums

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
+from memplan.catalogue.profiles.profiles import PROFILES, find_profile, library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
@@ -93,7 +93,10 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
 
 
 def _ppo(run: OpenRun, has_tower: bool, is_copy: bool) -> Iterator[SpecError]:
-    """Yield errors for what TRL's PPOTrainer cannot have."""
+    """Yield errors for what TRL's PPOTrainer cannot have, and for trainers that are another."""
+    if run.library.trainer.prompt_logits:  # OpenRLHF's and verl's
+        text = f"{run.profile} trains PPO's critic by itself; use grpo with a value model"
+        yield refused("trainer", f"{text} (--trainer grpo --value-model MODEL)")
     if run.roles.reward is None:
         yield refused("roles.reward", "ppo scores completions with a reward model; name one (--reward-model MODEL)")
     if run.reference == "none":
@@ -183,9 +186,9 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
 
 def _of_others(profile: str, having: list[str]) -> str:
     """Return which profiles have a trainer: the last one, if newer versions of the framework dropped it."""
-    names = [p.name for p in PROFILES]
-    if not having:
-        return "no profile has it"
-    if profile.rpartition("-")[0] == having[0].rpartition("-")[0] and names.index(profile) < names.index(having[0]):
-        return f"the last with it is {having[0]} (--profile {having[0]})"
-    return f"use {' or '.join(having)}"
+    names, framework = [p.name for p in PROFILES], profile.rpartition("-")[0]
+    newest = dict(reversed([(name.rpartition("-")[0], name) for name in having]))  # of each framework
+    if framework in newest and names.index(profile) < names.index(newest[framework]):
+        last = newest[framework]
+        return f"the last with it is {find_profile(last).title} (--profile {last})"
+    return f"use {' or '.join(reversed(newest.values()))}" if having else "no profile has it"
