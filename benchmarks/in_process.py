@@ -6,9 +6,9 @@ With `first` only the first estimate of each bundled model is timed, full and wi
 model with a `step` of 2.
 
 The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
-`verdict` includes reading the peak and the verdict, as a scheduler does: a clear verdict is nearly free, any other
-takes a replay of the run's allocations. `used` includes that replay. `walk` evaluates every phase, which an estimate
-only does when asked for.
+`verdict` includes reading the peak and the verdict, as a scheduler does: a clear verdict is nearly free, another takes
+a replay of the run's allocations. `used` includes that replay. `walk` evaluates every phase, as an estimate only does
+when they are read.
 
 A plan and the offers of the complete catalogue are timed for new models, and again: in milliseconds, and as a multiple
 of a repeated estimate of the same run. The time of imports in a fresh process is in `benchmarks/planners.py`.

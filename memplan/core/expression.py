@@ -58,7 +58,7 @@ def compiled(function: Callable[..., Iterable[Any]], *arguments: str) -> Callabl
 
     def number(part: Any) -> int:
         if not isinstance(part, Expression):
-            return numbers.setdefault((str(int(part)),), len(numbers))
+            return numbers.setdefault((repr(part),), len(numbers))
         if id(part) not in known:
             key = (part.source, *map(number, part.parts))
             known[id(part)] = numbers.setdefault(key, len(numbers))

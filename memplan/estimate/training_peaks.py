@@ -124,10 +124,9 @@ class StepProgram:
         self._contenders = lru_cache(maxsize=32)(partial(_contenders, self.program))
 
     def top(self, sizes: _Sizes, workspace: int) -> Phase:
-        """Return the phase of the peak: without the other phases, if the program was asked for other sizes before."""
-        last = self._last
-        if last is not None and last[0] != sizes:
-            micro, sequence, half, large_tiles, pictures, target = sizes
+        """Return the phase of the peak: without the other phases, if the program was asked for other lengths before."""
+        last, (micro, sequence, half, large_tiles, pictures, target) = self._last, sizes
+        if last is not None and last[0][:2] != (micro, sequence):
             of_lengths = self._contenders(workspace, half, large_tiles, pictures, target is None)
             best = of_lengths and of_lengths.rows.largest(of_lengths.numbers(micro, sequence, target))
             if of_lengths and best:
@@ -209,9 +208,8 @@ def _contenders(
     passes += [(terms.later, terms.where[1], p.accumulated)] if p.structure.accumulates else []
     rows: list[tuple[int, ...]] = []
     phases: list[tuple[str, int | None, str]] = []
-    for phase, step, offset, where in reversed(
-        phase_offsets(p.structure, workspace)
-    ):  # of equals, the last is the peak
+    offsets = reversed(phase_offsets(p.structure, workspace))  # of equals, the last is the peak
+    for phase, step, offset, where in offsets:
         moments = [(p.moments.held or (0,) * width, offset, where)]
         if not where:
             each = ((term, names, offset + more[phase]) for of, names, more in passes for term in of[phase])

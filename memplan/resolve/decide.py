@@ -94,14 +94,18 @@ class Resolver:
     @classmethod
     def of(cls, run: RunSpec, model: ModelSpec | None = None) -> Resolver:
         """Return what fills in this run. Arguments and errors as of `decide`."""
-        alike = _consistent(_shared(vars(run)), _shared_of_batch(vars(run.batch)))
-        return _resolver(alike, with_objective(model or find_model(run.model), run.objective))
+        if run.task == "train":
+            alike = _consistent(_shared(vars(run)), _shared_of_batch(vars(run.batch)))
+            return _resolver(alike, with_objective(model or find_model(run.model), run.objective))
+        run = with_known_profile(run)
+        refuse(contradictions(run))
+        return cls(run, with_objective(model or find_model(run.model), run.objective))
 
     def on(self, name: str | None, batch: Batch) -> ResolvedRun:
         """Return the run of a batch on the GPU with this name, or without one. Errors as of `decide`."""
-        run, gpu, card = _on_card(self._run, name)
-        if run.task != "train":
-            run = with_use_cache(with_new_tokens(run.model_copy(update={"batch": batch})))
+        gpu, card = _card_of(self._run, name)
+        if self._run.task != "train":
+            run = with_use_cache(with_new_tokens(self._run.model_copy(update={"gpu": name, "batch": batch})))
             from memplan.resolve.assisted import with_assistant
             from memplan.resolve.inference import decide_inference
 
@@ -109,7 +113,8 @@ class Resolver:
         lengths = self.lengths(batch)
         decided = self._trained.get((name, lengths[2]))
         if decided is None:
-            decided = _train(run.model_copy(update={"batch": batch}), self._model, gpu, card, lengths)
+            run = self._run.model_copy(update={"gpu": name, "batch": batch})
+            decided = _train(run, self._model, gpu, card, lengths)
             if self._is_alike:
                 if len(self._trained) >= _MOST_KEPT:
                     self._trained.clear()
@@ -167,13 +172,12 @@ _resolver = lru_cache(maxsize=1024)(Resolver)
 
 
 @lru_cache(maxsize=4096)
-def _on_card(run: RunSpec, name: str | None) -> tuple[RunSpec, GPU | None, GPUFacts | None]:
-    """Return the run on a GPU, or without one, the GPU and its facts. Raises SpecError for what it does not run."""
-    run = run.model_copy(update={"gpu": name})
+def _card_of(run: RunSpec, name: str | None) -> tuple[GPU | None, GPUFacts | None]:
+    """Return a GPU and its facts, or None for both without a name. Raises SpecError for a run that it does not run."""
     gpu, card = find_card(name, run.parallelism.world > 1) if name is not None else (None, None)
     if gpu is not None:
         refuse(not_on(gpu, run))
-    return run, gpu, card
+    return gpu, card
 
 
 def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:

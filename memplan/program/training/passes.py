@@ -176,7 +176,7 @@ def _by_phase(low: Lowered) -> dict[str, list[int]]:
     of_phase: dict[str, list[int]] = {phase: [] for phase in PHASES}
     at = 0
     for phase, moments in groupby(low.moments.phases):
-        end = at + sum(1 for _ in moments)
+        end = at + len([*moments])
         of_phase.get(phase, []).extend(range(at, end))
         at = end
     return of_phase
