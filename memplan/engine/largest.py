@@ -26,13 +26,16 @@ class PhaseTerms:
         self._phases, self._products = phases, products
         coefficients = [term.coefficients for terms in phases for term in terms]
         self._widest = [max(1, *map(abs, column)) for column in zip(*coefficients, strict=True)]
-        self._is_compiled = library() is not None and 0 < sum(self._widest) < _MOST
+        self._total = sum(self._widest)
+        self._is_compiled = library() is not None and 0 < self._total < _MOST
         if not self._is_compiled:
             return
         self._rows = array("q", chain.from_iterable(coefficients))
         self._ends = array("q", accumulate(map(len, phases)))
         self._moments = [term.moment for terms in phases for term in terms]
         self._moments.append(-1)  # of a phase without moments
+        self._best = array("q", (0,)) * (2 * len(self._ends))
+        self._arguments = address_of(self._rows), address_of(self._ends), len(self._ends)
 
     def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
         """Return the most bytes of each phase and its moment: 0 and -1 for a phase without moments.
@@ -40,10 +43,15 @@ class PhaseTerms:
         numbers  the variables' values
         axes     the axes that their products are of
         """
-        if not self._is_compiled or sum(map(mul, self._widest, map(abs, numbers))) >= _MOST:
+        if not self._is_compiled or not self._is_exact(numbers):
             products = values(self._products, axes)
             return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
-        of_run, best = array("q", numbers), array("q", (0,)) * (2 * len(self._ends))
-        rows, ends = address_of(self._rows), address_of(self._ends)
-        library().largest(rows, ends, len(self._ends), address_of(of_run), len(numbers), address_of(best))
-        return [(most, self._moments[row]) for row, most in zip(best[::2], best[1::2], strict=True)]
+        of_run, best = array("q", numbers), self._best[:]
+        library().largest(*self._arguments, address_of(of_run), len(numbers), address_of(best))
+        moments, pairs = self._moments, iter(best)
+        return [(most, moments[row]) for row, most in zip(pairs, pairs, strict=True)]
+
+    def _is_exact(self, numbers: list[int]) -> bool:
+        """Return whether 64 bits hold every sum of products."""
+        bound = self._total * max(*numbers, -min(numbers))  # which is quicker
+        return bound < _MOST or sum(map(mul, self._widest, map(abs, numbers))) < _MOST

@@ -103,8 +103,10 @@ class _StepProgram:
 
     @cached_property
     def _terms(self) -> PhaseTerms:
-        moments = self._program.moments
-        passes = (moments.terms.first, moments.terms.later)[: 1 + self._program.structure.accumulates]
+        moments, structure = self._program.moments, self._program.structure
+        if structure.engine:
+            return _step_program(structure._replace(engine=()))._terms
+        passes = (moments.terms.first, moments.terms.later)[: 1 + structure.accumulates]
         return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
 
     def peaks(self, sizes: _Sizes, workspace: int) -> TrainingPeaks:

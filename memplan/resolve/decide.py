@@ -64,9 +64,10 @@ class Resolver:
     """
 
     def __init__(self, run: RunSpec, model: ModelSpec | None = None) -> None:
-        self._run = with_known_profile(run)
-        refuse(contradictions(self._run))
+        run = with_known_profile(run)
+        refuse(contradictions(run))
         self._model = with_objective(model or find_model(run.model), run.objective)
+        self._run = with_new_tokens(run)
 
     def on(self, name: str | None) -> ResolvedRun:
         """Return the run on the GPU with this name, or without one."""
@@ -76,7 +77,7 @@ class Resolver:
             refuse(not_on(gpu, run))
         if run.task == "train":
             return _train(run, self._model, gpu, card, self.lengths)
-        run = with_use_cache(with_new_tokens(run))
+        run = with_use_cache(run)
         from memplan.resolve.assisted import with_assistant
         from memplan.resolve.inference import decide_inference
 
@@ -87,7 +88,7 @@ class Resolver:
         """The batch with its lengths filled in, its tokens, the facts about it, and the axes that images decide."""
         run, model = self._run, self._model
         window, pictures = model.sliding_window, image_axes(model, run)
-        batch = with_lengths(with_new_tokens(run).batch, model)
+        batch = with_lengths(run.batch, model)
         length = batch.tokens + run.method.virtual_tokens
         is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
         trainer = TRAINERS[run.trainer]
@@ -111,10 +112,9 @@ class Resolver:
 
 
 def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:
-    filled, (batch, length, facts, pictures) = with_new_tokens(run), lengths
-    others: tuple[tuple[str, Graph], ...] = ()
+    (batch, length, facts, pictures), others = lengths, tuple[tuple[str, Graph], ...]()
     if not is_default(run, "roles"):
-        others = graphs_of_roles(filled, model, length, facts, card, decide_training, decide)
+        others = graphs_of_roles(run, model, length, facts, card, decide_training, decide)
     decided = decide_training(model, Parts.of(run), card, facts, others)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:
@@ -144,7 +144,7 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}
         parts["serving"] = engine.settings.serving.model_copy(update=update)
-    update = critic_run(filled)
+    update = critic_run(run)
     if update is not None:
         with errors_about("roles.value.model"):
             critic = decide(update)
