@@ -8,7 +8,7 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import mul
@@ -170,14 +170,13 @@ def _length(decided: ResolvedRun) -> int:
     return (batch.target_sequence or 1) if decided.structure.graph.model.is_encoder_decoder else batch.sequence
 
 
-def _room(decided: ResolvedRun) -> int:
-    """Return the tokens that a static cache has room for. The last token is never fed to the model."""
-    return _length(decided) + decided.batch.new_tokens - 1
+def _constant(graph: Graph, prompt: int, decided: ResolvedRun) -> tuple[int, int, int]:
+    """Return the tokens that a static cache has room for, and the tokens and the prompts that an encoder has read.
 
-
-def _source(graph: Graph, decided: ResolvedRun) -> tuple[int, int]:
-    """Return the tokens and the number of prompts that an encoder has read."""
-    return (decided.batch.sequence if graph.wiring.encoder_decoder_half else 0, decided.batch.micro)
+    The last token is never fed to the model.
+    """
+    batch = decided.batch
+    return prompt + batch.new_tokens - 1, batch.sequence if graph.wiring.encoder_decoder_half else 0, batch.micro
 
 
 def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
@@ -195,7 +194,7 @@ def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
             graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=pass_.static))
             graph = graph._replace(inference=pass_._replace(reads_capacity=pass_.reads_capacity or is_single))
         seen = min(prompt, window or prompt)
-        yield InferenceStep(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
+        yield InferenceStep(graph, rows, prompt, 0, 0, seen, *_constant(graph, prompt, decided))
         return
     starts = range(0, prompt, part)
     candidates = {*starts[:2], *starts[-2:]}
@@ -220,7 +219,8 @@ def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
         if past and window and pass_.cache == "dynamic":  # the previous pass left a view of all its tokens
             kept = min(past - part, window - 1) + part
         seen = (min(past, window - 1) if window else past) + fed
-        yield InferenceStep(part_graph, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
+        room = prompt + decided.batch.new_tokens - 1
+        yield InferenceStep(part_graph, rows, fed, past, kept, seen, room, quantized=quantized)
 
 
 def within(tokens: int, window: int) -> int:
@@ -247,9 +247,8 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
         kept = min(past, window - 1)
     seen = within(past + 1, window)
-    return InferenceStep(
-        decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
-    )
+    constant = _constant(graph, prompt, decided)
+    return InferenceStep(decoding, rows, 1, past, kept, seen, *constant, quantized=quantized)
 
 
 @lru_cache(maxsize=512)
@@ -480,7 +479,7 @@ def _sizes_of(step: InferenceStep, decided: ResolvedRun, moments: Contenders) ->
     )
     sizes = axes | sizes
     few_rows = graph.inference.few_rows if graph.inference is not None else 0
-    return FrozenDict(sizes | copied_axes(needs, ChainMap(sizes, fixed), few_rows, decided.gpu))
+    return FrozenDict(sizes | copied_axes(needs, sizes, fixed, few_rows, decided.gpu))
 
 
 class SizedPass(NamedTuple):
