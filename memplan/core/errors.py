@@ -16,8 +16,7 @@ MemplanError               error                2
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
@@ -99,15 +98,19 @@ class UnknownNameError(MemplanError):
         self.value = value
 
 
-@contextmanager
-def errors_about(field: str, own: str = "model") -> Generator[None]:
+class errors_about:  # noqa: N801 (a context manager, quicker than a generator)
     """Re-raise errors about the field `own` as errors about `field`, for what is named elsewhere than in a run."""
-    try:
-        yield
-    except MemplanError as error:
-        if error.field == own:
-            error.args, error.field = (f"{field}: {str(error).removeprefix(f'{own}: ')}",), field
-        raise
+
+    def __init__(self, field: str, own: str = "model") -> None:
+        self._field, self._own = field, own
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MemplanError) and error.field == self._own:
+            line = str(error).removeprefix(f"{self._own}: ")
+            error.args, error.field = (f"{self._field}: {line}",), self._field
 
 
 class SpecError(MemplanError):

@@ -23,7 +23,8 @@ class RowGroups:
         groups = [*groups]
         rows = [*chain.from_iterable(groups)]
         self.widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
-        self._library = library() if 0 < sum(self.widest) < _MOST else None
+        self._total = sum(self.widest)
+        self._library = library() if 0 < self._total < _MOST else None
         if self._library is None:
             return
         self._arrays = array("q", chain.from_iterable(rows)), array("q", accumulate(map(len, groups)))
@@ -33,11 +34,16 @@ class RowGroups:
     def largest(self, numbers: Sequence[int]) -> array[int] | None:
         """Return for each group the number of its first row with the largest sum, -1 without rows, and the sum. None
         without the library, and beyond 64 bits."""
-        if self._library is None or sum(map(mul, self.widest, map(abs, numbers))) >= _MOST:
+        if self._library is None or not self._is_exact(numbers):
             return None
         of_run, best = array("q", numbers), self._none[:]
         self._library.largest(*self._addresses, address_of(of_run), len(of_run), address_of(best))
         return best
+
+    def _is_exact(self, numbers: Sequence[int]) -> bool:
+        """Return whether 64 bits hold every sum of products."""
+        bound = self._total * max(*numbers, -min(numbers))  # which is quicker
+        return bound < _MOST or sum(map(mul, self.widest, map(abs, numbers))) < _MOST
 
 
 class PhaseTerms:
@@ -62,4 +68,5 @@ class PhaseTerms:
         if best is None:
             products = values(self._products, axes)
             return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
-        return [(most, self._moments[row]) for row, most in zip(best[::2], best[1::2], strict=True)]
+        moments, pairs = self._moments, iter(best)
+        return [(most, moments[row]) for row, most in zip(pairs, pairs, strict=True)]

@@ -10,27 +10,29 @@ accelerate 1.15 accelerator.py prepare_model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.core.units import gib
+from memplan.core.ir import Division
+from memplan.core.records import NamedTuple
+from memplan.core.units import ITEMSIZE, gib, rounded
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generation
+from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generating_graph, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
-from memplan.models.cards import find_model
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
-from memplan.program.inference.passes import InferenceStep, sized
+from memplan.program.inference.passes import InferenceStep, PassPeak, SizedPass, peaks_of, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.sharding import Sharding
+from memplan.program.structure import Structure
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import critic_run, decided_at, rollout_chunk, scoring_pass
+from memplan.resolve.roles import critic_run, depends_on_lengths, rollout_chunk, scoring_pass
 from memplan.spec.roles import Roles
 from memplan.spec.run import Batch, RunSpec, changed
 from memplan.spec.training import Evaluation
@@ -123,14 +125,58 @@ def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTas
     return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
 
 
+class _Policy(NamedTuple):
+    """A policy as it generates, at any lengths.
+
+    structure  of its generation's first pass
+    division   how weights are divided among ranks, and gathered in each pass
+    gathered   what ranks hold meanwhile
+    """
+
+    structure: Structure
+    division: Division | None
+    gathered: tuple[TensorGroup, ...]
+
+
+@lru_cache(maxsize=256)
+def _policy(run: RunSpec, structure: Structure) -> _Policy:
+    """Return the policy of a step's structure, given its run from `_at_any_lengths`."""
+    graph, sharding = structure.graph, sharding_of(structure)
+    wraps = graph.recipe.kind not in ADAPTERS
+    if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
+        one = Batch(micro=run.batch.micro, sequence=run.batch.tokens)
+        update = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
+        graph = decide(run.model_copy(update=update)).structure.graph
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
+    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps, fp32_ends=ends)
+    if recipe.sharded_dtype and not wraps:  # FSDP1 casts neither adapters nor their inputs here
+        recipe = recipe._replace(adapter_dtype=recipe.sharded_dtype, sharded_dtype="")
+    casts = graph.casts_outputs and wraps
+    graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
+    generating = structure._replace(graph=generating_graph(graph, library, casts, samples=True))
+    return _Policy(generating, sharding.generation_division(), tuple(sharding.held_in("generate")))
+
+
+def _at_any_lengths(run: RunSpec, decided: ResolvedRun) -> RunSpec:
+    """Return the run with a batch that stands for all whose operations are the same: its own if there are no others."""
+    batch = decided.batch
+    if batch.micro > 1 and not depends_on_lengths(decided.structure.graph.model):
+        batch = _several(min(2, batch.accumulation))
+    return run.model_copy(update={"batch": batch})
+
+
+@lru_cache(maxsize=2)
+def _several(accumulation: int) -> Batch:
+    return Batch(micro=2, accumulation=accumulation)
+
+
 def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
     structure, batch = decided.structure, decided.batch
-    graph, rows = structure.graph, batch.micro * batch.accumulation
-    wraps = graph.recipe.kind not in ADAPTERS
-    sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
+    rows, standing = batch.micro * batch.accumulation, walked.program.between_steps(walked.workspace)
     held = _batch_before(rows, batch.tokens)
     if run.rollout != "transformers":
-        gathered = tuple(sharding.pushed(merges=not wraps))
+        gathered = tuple(sharding_of(structure).pushed(merges=structure.graph.recipe.kind in ADAPTERS))
         pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
         if decided.colocated is None:
             return (pushed,) if gathered else ()
@@ -141,20 +187,10 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         from memplan.estimate.colocated import by_engine
 
         return (by_engine(decided.colocated, task, pushed, run),)
-    if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
-        one = _several(1).model_copy(update={"micro": batch.micro, "sequence": batch.tokens})
-        graph = _decided_alone(one, run, trainer="sft", reference=None, roles=Roles()).structure.graph
-    held += tuple(sharding.held_in("generate"))
-    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
-    ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
-    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps, fp32_ends=ends)
-    if recipe.sharded_dtype and not wraps:  # FSDP1 casts neither adapters nor their inputs here
-        recipe = recipe._replace(adapter_dtype=recipe.sharded_dtype, sharded_dtype="")
-    graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
+    policy = _policy(_at_any_lengths(run, decided), structure)
     generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
-    prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
-    casts, division = graph.casts_outputs and wraps, sharding.generation_division()
-    return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
+    prompted = decided._replace(structure=policy.structure, batch=generated, pictures=())
+    return (generation(prompted, standing, (*held, *policy.gathered), policy.division),)
 
 
 def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, at_once: int = 0) -> Iterator[SideTask]:
@@ -165,35 +201,71 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, at_once: int
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
     batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
-    sharding = sharding_of(decided.structure)
-    graph, rows = _past_autocast(run, decided), batch.micro * batch.accumulation
-    chunk, held = at_once or rollout_chunk(rows), _batch_before(rows, batch.tokens)
-    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
-    generating, *scoring = _models_of_rollout(graph, library.generation.cache)
-    passes = generated_passes(_of_rows(decided, generating, chunk), library, False, samples=True)
-    task = SideTask("generate", "", standing, (*held, *sharding.held_in("generate")), passes)
-    yield _keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size)
+    policy, scoring = _models_of_ppo(_at_any_lengths(run, decided), decided.structure._replace(engine=()))
+    rows, words = batch.micro * batch.accumulation, decided.structure.graph.model.vocab_size
+    chunk, before = at_once or rollout_chunk(rows), _batch_before(rows, batch.tokens)
+    at = decided._replace(batch=batch.model_copy(update={"micro": chunk, "accumulation": 1}), pictures=())
+    passes = generated_passes(at._replace(structure=policy.structure, half=_is_half(policy.structure)))
+    at = at._replace(pictures=(("completion", batch.new_tokens), ("accumulation", 1)))
+    scored = [
+        sized(
+            InferenceStep(structure.graph, chunk, batch.sequence),
+            at._replace(structure=structure, half=_is_half(structure)),
+        )
+        for structure, _ in scoring
+    ]
+    prompt, last, *peaks = peaks_of((passes[0], passes[-1], *scored))
+    where, kept, top, moving = _with_logits(passes, prompt, last, rows, batch.new_tokens, words)
+    held = (*before, *policy.gathered, *kept)
+    yield SideTask("generate", where, standing, held, passes if moving else (), top, moving)
     tasks: list[SideTask] = []
-    for roles, other in scoring:
-        step = InferenceStep(other, chunk, batch.sequence)
-        passed = sized(step, _of_rows(decided, other, chunk, batch.new_tokens))
-        moving, moment, where = passed.peak
-        for role in roles:
-            phase, gathered = "reward" if role == "reward" else "rollout", sharding.held_in(role)
-            at = (passed,), (0, moment), moving
-            tasks.append(SideTask(phase, f"{role}: {where}", standing, (*held, *gathered), *at))
-    policy, values, *rewards = tasks
-    yield max(policy, values, key=lambda task: task.peak)
+    for each, (_, gathered), (moving, moment, where) in zip(scored, scoring, peaks, strict=True):
+        for role, phase, groups in gathered:
+            held = (*before, *groups)
+            tasks.append(SideTask(phase, f"{role}: {where}", standing, held, (each,), (0, moment), moving))
+    of_policy, values, *rewards = tasks
+    yield values if values.peak > of_policy.peak else of_policy
     yield from rewards
 
 
-def _past_autocast(run: RunSpec, decided: ResolvedRun) -> Graph:
-    """Return the graph of a run, and those of its roles, as its models compute outside of autocast."""
-    graph = _without_autocast(decided.structure.graph)
-    if graph is not None:
-        return graph
-    precision = run.precision.model_copy(update={"autocast": False, "compute": None})
-    return _decided_alone(decided.batch, run, precision=precision).structure.graph
+_OfRoles = tuple[tuple[str, str, tuple[TensorGroup, ...]], ...]  # each with its phase, and what ranks hold in it
+
+
+@lru_cache(maxsize=64)
+def _models_of_ppo(run: RunSpec, structure: Structure) -> tuple[_Policy, tuple[tuple[Structure, _OfRoles], ...]]:
+    """Return the policy as it generates, and the models that score its completions, given a run as `_policy` is."""
+    graph, sharding = _without_autocast(structure.graph), sharding_of(structure)
+    if graph is None:
+        precision = run.precision.model_copy(update={"autocast": False, "compute": None})
+        graph = decide(run.model_copy(update={"precision": precision})).structure.graph
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    reference, roles = reference_of(graph), dict(graph.roles)
+    assert reference is not None
+    value = without_gradients(roles["value"])
+    roles["value"] = value._replace(loss="", recipe=value.recipe._replace(keeps=False, copies=""))  # of backward
+
+    def scoring(other: Graph, cache: Cache = "") -> Structure:
+        wiring = other.wiring._replace(caching=bool(cache), records=False)
+        one_pass = Pass("score", cache, last_only=False)
+        scored = other._replace(inference=one_pass, trainer=reference.trainer, wiring=wiring)
+        return structure._replace(graph=scored)
+
+    others = {scoring(reference, library.generation.cache): ["reference"]}
+    for role in ("value", "reward"):
+        if role in roles:
+            others.setdefault(scoring(roles[role]), []).append(role)
+    generating = generating_graph(graph._replace(trainer=None, roles=()), library, wide=False, samples=True)
+    policy = _Policy(structure._replace(graph=generating), None, tuple(sharding.held_in("generate")))
+    phases = {"reference": "rollout", "value": "rollout", "reward": "reward"}
+    return policy, tuple(
+        (each, tuple((role, phases[role], tuple(sharding.held_in(role))) for role in roles))
+        for each, roles in others.items()
+    )
+
+
+def _is_half(structure: Structure) -> bool:
+    """Return whether a model of PPO's rollout computes attention in 16 bits."""
+    return not structure.graph.wiring.has_fp32_inputs
 
 
 @lru_cache(maxsize=64)
@@ -207,72 +279,35 @@ def _without_autocast(graph: Graph) -> Graph | None:
     return graph._replace(recipe=recipe, casts_outputs=False, roles=others)
 
 
-@lru_cache(maxsize=64)
-def _models_of_rollout(graph: Graph, kept: Cache) -> tuple[Graph, *tuple[tuple[tuple[str, ...], Graph], ...]]:
-    """Return the policy's graph as it generates, and those of the models that score its completions, by their roles."""
-    reference, roles = reference_of(graph), dict(graph.roles)
-    assert reference is not None
-    value = without_gradients(roles["value"])
-    roles["value"] = value._replace(loss="", recipe=value.recipe._replace(keeps=False, copies=""))  # of backward
-
-    def scoring(other: Graph, cache: Cache = "") -> Graph:
-        wiring = other.wiring._replace(caching=bool(cache), records=False)
-        return other._replace(inference=Pass("score", cache, last_only=False), trainer=reference.trainer, wiring=wiring)
-
-    others: dict[Graph, tuple[str, ...]] = {scoring(reference, kept): ("reference",)}
-    for role in ("value", "reward"):
-        if role in roles:
-            other = scoring(roles[role])
-            others[other] = (*others.get(other, ()), role)
-    return graph._replace(trainer=None, roles=()), *((names, other) for other, names in others.items())
-
-
-def _decided_alone(batch: Batch, run: RunSpec, **changes: object) -> ResolvedRun:
-    """Return the run with another batch, and with changes."""
-    several = _several(min(2, batch.accumulation))
-    return decided_at(batch, run.model_copy(update={**changes, "batch": several}), find_model(run.model), decide)
-
-
-@lru_cache(maxsize=2)
-def _several(accumulation: int) -> Batch:
-    return Batch(micro=2, accumulation=accumulation)
-
-
-def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:
-    batch = decided.batch.model_copy(update={"micro": rows, "accumulation": 1})
-    completion = (("completion", new_tokens), ("accumulation", 1)) if new_tokens else ()
-    structure, half = decided.structure._replace(graph=graph), not graph.wiring.has_fp32_inputs
-    return decided._replace(structure=structure, batch=batch, half=half, pictures=completion)
-
-
-def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> SideTask:
-    """Return a generation that keeps the logits of all tokens, at its peak.
+def _with_logits(
+    passes: Sequence[SizedPass], prompt: PassPeak, last: PassPeak, rows: int, tokens: int, words: int
+) -> tuple[str, tuple[TensorGroup, ...], tuple[int, int], int]:
+    """Return the peak of a generation that keeps the logits of all tokens: where, what is kept, and the pass's moment
+    with its bytes.
 
     It keeps the logits of every pass of a chunk of rows, stacks them, and joins the chunks in a padded copy.
 
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; trl 0.24.0 trainer/utils.py.
     """
+    chunk = passes[0].step.batch
 
     def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
-        return tensor_group("activation", what, f"{of} {tokens} {words}", "fp32", _LOGITS, "generate", copies)
+        bytes_ = rounded(of * tokens * words * ITEMSIZE["fp32"])
+        return TensorGroup("activation", what, "generate", f"{of} {tokens} {words}", "fp32", copies, bytes_, _LOGITS)
 
-    before, prompt, last = (rows // chunk - 1) * chunk, task.passes[0], task.passes[-1]
+    before, padded = (rows // chunk - 1) * chunk, -(-rows // chunk) * chunk
     earlier = (logits("logits of earlier rows", before, tokens),) if before else ()
-    passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
-    made = (passes._replace(copies=tokens - 1),) if tokens > 1 else ()
-    cache = tensor_group("activation", "keys and values", last.bytes_left(), "uint8", _LOGITS, "generate")
-    padded = -(-rows // chunk) * chunk
+    made, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
+    cache = tensor_group("activation", "keys and values", passes[-1].bytes_left(), "uint8", _LOGITS, "generate")
     joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded, tokens))
-    (first, *at), (second, *then) = prompt.peak, last.peak
+    kept = (*earlier, made._replace(copies=tokens - 1)) if tokens > 1 else earlier
     moments = (
-        (first, (0, at[0]), f"{prompt.phase}: {at[1]}", earlier),
-        (second, (len(task.passes) - 1, then[0]), f"{last.phase}: {then[1]}", (*earlier, *made)),
-        (0, (-1, -1), "stacked logits", (*earlier, passes, stacked, cache)),
-        (0, (-1, -1), "padded logits", joined),
+        (f"{passes[0].phase}: {prompt.where}", earlier, (0, prompt.moment), prompt.bytes),
+        (f"{passes[-1].phase}: {last.where}", kept, (len(passes) - 1, last.moment), last.bytes),
+        ("stacked logits", (*earlier, made, stacked, cache), (-1, -1), 0),
+        ("padded logits", joined, (-1, -1), 0),
     )
-    moving, top, where, kept = max(moments, key=lambda moment: moment[0] + total_bytes(moment[3]))
-    run = task.passes if moving else ()
-    return task._replace(where=where, held=(*task.held, *kept), passes=run, top=top, moving=moving)
+    return max(moments, key=lambda moment: moment[3] + total_bytes(moment[1]))
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from operator import itemgetter
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
@@ -29,7 +30,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
-from memplan.program.inference.passes import InferenceStep, SizedPass, sized
+from memplan.program.inference.passes import InferenceStep, SizedPass, peaks_of, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
 from memplan.program.run import ResolvedRun
@@ -115,7 +116,9 @@ def evaluation(
     yield task
     if e.new_tokens:
         asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
-        yield generation(decided_._replace(batch=asked), library, one_pass.casts_logits, standing)
+        generating = generating_graph(decided_.structure.graph, library, one_pass.casts_logits)
+        structure = decided_.structure._replace(graph=generating)
+        yield generation(decided_._replace(structure=structure, batch=asked), standing)
 
 
 def evaluation_run(run: RunSpec, e: Evaluation) -> RunSpec:
@@ -235,44 +238,25 @@ def _batch_logits(graph: Graph) -> Tensor | None:
 
 
 def generation(
-    decided_: ResolvedRun,
-    library: LibraryBehaviour,
-    wide: bool,
-    standing: int,
-    held: tuple[TensorGroup, ...] = (),
-    *,
-    samples: bool = False,
-    division: Division | None = None,
+    decided_: ResolvedRun, standing: int, held: tuple[TensorGroup, ...] = (), division: Division | None = None
 ) -> SideTask:
     """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it.
 
-    held    tensors held meanwhile
-    others  as of `generated_passes`
+    decided_  the run of `generating_graph`
+    held      tensors held meanwhile
+    division  as of `generated_passes`
     """
-    passes = generated_passes(decided_, library, wide, samples=samples, division=division)
-    peaks = [each.peak for each in passes]
-    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
-    moving, moment, where = peaks[top]
+    passes = generated_passes(decided_, division)
+    peaks = peaks_of(passes)
+    moving, moment, where = most = max(peaks, key=itemgetter(0))
+    top = peaks.index(most)
     return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
 
 
-def generated_passes(
-    decided_: ResolvedRun,
-    library: LibraryBehaviour,
-    wide: bool,
-    *,
-    samples: bool = False,
-    division: Division | None = None,
-) -> tuple[SizedPass, ...]:
-    """Return the passes of a generation.
-
-    wide      the logits of a pass are cast to fp32
-    samples   tokens are sampled, from all of them
-    division  how weights are divided among ranks, and gathered in each pass
-    """
-    graph = _generating_graph(decided_.structure.graph, library, wide, samples)
-    batch = with_lengths(decided_.batch, graph.model, generates=True)
-    prompted = decided_._replace(structure=decided_.structure._replace(graph=graph), batch=batch)
+def generated_passes(decided_: ResolvedRun, division: Division | None = None) -> tuple[SizedPass, ...]:
+    """Return the passes of a generation, which gathers weights in each as `division` says."""
+    batch = with_lengths(decided_.batch, decided_.structure.graph.model, generates=True)
+    prompted = decided_ if batch is decided_.batch else decided_._replace(batch=batch)
     steps = steps_of(prompted)
     if division is not None:
         left = division._replace(whole=left_whole(division))
@@ -281,8 +265,14 @@ def generated_passes(
 
 
 @lru_cache(maxsize=256)
-def _generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, samples: bool) -> Graph:
-    """Return the graph of a generation's first pass; see `generation`. Raises SpecError or UnsupportedModelError."""
+def generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, *, samples: bool = False) -> Graph:
+    """Return the graph of a generation's first pass.
+
+    wide     the logits of a pass are cast to fp32
+    samples  tokens are sampled, from all of them
+
+    Raises SpecError or UnsupportedModelError.
+    """
     kind, facts = graph.model.model_type, graph.model.family.generation
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")

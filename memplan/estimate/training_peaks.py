@@ -136,8 +136,10 @@ class StepProgram:
 
     @cached_property
     def _terms(self) -> PhaseTerms:
-        moments = self.program.moments
-        passes = (moments.terms.first, moments.terms.later)[: 1 + self.program.structure.accumulates]
+        moments, structure = self.program.moments, self.program.structure
+        if structure.engine:
+            return step_program(structure._replace(engine=()))._terms
+        passes = (moments.terms.first, moments.terms.later)[: 1 + structure.accumulates]
         return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
 
     def peaks(self, sizes: _Sizes, workspace: int) -> TrainingPeaks:

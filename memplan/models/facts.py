@@ -381,7 +381,7 @@ class ModelFacts:
         """The fixed sequence length of an image or audio encoder; None for other models."""
         return self.family.lengths.fixed(self) if self.family.lengths.fixed is not None else None
 
-    @property
+    @cached_property
     def is_encoder_decoder(self) -> bool:
         return self.family.lengths.target is not None
 

@@ -114,7 +114,7 @@ class Resolver:
         decided = self._trained.get((name, lengths[2]))
         if decided is None:
             run = self._run.model_copy(update={"gpu": name, "batch": batch})
-            decided = _train(run, self._model, gpu, card, lengths)
+            decided = _train(with_new_tokens(run), self._model, gpu, card, lengths)
             if self._is_alike:
                 if len(self._trained) >= _MOST_KEPT:
                     self._trained.clear()
@@ -181,10 +181,9 @@ def _card_of(run: RunSpec, name: str | None) -> tuple[GPU | None, GPUFacts | Non
 
 
 def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | None, lengths: _Lengths) -> ResolvedRun:
-    filled, (batch, length, facts, pictures) = with_new_tokens(run), lengths
-    others: tuple[tuple[str, Graph], ...] = ()
+    (batch, length, facts, pictures), others = lengths, tuple[tuple[str, Graph], ...]()
     if not is_default(run, "roles"):
-        others = graphs_of_roles(filled, model, length, facts, card, decide_training, decide)
+        others = graphs_of_roles(run, model, length, facts, card, decide_training, decide)
     decided = decide_training(model, Parts.of(run), card, facts, others)
     _check_sequence(decided, batch)
     loop = loop_with_use_cache(run.loop, trains=True)
@@ -212,7 +211,7 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
         update = {"sleep": bool(run.serving.sleep), **own}
         parts["serving"] = engine.settings.serving.model_copy(update=update)
-    update = critic_run(filled)
+    update = critic_run(run)
     if update is not None:
         with errors_about("roles.value.model"):
             critic = decide(update)

@@ -27,6 +27,7 @@ from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
 DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
+_SEVERAL = Batch(micro=2)  # sequences
 
 
 def step_precision(trainer: str, loss: str | None, precision: Precision) -> Precision:
@@ -66,17 +67,37 @@ def graphs_of_roles(
 ) -> tuple[tuple[str, Graph], ...]:
     """Return the graph of every other model that is on the GPUs that train, by its role.
 
+    They are decided once for all batches whose operations are the same.
+
     Raises SpecError for one that the step cannot have.
     """
     if run.roles.reference is not None:
         _refuse_vocabulary("reference", model, find_model(run.roles.reference.model), pads=False)
     refuse(trainers.roles(run))
+    found: list[tuple[str, ModelSpec]] = []
+    for role, other in models_of(run).items():
+        with errors_about(f"roles.{role}.model"):
+            found.append((role, find_model(other.model)))
+    if run.batch.micro > 1 and not any(depends_on_lengths(other) for _, other in found):
+        run, tokens = run.model_copy(update={"batch": _SEVERAL}), 0
+    return _graphs_of_roles(run, model, tuple(found), tokens, facts, card, decide, decide_forward)
+
+
+@lru_cache(maxsize=256)
+def _graphs_of_roles(
+    run: RunSpec,
+    model: ModelSpec,
+    models: tuple[tuple[str, ModelSpec], ...],
+    tokens: int,
+    facts: BatchFacts,
+    card: GPUFacts | None,
+    decide: Decide,
+    decide_forward: DecideForward,
+) -> tuple[tuple[str, Graph], ...]:
     graphs: list[tuple[str, Graph]] = []
     facts_of_trainer = TRAINERS[run.trainer]
-    for role, other in models_of(run).items():
-        field = f"roles.{role}.model"
-        with errors_about(field):
-            found = find_model(other.model)
+    for role, found in models:
+        other, field = models_of(run)[role], f"roles.{role}.model"
         if role in ("teacher", "reference"):
             _refuse_vocabulary(role, model, found, pads=_by_chunk(run, model))
         if facts_of_trainer.own_loop and found.objectives[0] != "causal_lm":
@@ -189,10 +210,14 @@ def scoring_pass(run: RunSpec, decide_forward: DecideForward) -> ResolvedRun:
 def decided_at(batch: Batch, run: RunSpec, model: ModelSpec, decide: DecideForward) -> ResolvedRun:
     """Return the decided run with another batch: decided once for all whose operations are those of `run`, a batch of
     several sequences."""
-    depends = model.sliding_window is not None or model.scan_chunk or model.is_encoder_decoder
-    if batch.micro == 1 or depends:
+    if batch.micro == 1 or depends_on_lengths(model):
         return decide(run.model_copy(update={"batch": batch}), model)
     return _decided_once(run, model, decide)._replace(batch=batch)
+
+
+def depends_on_lengths(model: ModelSpec) -> bool:
+    """Return whether a model may run other operations on longer sequences."""
+    return model.sliding_window is not None or bool(model.scan_chunk) or model.is_encoder_decoder
 
 
 @lru_cache(maxsize=256)

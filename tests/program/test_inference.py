@@ -17,7 +17,7 @@ from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
 from memplan.planning.reach import limit
 from memplan.program.graph import operations_of
-from memplan.program.inference.passes import numbers_of, pass_peak, token_after
+from memplan.program.inference.passes import sized, token_after
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import NEW_TOKENS
 from memplan.spec.run import changed
@@ -518,5 +518,5 @@ def test_the_most_expensive_tokens_that_fill_windows_are_walked(prompt: int, new
     decided = decide(run)
     walked = walk(run, decided)
     every = (token_after(past, decided) for past in range(prompt, prompt + new - 1))
-    most = max(pass_peak(step.graph, numbers_of(step, decided)).bytes for step in every)
+    most = max(sized(step, decided).peak.bytes for step in every)
     assert max(n for each, n in zip(walked.passes, walked.peaks, strict=True) if each.phase == "decode") == most

@@ -171,7 +171,7 @@ def with_cache(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     key_names: set[str] = set()
     axis = ""
     for source_op in operations:
-        op = (_renamed_kept if now.phase == "train" else _renamed)(source_op, renames)
+        op = (_renamed_kept if now.phase == "train" else _renamed)(source_op, renames) if renames else source_op
         if op.caches == "state":
             tensors_by_name |= {t.name: t for t in op.writes}
             (t,) = op.writes

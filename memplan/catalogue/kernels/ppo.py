@@ -64,8 +64,9 @@ def _held(stack: Stack, by: str, what: str) -> Stack:
     """Return the stack with its `cache` or its `states` held as `by` says."""
 
     def change(op: Op) -> tuple[Op, ...]:
-        releases = f"last {by}" if op.releases == f"last {what}" else op.releases
-        return (op._replace(holds=by if op.holds == what else op.holds, releases=releases),)
+        if op.releases == f"last {what}":
+            op = op._replace(releases=f"last {by}")
+        return (op._replace(holds=by) if op.holds == what else op,)
 
     return rewrite(stack, change)
 

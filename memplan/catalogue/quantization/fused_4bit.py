@@ -7,6 +7,7 @@ _gemm_4bit_use_custom_cuda; a test compares them with the installed file's.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
@@ -197,8 +198,10 @@ def copied(tensors: tuple[Tensor, ...], w: Weight, lead: str, compute: str) -> t
     return tuple(t._replace(shape=f"{_COPIED}{name} {t.shape}") for t in tensors)
 
 
-def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, gpu: GPU | None) -> dict[str, int]:
-    """Return the sizes of those axes in `needs` that `copied` adds.
+def copied_axes(
+    needs: frozenset[str], sizes: dict[str, int], fixed: dict[str, int], few_rows: int, gpu: GPU | None
+) -> dict[str, int]:
+    """Return the sizes of those axes in `needs` that `copied` adds, given those of the run and of the model.
 
     few_rows  most rows of a product that may read packed weights
     """
@@ -206,7 +209,7 @@ def copied_axes(needs: frozenset[str], axes: Mapping[str, int], few_rows: int, g
     parsed = _parsed(needs)
     if not parsed:
         return found
-    card = card_of(gpu.compute_capability if gpu is not None else None)
+    card, axes = card_of(gpu.compute_capability if gpu is not None else None), ChainMap(sizes, fixed)
     if gpu is not None and gpu.compute_capability is None:  # AMD's kernels take no more
         few_rows = min(few_rows, _ALWAYS_PACKED)
     for axis, lengths, compute, block in parsed:

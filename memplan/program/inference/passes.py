@@ -8,8 +8,8 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import mul
 
@@ -29,6 +29,7 @@ from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
+    Term,
     Variable,
     bytes_at_each,
     chain,
@@ -169,14 +170,13 @@ def _length(decided: ResolvedRun) -> int:
     return (batch.target_sequence or 1) if decided.structure.graph.model.is_encoder_decoder else batch.sequence
 
 
-def _room(decided: ResolvedRun) -> int:
-    """Return the tokens that a static cache has room for. The last token is never fed to the model."""
-    return _length(decided) + decided.batch.new_tokens - 1
+def _constant(graph: Graph, prompt: int, decided: ResolvedRun) -> tuple[int, int, int]:
+    """Return the tokens that a static cache has room for, and the tokens and the prompts that an encoder has read.
 
-
-def _source(graph: Graph, decided: ResolvedRun) -> tuple[int, int]:
-    """Return the tokens and the number of prompts that an encoder has read."""
-    return (decided.batch.sequence if graph.wiring.encoder_decoder_half else 0, decided.batch.micro)
+    The last token is never fed to the model.
+    """
+    batch = decided.batch
+    return prompt + batch.new_tokens - 1, batch.sequence if graph.wiring.encoder_decoder_half else 0, batch.micro
 
 
 def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
@@ -194,7 +194,7 @@ def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
             graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=pass_.static))
             graph = graph._replace(inference=pass_._replace(reads_capacity=pass_.reads_capacity or is_single))
         seen = min(prompt, window or prompt)
-        yield InferenceStep(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
+        yield InferenceStep(graph, rows, prompt, 0, 0, seen, *_constant(graph, prompt, decided))
         return
     starts = range(0, prompt, part)
     candidates = {*starts[:2], *starts[-2:]}
@@ -219,7 +219,8 @@ def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
         if past and window and pass_.cache == "dynamic":  # the previous pass left a view of all its tokens
             kept = min(past - part, window - 1) + part
         seen = (min(past, window - 1) if window else past) + fed
-        yield InferenceStep(part_graph, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
+        room = prompt + decided.batch.new_tokens - 1
+        yield InferenceStep(part_graph, rows, fed, past, kept, seen, room, quantized=quantized)
 
 
 def within(tokens: int, window: int) -> int:
@@ -246,9 +247,8 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
         kept = min(past, window - 1)
     seen = within(past + 1, window)
-    return InferenceStep(
-        decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
-    )
+    constant = _constant(graph, prompt, decided)
+    return InferenceStep(decoding, rows, 1, past, kept, seen, *constant, quantized=quantized)
 
 
 @lru_cache(maxsize=512)
@@ -389,32 +389,82 @@ _LENGTHS: Mapping[str, Callable[[InferenceStep, ResolvedRun], int]] = {
 _ROUNDED = ("kv", "kv_window", "kv_static", "kv_window_static", "source")
 
 
-@lru_cache(maxsize=256)
-def _needed(needs: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the lengths that are needed, and those of which rounded values are."""
-    rounded = tuple(name for name in _ROUNDED if not needs.isdisjoint(rounded_axes(name, 0, ONE_RUN)))
-    return tuple(name for name in _LENGTHS if name in needs or name in rounded or name == "kv"), rounded
+_AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv8", "kv32", "kv128", "kv_static"))
 
 
-def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
+def fixed_axes(graph: Graph) -> dict[str, int]:
+    """Return the axes of a pass that no run decides."""
+    axes = operations_of(graph)[1]
+    fixed = {axis: n for axis, n in axes.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
+    return {**fixed, "kernel1": axes.get("kernel", 0) + 1}
+
+
+class Contenders:
+    """The moments of a pass that can be its peak, at any sizes.
+
+    variables   sizes that the run decides
+    terms       the moments, linear in `variables`
+    needs       axes of `variables` that are not the model's
+    fixed       sizes of the model's axes
+    lengths     lengths of the pass that are needed
+    rounded     lengths of which rounded values are needed
+    compresses  whether some layers keep compressed keys
+    """
+
+    def __init__(self, graph: Graph, division: Division | None = None) -> None:
+        low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
+        sizes = [size(key[0], key[1], fixed) for key in low.sizes]
+        self.variables = variables = tuple(sorted({variable for variable, _ in sizes}))
+        along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
+        *coefficients, self._left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
+        self.terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
+        self._largest = PhaseTerms([self.terms], [*map(Variable, along)]).largest
+        self._lowering, self._where = (graph, division), dict[int, str]()
+        needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
+        self.needs, self.fixed, self.compresses = needs.difference(fixed), operations_of(graph)[1], compresses(graph)
+        self.rounded = tuple(n for n in _ROUNDED if not self.needs.isdisjoint(rounded_axes(n, 0, ONE_RUN)))
+        self.lengths = tuple(n for n in _LENGTHS if n in self.needs or n in self.rounded or n == "kv")
+
+    def peak(self, sizes: Mapping[str, int]) -> PassPeak:
+        """Return the peak bytes of the pass, and its moment."""
+        return self.at(*self._largest(values(self.variables, sizes), sizes)[0])
+
+    def at(self, bytes_: int, moment: int) -> PassPeak:
+        """Return the peak at one of the moments."""
+        if moment not in self._where:
+            graph, division = self._lowering
+            self._where[moment] = lower_inference(graph, division=division).moments[moment].where
+        return PassPeak(bytes_, moment, self._where[moment])
+
+    def bytes_left(self, sizes: Mapping[str, int]) -> int:
+        """Return the bytes that the pass leaves."""
+        return sum(map(mul, self._left, values(self.variables, sizes)))
+
+
+@lru_cache(maxsize=512)
+@once
+def contenders(graph: Graph, division: Division | None = None) -> Contenders:
+    """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
+    return Contenders(graph, division)
+
+
+def _sizes_of(step: InferenceStep, decided: ResolvedRun, moments: Contenders) -> FrozenDict:
     """Return the sizes of every axis that a pass needs and no model decides."""
     if step.assists:
         assert decided.assistant is not None
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
-    graph, moments = step.graph, contenders(step.graph, step.division)
-    needs, fixed = moments.needs, moments.fixed
-    lengths, rounded = _needed(needs)
-    sizes = {name: _LENGTHS[name](step, decided) for name in lengths}
+    graph, needs, fixed = step.graph, moments.needs, moments.fixed
+    sizes = {name: _LENGTHS[name](step, decided) for name in moments.lengths}
     if "chosen_keys" in needs:
         sizes["chosen_keys"] = min(sizes["kv"], graph.model.config_int("index_topk"))
-    if compresses(graph) and step.phase == "decode":
+    if moments.compresses and step.phase == "decode":
         top = graph.model.config_int("index_topk")
         sizes |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
     if "key_block" in fixed:
         static = graph.inference is not None and graph.inference.keys("kv") == "kv_static"
         sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
-    for name in rounded:
+    for name in moments.rounded:
         sizes |= rounded_axes(name, sizes[name], ONE_RUN)
     axes = axes_of(
         graph,
@@ -429,17 +479,19 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
     )
     sizes = axes | sizes
     few_rows = graph.inference.few_rows if graph.inference is not None else 0
-    return sizes | copied_axes(needs, ChainMap(sizes, fixed), few_rows, decided.gpu)
+    return FrozenDict(sizes | copied_axes(needs, sizes, fixed, few_rows, decided.gpu))
 
 
 class SizedPass(NamedTuple):
     """A pass with a number for each of its axes. Bytes are without the weights.
 
-    sizes  of the axes that no model decides
+    sizes       of the axes that no model decides
+    contenders  the moments that can be its peak
     """
 
     step: InferenceStep
     sizes: FrozenDict
+    contenders: Contenders
 
     @property
     def axes(self) -> Mapping[str, int]:
@@ -451,7 +503,7 @@ class SizedPass(NamedTuple):
 
     @property
     def peak(self) -> PassPeak:
-        return pass_peak(self.step.graph, self.sizes, self.step.division)
+        return self.contenders.peak(self.sizes)
 
     def low(self, labelled: bool = False) -> Lowered:
         """Return the lowered moments of the pass; its tensors have names if `labelled`."""
@@ -469,8 +521,7 @@ class SizedPass(NamedTuple):
 
     def bytes_left(self) -> int:
         """Return the bytes that the pass leaves."""
-        moments = contenders(self.step.graph, self.step.division)
-        return sum(map(mul, moments.left, values(moments.variables, self.sizes)))
+        return self.contenders.bytes_left(self.sizes)
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Yield where each moment of the pass is, and the bytes alive at it."""
@@ -488,57 +539,28 @@ class SizedPass(NamedTuple):
 
 def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:
     """Return a pass of the run with a number for each of its axes."""
-    return SizedPass(step, FrozenDict(numbers_of(step, decided)))
+    moments = contenders(step.graph, step.division)
+    return SizedPass(step, _sizes_of(step, decided, moments), moments)
 
 
-class Contenders(NamedTuple):
-    """The moments of a pass that can be its peak.
-
-    variables  sizes that the run decides
-    terms      the moments, linear in `variables`
-    needs      axes of `variables` that are not the model's
-    where      name of the operation of each moment that has been a peak
-    left       bytes that the pass leaves, as coefficients of `variables`
-    fixed      sizes of the model's axes
-    """
-
-    variables: tuple[Variable, ...]
-    terms: PhaseTerms
-    needs: frozenset[str]
-    where: dict[int, str]
-    left: tuple[int, ...]
-    fixed: dict[str, int]
-
-
-_AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv8", "kv32", "kv128", "kv_static"))
-
-
-def fixed_axes(graph: Graph) -> dict[str, int]:
-    """Return the axes of a pass that no run decides."""
-    axes = operations_of(graph)[1]
-    fixed = {axis: n for axis, n in axes.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
-    return {**fixed, "kernel1": axes.get("kernel", 0) + 1}
+def peaks_of(passes: Sequence[SizedPass]) -> list[PassPeak]:
+    """Return the peak of each pass, all compared at once."""
+    moments = tuple(each.contenders for each in passes)
+    numbers = [n for each in passes for n in values(each.contenders.variables, each.sizes)]
+    largest = zip(moments, _terms_of(moments).largest(numbers, {}), strict=True)
+    return [of_pass.at(bytes_, moment) for of_pass, (bytes_, moment) in largest]
 
 
 @lru_cache(maxsize=512)
-@once
-def contenders(graph: Graph, division: Division | None = None) -> Contenders:
-    """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
-    low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
-    sizes = [size(key[0], key[1], fixed) for key in low.sizes]
-    variables = tuple(sorted({variable for variable, _ in sizes}))
-    along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
-    *coefficients, left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
-    terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
-    of_pass = PhaseTerms([terms], [*map(Variable, along)])
-    needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
-    return Contenders(variables, of_pass, needs.difference(fixed), {}, left, operations_of(graph)[1])
-
-
-def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
-    """Return the peak bytes of a pass, and its moment."""
-    moments = contenders(graph, division)
-    [(bytes_, moment)] = moments.terms.largest(values(moments.variables, axes), axes)
-    if moment not in moments.where:
-        moments.where[moment] = lower_inference(graph, division=division).moments[moment].where
-    return PassPeak(bytes_, moment, moments.where[moment])
+def _terms_of(passes: tuple[Contenders, ...]) -> PhaseTerms:
+    """Return the moments of several passes, linear in the variables of all."""
+    widths = [len(each.variables) for each in passes]
+    before = [(0,) * sum(widths[:i]) for i in range(len(passes))]
+    after = [(0,) * sum(widths[i + 1 :]) for i in range(len(passes))]
+    return PhaseTerms(
+        [
+            [Term((*zeros, *term.coefficients, *more), (), None, term.moment) for term in each.terms]
+            for each, zeros, more in zip(passes, before, after, strict=True)
+        ],
+        (),
+    )

@@ -262,8 +262,12 @@ class Sharding:
         return loading(self.graph, *(other for _, other in other_models(self.graph)))
 
     def loading_peak(self) -> int:
-        """Return the peak bytes before the first step."""
+        """Return the peak bytes while the model loads."""
         return most_at_once(self.loading_events(together=True))
+
+    def broadcasting(self, weights: int) -> int:
+        """Return the peak bytes while ranks are sent `weights` bytes of the first one's; 0 if none are sent."""
+        return 0
 
     def on_gpu(self, room: int) -> Structure:
         """Return the run on GPUs with `room` usable bytes."""
@@ -358,13 +362,8 @@ class DataParallel(Sharding):
             for bytes_, count in buckets(self._parameters(lambda w: w.requires_grad))
         ]
 
-    def loading_peak(self) -> int:
-        """Return the peak bytes before the first step. The first rank's weights are broadcast to the others."""
-        most = super().loading_peak()
-        if self.run.buffers:
-            return most
-        resident = total_bytes(self.weights())
-        return max(most, resident + min(resident, BROADCASTS * BROADCAST))
+    def broadcasting(self, weights: int) -> int:
+        return 0 if self.run.buffers else weights + min(weights, BROADCASTS * BROADCAST)
 
 
 def with_copies(block: Iterable[tuple[Parameter, int]]) -> list[Parameter]:

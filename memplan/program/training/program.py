@@ -84,8 +84,13 @@ class Program(NamedTuple):
 def program(structure: Structure) -> Program:
     """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
     sharding = sharding_of(structure)
+    if structure.engine:  # of any size, by the run's lengths and its card
+        alone = program(structure._replace(engine=()))
+        weights = alone.parameters + total_bytes(structure.engine)
+        loading = max(alone.loading, sharding.broadcasting(weights))
+        return alone._replace(structure=structure, parameters=weights, loading=loading)
     optimizer = sharding.optimizer()
-    consumed = sharding.frees_gradients or sharding.gradients_in_buckets
+    weights, consumed = total_bytes(sharding.weights()), sharding.frees_gradients or sharding.gradients_in_buckets
     gradients = 0 if consumed else total_bytes(sharding.gradients())
     accumulated = sharding.accumulated_bytes()
     trainer = structure.graph.trainer
@@ -96,8 +101,8 @@ def program(structure: Structure) -> Program:
     return Program(
         structure=structure,
         moments=_moments(structure),
-        parameters=total_bytes(sharding.weights()),
-        loading=sharding.loading_peak(),
+        parameters=weights,
+        loading=max(sharding.loading_peak(), sharding.broadcasting(weights)),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
         accumulated={
