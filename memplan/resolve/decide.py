@@ -72,8 +72,9 @@ def _consistent(shared: tuple[Any, ...], of_batch: tuple[Any, ...]) -> RunSpec:
 
     Raises SpecError if parts contradict each other.
     """
-    batch = Batch.model_construct(**dict(zip(_SHARED_OF_BATCH, of_batch, strict=True)))
-    run = with_known_profile(RunSpec.model_construct(**dict(zip(_SHARED, shared, strict=True)), batch=batch))
+    given = set[str]()
+    batch = Batch.model_construct(given, **dict(zip(_SHARED_OF_BATCH, of_batch, strict=True)))
+    run = with_known_profile(RunSpec.model_construct(given, **dict(zip(_SHARED, shared, strict=True)), batch=batch))
     refuse(contradictions(run))
     return run
 
