@@ -14,16 +14,13 @@ _MOST = 2**62  # a sum of products below it does not overflow 64 bits
 
 
 class RowGroups:
-    """Groups of rows of coefficients, which the compiled library compares.
-
-    widest  the largest coefficient of each column
-    """
+    """Groups of rows of coefficients, which the compiled library compares."""
 
     def __init__(self, groups: Iterable[Sequence[Sequence[int]]]) -> None:
         groups = [*groups]
         rows = [*chain.from_iterable(groups)]
-        self.widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
-        self._library = library() if 0 < sum(self.widest) < _MOST else None
+        self._widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
+        self._library = library() if 0 < sum(self._widest) < _MOST else None
         if self._library is None:
             return
         self._arrays = array("q", chain.from_iterable(rows)), array("q", accumulate(map(len, groups)))
@@ -33,7 +30,7 @@ class RowGroups:
     def largest(self, numbers: Sequence[int]) -> array[int] | None:
         """Return for each group the number of its first row with the largest sum, -1 without rows, and the sum. None
         without the library, and beyond 64 bits."""
-        if self._library is None or sum(map(mul, self.widest, map(abs, numbers))) >= _MOST:
+        if self._library is None or sum(map(mul, self._widest, map(abs, numbers))) >= _MOST:
             return None
         of_run, best = array("q", numbers), self._none[:]
         self._library.largest(*self._addresses, address_of(of_run), len(of_run), address_of(best))

@@ -66,7 +66,7 @@ _shared_of_batch = cast(Callable[[Any], Any], itemgetter(*_SHARED_OF_BATCH))
 _MOST_KEPT = 512  # results of a resolver, by GPU and facts about the batch
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _consistent(shared: tuple[Any, ...], of_batch: tuple[Any, ...]) -> RunSpec:
     """Return a run with these parts, of any lengths and without a GPU, and the profile that counts.
 
@@ -167,7 +167,7 @@ class Resolver:
         return self._last[1]
 
 
-_resolver = lru_cache(maxsize=1024)(Resolver)
+_resolver = lru_cache(maxsize=512)(Resolver)
 
 
 @lru_cache(maxsize=4096)
