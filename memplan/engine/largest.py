@@ -14,16 +14,13 @@ _MOST = 2**62  # a sum of products below it does not overflow 64 bits
 
 
 class RowGroups:
-    """Groups of rows of coefficients, which the compiled library compares.
-
-    widest  the largest coefficient of each column
-    """
+    """Groups of rows of coefficients, which the compiled library compares."""
 
     def __init__(self, groups: Iterable[Sequence[Sequence[int]]]) -> None:
         groups = [*groups]
         rows = [*chain.from_iterable(groups)]
-        self.widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
-        self._total = sum(self.widest)
+        self._widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
+        self._total = sum(self._widest)
         self._library = library() if 0 < self._total < _MOST else None
         if self._library is None:
             return
@@ -43,7 +40,7 @@ class RowGroups:
     def _is_exact(self, numbers: Sequence[int]) -> bool:
         """Return whether 64 bits hold every sum of products."""
         bound = self._total * max(*numbers, -min(numbers))  # which is quicker
-        return bound < _MOST or sum(map(mul, self.widest, map(abs, numbers))) < _MOST
+        return bound < _MOST or sum(map(mul, self._widest, map(abs, numbers))) < _MOST
 
 
 class PhaseTerms:

@@ -241,23 +241,15 @@ class LiveStorages:
         born = {storage for storage in self.made[self._made_before :] if storage.refs > 0}
         renamed = self._renamed(new, filter(born.__contains__, passed_on))
         moments, of_run = self.moments, slice(self._first_moment, None)
-        known = moments.per_copy[of_run]
-        changed = {id(counts): {**counts, run: new} for counts in {id(counts): counts for counts in known}.values()}
-        with_new = [changed[id(counts)] for counts in known]
-        phases, names, at, shared = (
-            moments.phases[of_run],
-            moments.names[of_run],
-            moments.at[of_run],
-            moments.shared[of_run],
-        )
+        phases, names, shared = moments.phases[of_run], moments.names[of_run], moments.shared[of_run]
+        at, known = moments.at[of_run], moments.per_copy[of_run]
         others = [*self._as_last(zip(at, shared, strict=True), renamed)] if renamed else shared
         if self.phase == "backward":
-            moments.extend(phases, self._in_first_copy(names), others, at, with_new)
+            moments.extend(phases, self._in_first_copy(names), others, at, _with_run(known, run, new))
         else:  # every copy leaves more alive, so the last one peaks
-            moments.shared[of_run], moments.per_copy[of_run] = others, with_new
+            moments.shared[of_run], moments.per_copy[of_run] = others, _with_run(known, run, new)
             if frees_past:
-                with_old = [{**counts, run: old} for counts in known]
-                moments.extend(phases, self._in_first_copy(names), shared, at, with_old)
+                moments.extend(phases, self._in_first_copy(names), shared, at, _with_run(known, run, old))
         negative = next((key for key, n in new.items() if n < 0), None)
         if negative is not None:
             raise self._freed_twice(keys[negative])
@@ -301,3 +293,9 @@ class LiveStorages:
                 out[entered] = out.get(entered, 0) - n
                 out[name] = out.get(name, 0) + n
             yield out
+
+
+def _with_run(per_copy: Sequence[Mapping[int, Counts]], run: int, counts: Counts) -> list[Mapping[int, Counts]]:
+    """Return for each moment what copies add, with other counts for one run. Moments that share it share the result."""
+    changed = {id(each): {**each, run: counts} for each in {id(each): each for each in per_copy}.values()}
+    return [changed[id(each)] for each in per_copy]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from memplan.estimate import ledger
 from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk, bytes_by_kind
 from memplan.estimate.host import host_memory
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.training_peaks import TrainingPeaks, lengths_of, step_program
+from memplan.estimate.training_peaks import TrainingPeaks, lengths_of, step_program, training_peaks, workspace_of
 from memplan.estimate.usage import Usage, calibration_of, room, run_overhead
 from memplan.models.model import ModelSpec
 from memplan.program.graph import operations_of, total_bytes
@@ -53,9 +53,9 @@ class TrainingWalk(Walk):
     def __init__(self, run: RunSpec, decided: ResolvedRun) -> None:
         self.run, self.decided, self.gpu = run, decided, decided.gpu
         self.communicators = decided.communicators
-        self._step, self._lengths = step_program(decided.structure), lengths_of(decided)
-        self._top = self._step.top(*self._lengths)
-        self.resident, self.load = self._step.resident, self._step.program.loading
+        step = step_program(decided.structure)
+        self._top = step.top(*lengths_of(decided))
+        self.resident, self.load = step.resident, step.program.loading
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
         trainer, asked = self.decided.structure.graph.trainer, tuple[SideTask, ...]()
@@ -83,15 +83,19 @@ class TrainingWalk(Walk):
     @cached_property
     def peaks(self) -> TrainingPeaks:
         """The peaks of all phases."""
-        return self._step.peaks(*self._lengths)
+        return training_peaks(self.decided)
 
     @cached_property
     def axes(self) -> dict[str, int]:
         """The run's axes, for what needs no peaks."""
-        return self._step.axes(self._lengths[0])
+        return step_program(self.decided.structure).axes(lengths_of(self.decided)[0])
 
-    @property
-    def phases(self) -> list[Phase]:  # pyright: ignore[reportIncompatibleVariableOverride] (computed if asked for)
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state with the peaks of all phases, which another process would have to lower the run for."""
+        return {**vars(self), "peaks": self.peaks, "axes": self.peaks.axes}
+
+    @cached_property
+    def phases(self) -> Sequence[Phase]:  # pyright: ignore[reportIncompatibleVariableOverride] (computed if asked for)
         return self.peaks.phases
 
     @property
@@ -115,7 +119,7 @@ class TrainingWalk(Walk):
 
     @property
     def parameters(self) -> Parameters:
-        p = self._step.program
+        p = self.peaks.program
         return Parameters(p.counts.total, p.counts.trainable, p.counts.active)
 
     def notes(self) -> Iterator[str]:
@@ -132,7 +136,7 @@ class TrainingWalk(Walk):
 
     @cached_property
     def _host_bytes_in_steps(self) -> int:
-        return host_bytes(self._step.program, self.axes)
+        return host_bytes(self.peaks.program, self.peaks.axes)
 
     @property
     def host_bytes(self) -> int:
@@ -170,7 +174,8 @@ class TrainingWalk(Walk):
     @cached_property
     def replay(self) -> TrainingReplay:
         """The inputs that determine the allocations."""
-        axes, workspace, expandable = tuple(self.axes.items()), self._lengths[1], self.run.loop.expandable_segments
+        axes, workspace = tuple(self.axes.items()), workspace_of(self.decided)
+        expandable = self.run.loop.expandable_segments
         return TrainingReplay(self.decided.structure, axes, workspace, expandable, self.side_tasks)
 
     @property

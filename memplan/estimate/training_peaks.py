@@ -121,7 +121,7 @@ class StepProgram:
         self.resident = resident_bytes(self.program)
         self._offsets: dict[int, tuple[PhaseOffset, ...]] = {}  # by the bytes of a workspace
         self._last: tuple[_Sizes, _Moments] | None = None
-        self._contenders = lru_cache(maxsize=32)(partial(_contenders, self.program))
+        self._contenders = lru_cache(maxsize=8)(partial(_contenders, self.program))
 
     def top(self, sizes: _Sizes, workspace: int) -> Phase:
         """Return the phase of the peak: without the other phases, if the program was asked for other lengths before."""
@@ -208,6 +208,7 @@ def _contenders(
     terms, width = p.moments.terms, len(p.moments.variables)
     passes = [(terms.first, terms.where[0], dict.fromkeys(p.accumulated, 0))]
     passes += [(terms.later, terms.where[1], p.accumulated)] if p.structure.accumulates else []
+    most: dict[tuple[int, ...], int] = {}  # what lengths decide of a moment -> the most that they do not
     rows: list[tuple[int, ...]] = []
     phases: list[tuple[str, int | None, str]] = []
     offsets = reversed(phase_offsets(p.structure, workspace))  # of equals, the last is the peak
@@ -218,8 +219,12 @@ def _contenders(
             moments = [(term.coefficients, bytes_, names[term.moment]) for term, names, bytes_ in each]
         if moments and not any(min(row) >= 0 and bytes_ >= p.parameters for row, bytes_, _ in moments):
             return None
-        rows += ((bytes_ + row[0], *row[1:]) for row, bytes_, _ in moments)
-        phases += ((phase, step, where) for _, _, where in moments)
+        for row, bytes_, name in moments:
+            constant, others = row[0] + bytes_, row[1:]
+            if others not in most or constant > most[others]:
+                most[others] = constant
+                rows.append((constant, *others))
+                phases.append((phase, step, name))
     rows.append((p.loading, *(0,) * (width - 1)))
     phases.append(("load", None, ""))
     used = [i for i, column in enumerate(zip(*rows, strict=True)) if any(column)]
@@ -233,6 +238,6 @@ def _contenders(
     return _Contenders(of_lengths, RowGroups([[tuple(row[i] for i in used) for row in rows]]), phases)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def step_program(structure: Structure) -> StepProgram:
     return StepProgram(structure)

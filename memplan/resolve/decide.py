@@ -66,14 +66,15 @@ _shared_of_batch = cast(Callable[[Any], Any], itemgetter(*_SHARED_OF_BATCH))
 _MOST_KEPT = 512  # results of a resolver, by GPU and facts about the batch
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _consistent(shared: tuple[Any, ...], of_batch: tuple[Any, ...]) -> RunSpec:
     """Return a run with these parts, of any lengths and without a GPU, and the profile that counts.
 
     Raises SpecError if parts contradict each other.
     """
-    batch = Batch.model_construct(**dict(zip(_SHARED_OF_BATCH, of_batch, strict=True)))
-    run = with_known_profile(RunSpec.model_construct(**dict(zip(_SHARED, shared, strict=True)), batch=batch))
+    given = set[str]()
+    batch = Batch.model_construct(given, **dict(zip(_SHARED_OF_BATCH, of_batch, strict=True)))
+    run = with_known_profile(RunSpec.model_construct(given, **dict(zip(_SHARED, shared, strict=True)), batch=batch))
     refuse(contradictions(run))
     return run
 
@@ -168,7 +169,7 @@ class Resolver:
         return found
 
 
-_resolver = lru_cache(maxsize=1024)(Resolver)
+_resolver = lru_cache(maxsize=512)(Resolver)
 
 
 @lru_cache(maxsize=4096)
