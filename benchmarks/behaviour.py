@@ -122,6 +122,12 @@ _TRAINING = """
     --precision amp --dtype fp16
     --dtype fp16 --optimizer adamw_bnb_8bit --trainer
     --dtype fp32 --batch-size 3 --seq-len 100
+    --trainer dpo --profile trl-1.13 --loss fused --precision autocast --batch-size 2 --seq-len 512
+    --trainer dpo --profile unsloth-2026.10 --method lora --seq-len 512
+    --trainer kto --profile trl-0.24 --precision autocast --batch-size 2 --seq-len 512
+    --trainer kto --profile trl-1.6 --method lora --precision autocast --batch-size 2 --seq-len 512
+    --trainer kto --profile trl-1.13 --loss fused --method lora --batch-size 2 --seq-len 512
+    --trainer grpo --profile trl-1.13 --entropy-bonus --precision autocast --batch-size 8 --new-tokens 64
     --grad-accum 3 --no-foreach --optimizer adamw_torch
     --in-backward --optimizer sgd
     --checkpointing offload --gpu 3060

@@ -253,14 +253,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
             aliases=("num_generations",),
         ),
-        "rollout_tp": Option(
-            "serving.tensor_parallel",
-            "--rollout colocate: GPUs that one vLLM is divided among. Default 1.",
-            aliases=("vllm_tensor_parallel_size",),
-        ),
-        "entropy_bonus": Option(
-            "loop.entropy_bonus", "The loss of --trainer grpo rewards entropy (entropy_coef, use_adaptive_entropy)."
-        ),
+        "rollout_tp": Option("serving.tensor_parallel", "--rollout colocate: GPUs that share one vLLM. Default 1."),
+        "entropy_bonus": Option("loop.entropy_bonus", "GRPO's loss rewards entropy (entropy_coef). Default off."),
         "score_batch_size": Option(
             "batch.scored", "Completions scored at once before a step of grpo or rloo. Default --batch-size."
         ),

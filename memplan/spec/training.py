@@ -304,6 +304,10 @@ class Loop(Part):
     sync_each_batch: Flag = False
     entropy_bonus: Flag = False
 
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what only GRPO has, unless it is set."""
+        return {k: v for k, v in values.items() if v or k != "entropy_bonus"}
+
 
 class Evaluation(Part):
     """Evaluation between two training steps, as transformers' Trainer runs it.

@@ -100,7 +100,8 @@ def attach(  # noqa: PLR0911 (a return for each way to compute log-probabilities
         tail += tuple(_halves("", outputs, trainer))
     elif trainer.fused_gradients:
         stack = stack._replace(after=(*body, Op("return", releases="cache"), *head))
-        tail = (*tail, *_shifted_log_probs("ref_", outputs, is_fp32, trainer), ops.release_names(outputs))
+        read = (outputs,) if trainer.copies else (outputs, "n")  # a variable of the trainer's, since TRL 1.10
+        tail = (*tail, *_shifted_log_probs("ref_", outputs, is_fp32, trainer), ops.release_names(*read))
     held = {"": (outputs, "shifted"), "halves": ("halves",), "all": (outputs, "shifted", "halves")}[trainer.copies]
     return _finished(stack, trainer, tail, reference, held, is_fp32)
 

@@ -120,9 +120,9 @@ def recomputed_log_probs(
     buffers = (
         Tensor("products of a tile", f"few_tokens {PART_WIDTH}", compute),
         Tensor("logits of a tile", f"few_tokens {PART_WIDTH}", "fp32"),
-        Tensor("rows of a tile, cast", "few_tokens h", f"{compute}!loss.rows"),
         Tensor("part of the matrix, cast", "part_words h", f"{compute}!{matrix.name}"),
     )
+    rows = Tensor("rows of a tile, cast", "few_tokens h", f"{compute}!loss.rows")  # in forward for the product alone
     tile = Tensor("exponents of a tile", "few_tokens part_words", "fp32")
     last = tuple(Tensor(f"{what} of the last tile", "few_tokens part_words_last", "fp32") for what in _OF_TILE)
     wide = _wide_gradients(matrix, labelled)
@@ -136,7 +136,11 @@ def recomputed_log_probs(
             (matrix, *bias),
             tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
             scratch=(*buffers, *(tile for _ in range(3))),
-            scratch_back=(*wide, *map(Scratch, (*buffers, *last)), Scratch(largest, early=matrix.dtype != "fp32")),
+            scratch_back=(
+                *wide,
+                *map(Scratch, (*buffers, rows, *last)),
+                Scratch(largest, early=matrix.dtype != "fp32"),
+            ),
             gradient="own",
             product="matrix",
             source=source,

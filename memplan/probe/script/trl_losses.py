@@ -164,7 +164,7 @@ def compiled_pair(function: Any) -> Callable[..., Any]:
     inside = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
     weight, loss = inside["weight"].cell_contents, inside["compute_loss"].cell_contents
     indices = inside["argnums"].cell_contents if "argnums" in inside else (0, 1)  # Liger 0.8.2 has no such choice
-    is_kto = function.__code__.co_argcount == 4
+    is_kto = "preference_labels_chunk" in function.__code__.co_varnames
 
     def run(pair: Any, *others: Any) -> Any:
         rows, of_reference = pair.flatten(0, 1), others[2 if is_kto else 1]
