@@ -195,9 +195,8 @@ def run_pass(
     tape.run_model = run_model
     one.forward()
     result = one.loss_and_backward() if records else one.end_of_inference()
-    tape.run_model = tape.reach = tape.passed = tape.module = tape.reaches_first = (
-        None  # without cycles, all is freed at once
-    )
+    # without cycles, all is freed at once
+    tape.run_model = tape.reach = tape.passed = tape.module = tape.reaches_first = None
     return result
 
 
