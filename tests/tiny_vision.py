@@ -89,6 +89,21 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "clip_vision_model", **_SIGLIP},
         "image_token_index": 1990,
     },
+    "llava_next": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_SIGLIP},
+        "image_grid_pinpoints": [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]],
+        "image_token_index": 1990,
+    },
+    "llava_onevision": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "vision_use_head": False},
+        "image_grid_pinpoints": [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336], [448, 448]],
+        "vision_aspect_ratio": "anyres_max_4",
+        "vision_feature_layer": -1,
+        "image_token_id": 1990,
+        "video_token_id": 1991,
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 32, "sliding_window": None},
         "vision_config": {

@@ -439,9 +439,10 @@ class Division(NamedTuple):
                         reduced
     prefetches_forward  forward gathers a unit when the previous one begins; in backward, a unit's gradients are then
                         reduced only after the backward of the unit before it
-    keeps               weights stay whole from forward to backward
+    keeps               blocks whose weights stay whole from forward to backward: `all`, the `last`, or none if empty
     waits               received shards stay until the pass is over, because replicas sum them
     returns             the loss is computed after the model has returned, which freed the output of the last all-gather
+    alone               `after` holds the head alone, whose gradient is reduced before the backward of the last norm
     offloads_gradients  gradient shards move to the host as soon as they are reduced
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
@@ -458,9 +459,10 @@ class Division(NamedTuple):
     at_loss: bool = False
     sums: bool = False
     prefetches_forward: bool = False
-    keeps: bool = False
+    keeps: str = ""
     waits: bool = False
     returns: bool = False
+    alone: bool = False
     offloads_gradients: bool = False
     hooks: bool = False
     whole: tuple[str, ...] = ()

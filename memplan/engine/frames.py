@@ -70,6 +70,8 @@ class Frame:
         self.to_host = False  # the checkpoint keeps `x` in host memory
         self.saves: Container[str] = ()  # operations whose outputs the checkpoint keeps
         self.saved: dict[str, Storage] = {}  # those outputs
+        self.begins: tuple[int, ...] = (0,)  # the first operation of each part that is recomputed by itself
+        self.left = 0  # operations before this one are not recomputed yet
         self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph

@@ -54,8 +54,10 @@ class Gatherer:
         self._nested_outside = {n: u for name in OUTSIDE if name in self._units for n, u in self._units[name].nested}
         self._keeps_buffers = division.keeps_buffers if division else False
         self._asks = division.gathers_at if division else "never"
+        self.alone = division.alone if division else False
         self.at_loss = division.at_loss if division else False
-        self._keeps = division.keeps if division else False
+        self._keeps = division.keeps if division else ""
+        self._is_last = False  # the running unit is the last block's
         self._asks_ahead = division.prefetches_forward if division else False
         self._kept: dict[str, list[list[Storage]]] = {}  # unit -> weights of each copy that stay whole until backward
         self._following = ""
@@ -89,6 +91,7 @@ class Gatherer:
     def attach(self) -> None:
         """Let the tape tell which operations and modules it runs."""
         self._tape.reach = self.reach if self._outside else None
+        self._tape.passed = self._pass_by if self.alone else None
         self._tape.module = self._on_module if self._units else None
         self._tape.hooks = self._hooks
 
@@ -144,6 +147,7 @@ class Gatherer:
         unit = self._units.get(name)
         self._tape.nested = dict(unit.nested) if unit else {}
         self._modules = dict(unit.modules) if unit else {}
+        self._is_last = not following
         self._gather(name, frame, following)
 
     def _gather(self, name: str, frame: Frame, following: str = "") -> None:
@@ -172,7 +176,7 @@ class Gatherer:
             return ""
         if self.is_aside and self._keeps_buffers and AFTER not in self._left:
             self.last_before = name
-        if self._keeps and not self.is_aside:
+        if (self._keeps == "all" or (self._keeps == "last" and self._is_last)) and not self.is_aside:
             self._kept.setdefault(name, []).append(self._whole.pop(name))
         else:
             self.release(name)
@@ -251,6 +255,11 @@ class Gatherer:
                 self._sums and self._keeps_buffers
             )  # adds every gradient at once, instead of all of a unit's together
             self._tape.waiting = None if adds else self._grads.setdefault(name, [])
+
+    def _pass_by(self, frame: Frame, op: Op) -> None:
+        """Reduce the head's unit once the backward of its operation is over."""
+        if any(self._outside.get(w.name) == AFTER for w in op.weights):
+            self.reduce(AFTER, frame)
 
     def _on_model(self, event: str) -> None:
         """Free the last message when the model returns; gather its last unit when backward reaches what it returned."""
@@ -352,7 +361,7 @@ class Gatherer:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        if self._following in self._units and not self._keeps:
+        if self._following in self._units and not self._kept.get(self._following):
             self._drop(self._ahead)
             self._ahead, self._asked = self._ask(self._units[self._following]), self._following
         self._following = ""

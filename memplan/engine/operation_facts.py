@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 
 from memplan.core.cached_property import cached_property
@@ -204,3 +205,39 @@ def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) ->
         for t in op.writes:
             behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
     return MappingProxyType(behind)
+
+
+# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
+_RECOMPUTED = ("", "grouped")
+
+
+def saved_operations(ops: Ops, kind: str) -> frozenset[str]:
+    """Return the names of the operations whose outputs a block's checkpoint keeps; all others are recomputed.
+
+    all, alternate  every matrix product, or every second one, attention and reduce-scatters; none of bitsandbytes'
+                    functions, which are not listed
+    modules         what a module of the block reads from another, as if a checkpoint were around each module
+
+    Source: torchtitan 0.3.0 distributed/activation_checkpoint.py SelectiveAC.
+    """
+    if kind == "modules":
+        writers = {t.name: op.name for op in ops for t in op.writes}
+        modules = {_module(op.name) for op in ops if op.weights}
+        read = ((_module(op.name), writers[r]) for op in ops for r in op.reads if r in writers)
+        return frozenset(writer for module, writer in read if module in modules and module != _module(writer))
+    listed = [op for op in ops if not any(w.stored for w in op.weights)]
+    products = [op.name for op in listed if op.product == "matrix"]
+    again = products[1::2] if kind == "alternate" else ()
+    kept = (op.name for op in listed if op.product not in _RECOMPUTED or op.name.endswith(".reduce_scatter"))
+    return frozenset(kept).difference(again)
+
+
+def part_begins(ops: Ops) -> tuple[int, ...]:
+    """Return the index of each module's first operation."""
+    modules = [_module(op.name) if op.writes else "" for op in ops]
+    named = [i for i, module in enumerate(modules) if module]
+    return tuple(i for before, i in pairwise((0, *named)) if not i or modules[i] != modules[before])
+
+
+def _module(operation: str) -> str:
+    return operation.partition(".")[0]

@@ -73,13 +73,13 @@ class RepeatingTape(Tape):
     def _run(
         self,
         frame: Frame,
-        end: int,
+        part: range,
         exported: Container[str],
         owned: Mapping[str, Storage],
         keep: bool,
         holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
-        run = partial(super()._run, frame, end, exported, owned, keep, holds)
+        run = partial(super()._run, frame, part, exported, owned, keep, holds)
         if keep or owned or not self._runs_alike(frame):
             return run()
         return self._repeated((Identity(frame.ops), frame.block, exported), frame, [], run)

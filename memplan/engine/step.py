@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -18,28 +18,11 @@ from memplan.engine.frames import Frame
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
 from memplan.engine.lowered import Lowered, at_depth
 from memplan.engine.moments import Moment, add_to_each
-from memplan.engine.operation_facts import leaves, storages_behind
+from memplan.engine.operation_facts import leaves, part_begins, saved_operations, storages_behind
 from memplan.engine.repeats import RepeatingTape
 from memplan.engine.stash import Stash
 from memplan.engine.storages import Storage
 from memplan.engine.tape import Tape
-
-# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
-_RECOMPUTED = ("", "grouped")
-
-
-def _saved_operations(ops: Sequence[Op], alternates: bool) -> frozenset[str]:
-    """Return the names of the operations whose outputs a selective checkpoint keeps.
-
-    They are none of bitsandbytes' functions, which are not listed.
-
-    Source: torchtitan 0.3.0 distributed/activation_checkpoint.py SelectiveAC.
-    """
-    listed = [op for op in ops if not any(w.stored for w in op.weights)]
-    products = [op.name for op in listed if op.product == "matrix"]
-    again = products[1::2] if alternates else ()
-    kept = (op.name for op in listed if op.product not in _RECOMPUTED or op.name.endswith(".reduce_scatter"))
-    return frozenset(kept).difference(again)
 
 
 class ExecutionOptions(NamedTuple):
@@ -51,8 +34,7 @@ class ExecutionOptions(NamedTuple):
     input_grad      the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
     to_host         checkpoints keep their inputs in host memory
     saves           how saved tensors are offloaded to host memory
-    saves_products  checkpoints keep the outputs of `all` matrix products or `alternate` ones, of attention and of
-                    reduce-scatters, and recompute all other operations; empty if they keep none
+    saves_products  what checkpoints keep in addition to their inputs, as in `operation_facts.saved_operations`
     """
 
     autocast: str | None = None
@@ -213,7 +195,8 @@ def run_pass(
     tape.run_model = run_model
     one.forward()
     result = one.loss_and_backward() if records else one.end_of_inference()
-    tape.run_model = tape.reach = tape.module = tape.reaches_first = None  # without cycles, all is freed at once
+    # without cycles, all is freed at once
+    tape.run_model = tape.reach = tape.passed = tape.module = tape.reaches_first = None
     return result
 
 
@@ -422,13 +405,15 @@ class _Pass:
         frame.reentrant, frame.whole = options.reentrant, block.recomputes_all
         frame.lends = bool(block.shares) and not block.returned
         if options.saves_products and self.records:
-            frame.saves = _saved_operations(block.ops, options.saves_products == "alternate")
+            frame.saves = saved_operations(block.ops, options.saves_products)
+            frame.begins = part_begins(block.ops) if options.saves_products == "modules" else frame.begins
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
         inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
         inputs += [self.carried[name] for name in block.passed if name in self.carried]
         if options.reentrant and block.by_name:
             frame.named, inputs = inputs, []
-        frame.checkpoint = [*([] if frame.to_host else [self.stream]), *inputs]
+        keeps_stream = not frame.to_host and (self.stream_requires_grad or options.saves_products != "modules")
+        frame.checkpoint = [*([self.stream] if keeps_stream else []), *inputs]
         for storage in (*frame.checkpoint, *frame.named):
             storage.refs += 1
 
@@ -503,7 +488,8 @@ class _Pass:
             gather()
         gatherer.enter_outside()
         tape.backward(tail, self.grads)
-        gatherer.reduce(AFTER, tail)
+        if not gatherer.alone:
+            gatherer.reduce(AFTER, tail)
         self._rename_gradient("x", "y")
 
     def _copy_backward(self, at: int) -> None:

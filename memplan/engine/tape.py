@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from itertools import islice
 from types import MappingProxyType
 
 from memplan.core.identity import Identity
@@ -46,6 +47,7 @@ class Tape(LiveStorages):
         self.waiting: list[Storage] | None = None  # gradients that stay until their unit's gradients are complete
         self.waiting_outside: Mapping[str, list[Storage]] = {}  # likewise, by the name of a weight outside of blocks
         self.reach: Callable[[Frame, Op], None] | None = None  # called before an operation outside of blocks runs
+        self.passed: Callable[[Frame, Op], None] | None = None  # called after the backward of such an operation
         self.module: Callable[[str, str, Frame], None] | None = None  # called when a module begins and returns
         self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
@@ -84,10 +86,11 @@ class Tape(LiveStorages):
         `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
         """
         frame.checkpointed, frame.exported = checkpoint, exported
+        frame.left = len(frame.ops) if checkpoint else 0
         if grad:
             frame.flow = gradient_flow(frame.ops, frame.flows)
             frame.flows |= frame.flow.flows
-        left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
+        left = self._run(frame, range(len(frame.ops)), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(backward.pins for backward in frame.backwards):  # nothing needs recomputation
             frame.checkpoint += frame.named
             self._release_checkpoint(frame)
@@ -161,23 +164,22 @@ class Tape(LiveStorages):
     def _run(
         self,
         frame: Frame,
-        end: int,
+        part: range,
         exported: Container[str],
         owned: Mapping[str, Storage],
         keep: bool,
         holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
-        """Run the first `end` operations; if that is not all, the last one only if it keeps one of its outputs.
+        """Run a part of the operations; if it ends before them, its last one only if that keeps one of its outputs.
 
         Storages held to the end of the forward pass or of the step are added to `holds`.
         """
         ops, names, outer = frame.ops, frame.names, frame.outer
         mine = dict(owned)  # references held by Python variables
         offloads = keep and self.saves is not None and self.phase != "backward"  # recomputed tensors stay
-        last_node = frame.nodes[end - 1] if end < len(ops) else None
-        for op, node, ends, holding in zip(
-            ops[:end], frame.nodes, last_uses(ops, keep), are_holding(ops), strict=False
-        ):
+        last_node = frame.nodes[part.stop - 1] if part.stop < len(ops) else None
+        facts = zip(ops, frame.nodes, last_uses(ops, keep), are_holding(ops), strict=False)
+        for op, node, ends, holding in islice(facts, part.start, part.stop):
             if op.lends:
                 self._call_module_hook("begins", op.lends, frame)
             self.enter(frame, op)
@@ -338,12 +340,14 @@ class Tape(LiveStorages):
                 self._call_module_hook("reduced", node.op.lends, frame)
             if not node.targets:
                 continue
-            if frame.checkpointed and node.pins:
-                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
+            if node.pins and i < frame.left:
+                self._recompute(frame, i)
             if i == first and self.reaches_first is not None:
                 self.reaches_first()
             self.enter(frame, node.op)
             self._backward(frame, node, grads)
+            if self.passed is not None and not frame.block:
+                self.passed(frame, node.op)
             if savers and i == savers[0]:
                 self._release_checkpoint(frame)
         self._release_checkpoint(frame)
@@ -354,13 +358,19 @@ class Tape(LiveStorages):
         while frame.checkpoint:
             self.drop(frame.checkpoint.pop())
 
-    def _recompute(self, frame: Frame, end: int) -> None:
-        frame.checkpointed = False
+    def _recompute(self, frame: Frame, last: int) -> None:
+        """Recompute the part of a checkpointed frame whose last operation that keeps something is this one."""
+        begin, end = max(i for i in frame.begins if i <= last), len(frame.ops) if frame.whole else last + 1
+        if len(frame.begins) > 1:  # what is saved are inputs, each kept until its part's backward is over
+            frame.saves, read = (), {r for op in frame.ops[:end] for r in op.reads}
+            for name in [name for name in frame.saved if name not in read]:
+                self.drop(frame.saved.pop(name))
+        frame.checkpointed, frame.left = False, begin
         frame.recomputed = True
-        frame.names = {}
+        frame.names = {**frame.saved}
         fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        outputs = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
+        outputs = self._run(frame, range(begin, end), frame.shares, {}, keep=True, holds=holds)
         for storage in (*(held for those in holds.values() for held in those), *fetched):
             self.drop(storage)
         self._replace_shared(frame, outputs)
@@ -403,14 +413,14 @@ class Tape(LiveStorages):
         if not any(t.name in grads for op in frame.ops for t in op.writes):
             self._release_checkpoint(frame)
             return
-        frame.checkpointed = False
+        frame.checkpointed, frame.left = False, 0
         frame.names = {}
         gradients, inputs = list(grads.values()), [*self._fetch(frame), *frame.checkpoint]
         frame.checkpoint = []
         for storage in gradients:
             storage.refs += 1
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
+        returned = self._run(frame, range(len(frame.ops)), frame.exported, {}, keep=True, holds=holds)
         for storage in (held for name in ("autocast", "forward", "states") for held in holds.get(name, ())):
             self.drop(storage)
         before = len(self._held["nodes"])

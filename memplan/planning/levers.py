@@ -13,6 +13,7 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import has_rank
@@ -358,7 +359,8 @@ def _sharding(run: RunSpec) -> Iterator[Lever]:
         for strategy in (name for name in STRATEGIES[1:] if not stage or STAGES.get(name, 0) > stage):
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
         yield _all_on_the_host(run, "sharding")
-    keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
+    delays = run.loop.trainer or library_behaviour(run.profile, "", quantised=False).sharding.owns_loop
+    keeps_whole = p.strategy in ("fsdp", "fsdp2") and delays and run.batch.accumulation > 1
     if keeps_whole and not run.loop.sync_each_batch:
         title = "gradients reduced in every pass"
         yield _lever("sync_each_batch", title, "reduction", ("loop.sync_each_batch", True))

@@ -53,7 +53,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
-    saves_products          the matrix products whose outputs checkpoints keep: `all`, `alternate` or none
+    saves_products          what checkpoints keep, as in `memplan.engine.operation_facts.saved_operations`
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place

@@ -131,7 +131,7 @@ def shard(run: OpenRun) -> Ranks:
     return ranks._replace(
         loads_whole=ranks.loads_whole and library.quantises_before_sharding,
         moves_whole=library.moves_before_sharding and run.method.quantization is None and not ranks.efficient,
-        splits_trained_tables=library.splits_trained_tables,
+        ends_apart=library.ends_apart,
         regathers=library.regathers_weights and run.kernels.checkpointing != "none",
     )
 
@@ -163,7 +163,7 @@ def _ranks(run: OpenRun) -> Ranks:
     ranks = Ranks(
         p.strategy,
         copies if p.shard_group in (None, 1) else p.shard_group,
-        delayed=(trainer or run.code == "litgpt") and accumulates and waits,  # fabric.no_backward_sync
+        delayed=(trainer or run.library.sharding.owns_loop) and accumulates and waits,
         replicated=p.shard_group not in (None, 1, copies),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,

@@ -377,7 +377,10 @@ def _build_graph(run: OpenTraining) -> None:
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS[library.checkpointing.saved_tensors] if p.offload.activations else None,
-        input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
+        input_requires_grad=(
+            (kernels.checkpointing != "none" and not library.checkpointing.by_module)
+            or library.checkpointing.adapted_inputs
+        )
         and (run.model.only_sequence is None or bool(kernels.reentrant))  # by itself where the model reads token ids
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
@@ -408,7 +411,9 @@ def _role(role: str, graph: Graph, step: Trainer | None) -> Graph:
 
 
 def _saved_products(run: OpenTraining) -> str:
-    """Return which matrix products checkpoints keep. torchtitan's selective ones recompute every second."""
+    """Return what checkpoints keep. torchtitan's selective ones recompute every second matrix product."""
+    if run.checkpoints and run.kernels.checkpointing == "full" and run.library.checkpointing.by_module:
+        return "modules"
     if run.kernels.checkpointing != "selective" or not run.checkpoints:
         return ""
     return "alternate" if run.style == "torchtitan" else "all"

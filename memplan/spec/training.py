@@ -289,8 +289,8 @@ class Loop(Part):
     trainer              transformers' Trainer drives the step: under bitsandbytes' 8-bit optimizers it keeps the states
                          of embeddings in fp32
     expandable_segments  torch's allocator uses expandable segments (PYTORCH_CUDA_ALLOC_CONF)
-    sync_each_batch      the Trainer reduces gradients in every pass of a step (accelerate's `sync_each_batch`); else
-                         FSDP keeps them whole until the last one
+    sync_each_batch      the Trainer, or a framework's own loop, reduces gradients in every pass of a step (accelerate's
+                          `sync_each_batch`); else FSDP keeps them whole until the last one
     entropy_bonus        GRPO's loss rewards entropy (`entropy_coef`, `use_adaptive_entropy`)
     """
 

@@ -241,6 +241,35 @@ def test_more_images_take_more_and_a_frozen_tower_less(family: str, kind: str) -
     assert peak(2, frozen=("vision",)) < peak(2)
 
 
+ONEVISION = TINY["llava_onevision"]
+CUT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no pairs": (
+        "llava_next",
+        {"image_grid_pinpoints": [[112, 111]]},
+        "config: image_grid_pinpoints must be pairs of ",
+    ),
+    "no limit": (
+        "llava_onevision",
+        {"vision_aspect_ratio": "square"},
+        "config: vision_aspect_ratio must be anyres_max_",
+    ),
+    "a layer": ("llava_onevision", {"vision_feature_layer": -2}, "vision_feature_layer: with images only -1 is "),
+    "no patch": (
+        "llava_onevision",
+        {"vision_config": {**ONEVISION["vision_config"], "image_size": 1}},
+        "config: vision_config.image_size: an image has no patch",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "keys", "start"), CUT.values(), ids=CUT.keys())
+def test_a_config_that_cuts_images_otherwise_is_refused(family: str, keys: dict[str, Any], start: str) -> None:
+    config = {**model(family)["config"], **keys}
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(model={"config": config}, batch={"images": 1, "image_size": 56}))
+    assert str(caught.value).startswith(start)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tower": ({"model": "qwen2-7b", "batch": {"images": 1}}, "batch.images: qwen2-7b has no vision tower"),
     "a tower that rests": (
@@ -248,6 +277,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "batch.images: images are not supported yet for gemma4",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
+    "several that are cut": (
+        {"model": model("llava_onevision"), "batch": {"images": 2, "image_size": 56, "sequence": 1024}},
+        "batch.images: several images of a sequence are not supported yet for llava_onevision; use 1",
+    ),
     "a strip": (
         {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
         "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other, such as 14 x 2801",

@@ -7,6 +7,11 @@ from benchmarks.golden import Report
 from tests.cases import each
 
 
+def test_every_report_is_there_once() -> None:
+    names = [report.row["id"] for report in golden.reports()]
+    assert len(names) == len(set(names))
+
+
 @each(golden.reports, name=lambda report: report.row["id"])
 def test_a_report_that_is_missed_has_its_cause(report: Report) -> None:
     if report.verdict:

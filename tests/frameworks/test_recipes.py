@@ -206,6 +206,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "loss_fn: {_target_: c.FusedLinearCrossEntropy}\n",
         {"method.kind": "full", "kernels.loss": "fused", "kernels.checkpointing": "none", "batch.sequence": 2048},
     ),
+    "automodel in fp32 under FSDP2": (
+        "step_scheduler: {local_batch_size: 1, global_batch_size: 16}\ndataset: {_target_: b}\n"
+        "model: {pretrained_model_name_or_path: a, torch_dtype: float32}\n"
+        "distributed: {strategy: fsdp2, dp_size: 8, defer_fsdp_grad_sync: false}\n",
+        {
+            "precision.weights": "fp32",
+            "precision.compute": "bf16",
+            "precision.autocast": True,
+            "batch.accumulation": 2,
+            "loop.sync_each_batch": True,
+            "loop.clip_grad_norm": 1.0,
+        },
+    ),
 }
 
 

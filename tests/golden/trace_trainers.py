@@ -137,12 +137,31 @@ COMPARED: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
     ("kto", "llama", "lora", 2, 1024, {}),
     ("kto", "blocks", "lora", 2, 4096, {"checkpointing": "none"}),
 )
+
+
+def fsdp2(world: int, accumulation: int = 1) -> dict[str, Any]:
+    """Return what differs in a run on several GPUs."""
+    return {"parallelism": {"world": world, "strategy": "fsdp2"}, "batch": {"accumulation": accumulation}}
+
+
 # Of NeMo Automodel, whose recipes have dropout.
 OF_AUTOMODEL: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
     ("llama", "lora", BF16, 2, 2048, {"dropout": 0.1}),
     ("blocks", "lora", BF16, 4, 2048, {"dropout": 0.1}),
     ("qwen3", "full", BF16, 2, 1024, {"checkpointing": "full"}),
     ("qwen2", "lora", BF16, 2, 2048, {"checkpointing": "full"}),
+    ("llama", "full", BF16, 2, 1024, fsdp2(4)),
+    ("llama", "full", FP32, 2, 1024, fsdp2(2)),
+    ("llama", "full", BF16, 2, 1024, fsdp2(4, 3)),
+    ("llama", "full", FP32, 1, 2048, fsdp2(8, 2)),
+    ("llama", "lora", BF16, 2, 1024, fsdp2(2)),
+    ("tied", "full", BF16, 2, 1024, fsdp2(2)),
+    ("tied", "full", BF16, 2, 1024, fsdp2(8, 2)),
+    ("qwen2", "full", BF16, 1, 4096, fsdp2(16)),
+    ("qwen3", "lora", BF16, 2, 1024, fsdp2(8, 2)),
+    ("blocks", "full", BF16, 2, 2048, fsdp2(2)),
+    ("blocks", "full", FP32, 2, 2048, fsdp2(4, 2)),
+    ("blocks", "lora", BF16, 2, 4096, fsdp2(4)),
 )
 # Of TRL 1.15, without checkpointing and with `activation_offloading`.
 OFFLOADED: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
@@ -171,14 +190,15 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     for family, method, precision, micro, tokens, changes in (*CASES, *others):
         if (framework, method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
-        if framework in ("axolotl", "ms-swift", "unsloth", "automodel") and precision == FP32:
+        kernels, offloads = dict(changes), changes.get("checkpointing") == "offloaded"
+        parallelism, batch = kernels.pop("parallelism", {}), kernels.pop("batch", {})
+        if framework in ("axolotl", "ms-swift", "unsloth", "automodel") and precision == FP32 and not parallelism:
             continue  # with bf16 they load weights in bf16
         if framework == "automodel" and ("dora" in method or family in ("gemma2", "phi3")):
             continue
         if framework == "unsloth" and (method == "full" or family == "phi3"):
             continue  # FastModel runs those, with transformers' code
         is_own_loop = framework == "automodel"  # without autocast
-        kernels, offloads = dict(changes), changes.get("checkpointing") == "offloaded"
         if (framework, family) == ("axolotl", "phi3") and method != "full":
             kernels["fused"] = []  # its kernels refuse fused projections
         if (framework, family) == ("llamafactory", "gemma2"):
@@ -194,10 +214,10 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
                 {
                     "model": {"config": CONFIGS[family]},
                     "method": {"kind": method, **targets},
-                    "precision": {"weights": "bf16"} if is_own_loop else precision,
-                    "batch": {"micro": micro, "sequence": tokens},
+                    "precision": {"weights": "bf16"} if is_own_loop and precision == BF16 else precision,
+                    "batch": {"micro": micro, "sequence": tokens, **batch},
                     "kernels": {**kernels, **({"checkpointing": "none"} if offloads else {})},
-                    "parallelism": {"offload": {"activations": True}} if offloads else {},
+                    "parallelism": {"offload": {"activations": True}} if offloads else parallelism,
                     "loop": {"trainer": not is_own_loop},
                     "profile": profile,
                 }
@@ -233,9 +253,10 @@ SCRIPTS = {
 
 
 def _suffix(changes: dict[str, Any]) -> str:
-    return {"none": " plain", "full": " checkpointed", "offloaded": " offloaded"}.get(
-        changes.get("checkpointing", ""), ""
-    )
+    names = {"none": " plain", "full": " checkpointed", "offloaded": " offloaded"}
+    if "parallelism" in changes:
+        return f" fsdp2 {changes['parallelism']['world']} x{changes['batch']['accumulation']}"
+    return names.get(changes.get("checkpointing", ""), "")
 
 
 def main(runs: Callable[[str], Iterator[tuple[str, RunSpec]]] = runs) -> None:

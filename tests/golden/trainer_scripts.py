@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,17 +36,14 @@ class _Packed(TrainerScript):
 
 
 class AutomodelScript:
-    """A run of NeMo Automodel's recipe on one GPU: its own classes of Llama, Qwen2 and Qwen3, its LoRA and its loss."""
+    """A run of NeMo Automodel's recipe: its classes of Llama, Qwen2 and Qwen3, its LoRA, its loss and its FSDP2."""
 
     def __new__(cls, run: RunSpec, device: Any, phase: Any) -> Any:
         """Return memplan's own script, as patched."""
         from memplan.resolve.decide import fill_from_profile
 
         script: Any = library("memplan.probe.script.script")
-        made = script.Script(fill_from_profile(run), library("torch").device(device), phase)
-        adapters = made.trainable if run.method.kind != "full" else 0
-        made.counted = tuple(count - adapters for count in made.counted)
-        return made
+        return script.Script(fill_from_profile(run), library("torch").device(device), phase)
 
     imported: tuple[str, ...] = (
         "transformers.modeling_utils",
@@ -94,8 +93,34 @@ class AutomodelScript:
         mlp: Any = library("nemo_automodel.components._peft.lora_mlp")
         mlp._is_silu = lambda function: True  # it compares values
         mlp._swiglu_fwd, mlp._swiglu_bwd_inplace = (lambda e, g: library("torch").empty_like(e)), (lambda *given: given)
-        auto.from_config, model._adapt = build, adapt
+
+        def shard(model: Any, run: RunSpec, device: Any) -> Any:
+            """Divide the model, and have every pass but a step's last one leave its gradients whole."""
+            config: Any = library("nemo_automodel.components.distributed.config").FSDP2Config()
+            names = ("dp_replicate", "dp_shard", "cp", "tp")
+            with library("torch.utils._python_dispatch")._disable_current_modes():
+                mesh: Any = library("torch.distributed.device_mesh").init_device_mesh(
+                    device.type, (1, run.parallelism.world, 1, 1), mesh_dim_names=names
+                )
+            passes, last = count(1), run.batch.accumulation
+            model.register_forward_pre_hook(lambda *_: model.set_requires_gradient_sync(next(passes) % last == 0))
+            parallelizer: Any = library("nemo_automodel.components.distributed.parallelizer").ModelParallelizer()
+            return parallelizer._apply(
+                model, mesh, mp_policy=config.mp_policy, enable_fsdp2_prefetch=config.enable_fsdp2_prefetch
+            )
+
+        def checkpoint(model: Any, *_: Any) -> None:
+            parts: Any = library("nemo_automodel.components.distributed.activation_checkpointing")
+            if type(model).__module__.startswith("nemo_automodel."):
+                parts.apply_submodule_checkpointing(list(model.model.layers), False)
+            else:
+                enable(model, *_)
+
+        enable = model._checkpoint
+        auto.from_config, model._adapt, model._checkpoint = build, adapt, checkpoint
         library("memplan.probe.script.script").compute = compute
+        library("memplan.probe.script.script").Script._cast = lambda script: nullcontext()  # FSDP2 casts
+        library("memplan.probe.script.distributed_wrapping")._wrap_fsdp2 = shard
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:

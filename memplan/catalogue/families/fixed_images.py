@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import skipped
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.uncalled_towers import newline
 from memplan.catalogue.vision.vision import masked_text, scattered, text_with_tower
 from memplan.core.errors import UnsupportedModelError
-from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
+from memplan.core.ir import Block, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.configs import family
 from memplan.models.model import ModelSpec
 
@@ -43,20 +43,22 @@ def _with_class(name: str, x: str, y: str, patches: str) -> tuple[Op, ...]:
     )
 
 
-def _projector(n: str, act: str, x: str, into: str, bias: bool = True) -> tuple[Op, ...]:
+def _projector(
+    n: str, act: str, x: str, into: str, bias: bool = True, lead: str = _MERGED, y: str = "features"
+) -> tuple[Op, ...]:
     """Two linear layers over merged patches with an activation between them, from `x` to `features`."""
     g = "projector"
     return (
-        t.linear(f"{n}.linear_1", x, "v.m1", "h", into, g, _MERGED, bias, flat=False),
-        *t.acted(act, f"{n}.act", "v.m1", "v.m2", f"{_MERGED} h"),
+        t.linear(f"{n}.linear_1", x, "v.m1", "h", into, g, lead, bias, flat=False),
+        *t.acted(act, f"{n}.act", "v.m1", "v.m2", f"{lead} h"),
         ops.release_names("v.m1"),
-        t.linear(f"{n}.linear_2", "v.m2", "features", "h", "h", g, _MERGED, bias, flat=False),
+        t.linear(f"{n}.linear_2", "v.m2", y, "h", "h", g, lead, bias, flat=False),
         ops.release_names("v.m2"),
     )
 
 
-def llava(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build LLaVA with CLIP's tower, whose last layers run although nothing reads their output."""
+def llava(m: ModelSpec, wiring: Wiring, is_next: bool = False) -> Stack:
+    """Build LLaVA, or LLaVA-NeXT, with CLIP's tower, whose last layers run although nothing reads their output."""
     kind = _vision(m, "model_type", "clip_vision_model")
     if kind != "clip_vision_model":
         raise UnsupportedModelError(
@@ -65,8 +67,12 @@ def llava(m: ModelSpec, wiring: Wiring) -> Stack:
         )
     n, is_cropped = "vision_tower", m.get("vision_feature_select_strategy", "default") == "default"
     ids = Weight(f"{n}.embeddings.position_ids", "vpositions", "buffer", "int64", False)
+    lead, pixels, projected = (
+        ("b images tile", "v.tiles", "v.projected") if is_next else (_MERGED, "pixel_values", "features")
+    )
     before = (
-        *t.convolution(f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", f"{t.P} vh", False, asks=True),
+        *((ops.copy("pixel_values.cat", "pixel_values", pixels, f"{t.P} vin"),) if is_next else ()),
+        *t.convolution(f"{n}.embeddings.patch_embedding", pixels, "v.patches", f"{t.P} vh", False, asks=True),
         *_with_class(
             f"{n}.embeddings.class_embedding", "v.patches", "v.embedded", f"{n}.embeddings.position_embedding"
         ),
@@ -84,12 +90,13 @@ def llava(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("v.patches", "embeds"),
         ops.view("v.class", "x", "v.class", "b images vh", "new"),
         *(op._replace(gradient="none", keeps=()) for op in last),
-        *((ops.view("v.crop", x, "v.cropped", f"{_MERGED} vh", "new"),) if is_cropped else ()),
-        *((ops.copy("v.rows", "v.cropped", "v.rows", f"{_MERGED} vh"),) if is_cropped else ()),
+        *((ops.view("v.crop", x, "v.cropped", f"{lead} vh", "new"),) if is_cropped else ()),
+        *((ops.copy("v.rows", "v.cropped", "v.rows", f"{lead} vh"),) if is_cropped else ()),
         *_projector(
             *("multi_modal_projector", str(m.get("projector_hidden_act", "gelu"))),
-            *("v.rows" if is_cropped else x, "vh", m.get("multimodal_projector_bias", True)),
+            *("v.rows" if is_cropped else x, "vh", m.get("multimodal_projector_bias", True), lead, projected),
         ),
+        *(_packed() if is_next else ()),
         *t.returned_states("x", "features"),
         *((ops.view("image_outputs.chosen", x, "v.returned", _SHAPE)._replace(holds="forward"),) if has_unread else ()),
         ops.release_names("x", "v.pooled", "v.cropped", "v.rows"),
@@ -98,10 +105,75 @@ def llava(m: ModelSpec, wiring: Wiring) -> Stack:
     return text_with_tower(wiring, _text(m, wiring), Tower(_PIXELS, before, runs, after), scattered(), held)
 
 
+def _packed() -> tuple[Op, ...]:
+    """Put the tiles of each image together, add a token to each row, and put the downscaled image in front."""
+    end = Weight("model.image_newline", "h", "projector")
+    tiles = "b images tile h"
+    return (
+        Op(
+            "pack_image_features",
+            ("v.projected",),
+            (Tensor("features", f"{_MERGED} h"),),
+            (end,),
+            scratch=(
+                Tensor("rows of tiles", "cells h", "=v.projected"),
+                Tensor("rows with ends", "lined h", "=v.projected"),
+            ),
+            scratch_back=(Scratch(Tensor("gradients of images", tiles, "=v.projected")),),
+            source="transformers 5.24 models/llava_next/modeling_llava_next.py pack_image_features",
+        ),
+        ops.release_names("v.projected", "v.tiles"),
+    )
+
+
 def llava_next(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build LLaVA-NeXT for text: LLaVA, and the embedding of the end of a row of patches."""
+    """Build LLaVA-NeXT: LLaVA over the tiles of an image, and the embedding of the end of a row of patches."""
+    return llava(m, wiring, is_next=True)
+
+
+def llava_next_video(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build LLaVA-NeXT-Video for text."""
     stack = llava(m, wiring)
     return stack._replace(before=(*skipped(newline()), *stack.before))
+
+
+def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build LLaVA-OneVision with SigLIP's tower, whose last norm runs although nothing reads its output."""
+    n, lead = "vision_tower", "b images tile"
+    layer = m.config.get("vision_feature_layer", -1)
+    if layer != -1 or m.part("vision_config").get("vision_use_head", True):
+        raise UnsupportedModelError(
+            "vision_feature_layer: with images only -1 is supported yet for llava_onevision, and vision_use_head false",
+            "vision_feature_layer",
+        )
+    act = _vision(m, "hidden_act", "gelu_pytorch_tanh")
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    before = (
+        ops.copy("pixel_values.cat", "pixel_values", "v.tiles", f"{t.P} vin"),
+        *renamed(t.embedded_patches(f"{n}.embeddings", _SHAPE), {"pixel_values": "v.tiles"}),
+    )
+    kept = (("x", _SHAPE), ("v.last.mean", _LEAD), ("v.last.rstd", _LEAD))  # by the graph of the last norm
+    after = (
+        *(
+            op._replace(gradient="none", keeps=())
+            for op in t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh")
+        ),
+        ops.release_names("embeds"),
+        ops.copy("v.rows", "x", "v.rows", f"{lead} vh"),
+        *_projector(
+            *("multi_modal_projector", str(m.get("projector_hidden_act", "gelu")), "v.rows", "vh"),
+            *(bool(m.get("multimodal_projector_bias", True)), lead, "v.projected"),
+        ),
+        *_packed(),
+        *t.returned_states("v.last", "features"),
+        *(
+            ops.view(f"image_outputs.{name}", name, f"{name}.kept", shape)._replace(holds="forward")
+            for name, shape in kept
+        ),
+        ops.release_names("x", "v.last", "v.rows"),
+    )
+    tower = Tower(_PIXELS, before, (Run((block,), "vL1"),), after)
+    return text_with_tower(wiring, _text(m, wiring), tower, scattered(), _HELD)
 
 
 def paligemma(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -222,7 +294,7 @@ BUILDERS = {
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
-    "llava_next_video": llava_next,
+    "llava_next_video": llava_next_video,
     "paligemma": paligemma,
     "smolvlm": smolvlm,
 }

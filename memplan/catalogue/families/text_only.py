@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.catalogue.decoder.decoder import stack_of
+from memplan.catalogue.families import fixed_images
 from memplan.catalogue.kernels.losses import cross_entropy
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.uncalled_towers import newline, one_layer, siglip, two_layers, whisper
@@ -23,6 +24,8 @@ def _text(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
+    if wiring.images:
+        return fixed_images.llava_onevision(m, wiring)
     projector = two_layers(_PROJECTOR, "h", "vh", bias=m.get("multimodal_projector_bias", True))
     return siglip(m, _text(m, wiring), (*newline(), *projector))
 

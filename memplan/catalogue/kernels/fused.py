@@ -63,21 +63,24 @@ def _swiglu(unit: tuple[Op, ...]) -> Op:
     )
 
 
-def _rms_norm_in_fp32(unit: tuple[Op, ...]) -> Op:
+def _rms_norm_in_fp32(unit: tuple[Op, ...]) -> tuple[Op, ...]:
     """NeMo Automodel's function keeps its input, and computes in fp32 in both passes."""
     first, weigh = unit[0], unit[-2]
     (x,), y, w = first.reads, weigh.writes[0], weigh.weights[0]
-    names = ("input", "normalised", "gradient", "product", "scaled", "difference")
+    name, source = weigh.name.removesuffix(".weight"), f"{_AUTOMODEL}/common/utils.py Float32RMSNorm"
+    names = (f"{y.name}.normalised", "input", "gradient", "product", "scaled", "difference")
     wide = tuple(Tensor(name, y.shape, "fp32") for name in names)
-    return Op(
-        weigh.name.removesuffix(".weight"),
-        (x,),
-        (y._replace(dtype=f"={x}"),),
-        (w,),
-        (*(Keep(x, target) for target in (x, w.name)), Keep(w.name, x)),
-        scratch=wide[:2],
-        scratch_back=(*map(Scratch, wide[:-1]), Scratch(wide[-1], early=True)),
-        source=f"{_AUTOMODEL}/common/utils.py Float32RMSNorm",
+    return (
+        Op(f"{name}.normalise", (x,), wide[:1], scratch=wide[1:2], gradient="none", source=source),
+        Op(
+            name,
+            (x, wide[0].name),
+            (y._replace(dtype=f"={x}"),),
+            (w,),
+            (*(Keep(x, target) for target in (x, w.name)), Keep(w.name, x)),
+            scratch_back=(*map(Scratch, wide[:-1]), Scratch(wide[-1], early=True)),
+            source=source,
+        ),
     )
 
 
@@ -116,7 +119,7 @@ class FusedKernel(NamedTuple):
     """A function that fuses a unit of `size` operations into one. Units of another size are left as they are."""
 
     size: int
-    make: Callable[[tuple[Op, ...]], Op]
+    make: Callable[[tuple[Op, ...]], Op | tuple[Op, ...]]
 
 
 KERNELS = {"rms_norm": FusedKernel(9, _rms_norm), "rope": FusedKernel(4, _rope), "swiglu": FusedKernel(2, _swiglu)}
@@ -160,5 +163,6 @@ def _fused(operations: tuple[Op, ...], wanted: Mapping[str, FusedKernel]) -> tup
         if unit is None:
             out.append(op)
         elif op is unit[-1]:
-            out.append(wanted[_kernel(op.unit)].make(unit)._replace(unit=op.unit))
+            fused = wanted[_kernel(op.unit)].make(unit)
+            out += (made._replace(unit=op.unit) for made in ((fused,) if isinstance(fused, Op) else fused))
     return tuple(out)

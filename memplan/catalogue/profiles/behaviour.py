@@ -118,6 +118,7 @@ class CheckpointingBehaviour(NamedTuple):
     """Activation checkpointing and offloading.
 
     no_checkpoints   the family's code ignores gradient checkpointing
+    by_module        each module of a block is a checkpoint of its own, not the block
     frozen_inputs    the embeddings' output requires a gradient even if the embeddings are frozen
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
@@ -127,6 +128,7 @@ class CheckpointingBehaviour(NamedTuple):
     """
 
     no_checkpoints: bool
+    by_module: bool
     frozen_inputs: bool
     adapted_inputs: bool
     passes_keywords: bool
@@ -143,8 +145,10 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
-    splits_trained_tables      FSDP2's root has embeddings, last norm and head, except tables that train untied
+    ends_apart                 FSDP2's root has embeddings, last norm and head, except tables that train untied; the
+                               last block stays gathered, and the loss is not part of the model
     delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
+    owns_loop                  it does so in its own training loop, without transformers' Trainer
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
@@ -159,8 +163,9 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
-    splits_trained_tables: bool
+    ends_apart: bool
     delays_reduction: tuple[str, ...]
+    owns_loop: bool
     finds_unused: bool
     moves_before_sharding: bool
     quantises_before_sharding: bool

@@ -52,7 +52,8 @@ def _batch(config: Config) -> None:
     else:
         trainer.assume_length(config, "packed_sequence.packed_sequence_size")
     trainer.padding(config, bool(packs))
-    config.set("loop.clip_grad_norm", config.number("clip_grad_norm.max_norm"), "clip_grad_norm.max_norm")
+    norm = config.number("clip_grad_norm.max_norm")
+    config.set("loop.clip_grad_norm", 1.0 if norm is None else norm, "clip_grad_norm.max_norm")
 
 
 def _kernels(config: Config) -> None:
@@ -75,7 +76,12 @@ def _precision(config: Config) -> None:
     if name != "auto" and name not in trainer.DTYPES:
         raise config.error("model.torch_dtype", f"must be auto, bfloat16, float16 or float32, not {shown(name)}")
     why = "the checkpoint's dtype, assumed bf16" if name == "auto" else ""
-    config.set("precision.weights", trainer.DTYPES.get(name, "bf16"), "model.torch_dtype", why=why)
+    weights = trainer.DTYPES.get(name, "bf16")
+    config.set("precision.weights", weights, "model.torch_dtype", why=why)
+    if weights == "fp32" and config.value("parallelism.strategy") == "fsdp2":
+        why = "FSDP2's mixed precision gathers weights in bf16"
+        config.set("precision.compute", "bf16", why=why)
+        config.set("precision.autocast", True, why=why)
 
 
 def _parallelism(config: Config) -> None:
@@ -97,6 +103,8 @@ def _parallelism(config: Config) -> None:
         config.set("parallelism.world", world * ranks, *(["distributed.dp_size"] if launch is None else []))
     if (config.gpus or config.value("parallelism.world") or 1) > 1:
         config.set("parallelism.strategy", _STRATEGIES[name], "distributed.strategy")
+        sync = "distributed.defer_fsdp_grad_sync"
+        config.set("loop.sync_each_batch", config.get(sync) is not None and not config.flag(sync), sync)
     trainer.degrees(config)
     together, micro = config.whole("step_scheduler.global_batch_size"), config.value("batch.micro") or 1
     if together is not None:

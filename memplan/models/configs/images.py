@@ -114,6 +114,91 @@ def _llava(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(side, side, side**2 + full, added_rows=1)
 
 
+# The resolutions of transformers' config classes.
+_NEXT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_ONEVISION = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
+
+
+def _llava_next(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to the best of the config's resolutions, cut that into tiles, and add the whole image as one more tile.
+
+    Rows and columns that only pad are dropped, and each row of patches is followed by one more token.
+
+    Source: transformers 5.24 image_processing_utils.py select_best_resolution, models/llava_next.
+    """
+    full = m.config.get("vision_feature_select_strategy", "default") == "full"
+    tiles, high, wide = _tiles_of(m, height, width, _NEXT)
+    return Picture(rows(m), rows(m), rows(m) ** 2 + full + high * (wide + 1), tiles=tiles, added_rows=1)
+
+
+def _llava_onevision(m: ModelFacts, height: int, width: int) -> Picture:
+    """Cut the image as LLaVA-NeXT does; more rows and columns than the config's limit of tiles has are interpolated.
+
+    Source: transformers 5.24 models/llava_onevision/modeling_llava_onevision.py pack_image_features.
+    """
+    ratio = str(m.config.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
+    if not ratio.isascii() or not ratio.isdigit() or not int(ratio):
+        raise ConfigError(
+            "config: vision_aspect_ratio must be anyres_max_ and a number of tiles", "vision_aspect_ratio"
+        )
+    tiles, high, wide = _tiles_of(m, height, width, _ONEVISION)
+    shrinks = sqrt(high * wide / (int(ratio) * (rows(m) or 1) ** 2))
+    if shrinks > 1.1:
+        high, wide = int(high // shrinks), int(wide // shrinks)
+    return Picture(rows(m), rows(m), rows(m) ** 2 + high * (wide + 1), tiles=tiles)
+
+
+def _tiles_of(m: ModelFacts, height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
+    """Return the tiles of an image, counting the one that is all of it, and its rows and columns without padding."""
+    side = size(m, "image_size")
+    down, across = (n // side for n in _best_resolution(m, height, width, pinpoints))
+    high, wide = rows(m) * down, rows(m) * across
+    if width * high > wide * height:
+        high -= (high - int(round(height * (wide / width), 7))) // 2 * 2
+    else:
+        wide -= (wide - int(round(width * (high / height), 7))) // 2 * 2
+    return down * across + 1, high, wide
+
+
+def _best_resolution(m: ModelFacts, height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Return the height and width that hold most of the image and waste least. Raises ConfigError for other lists."""
+    listed: Any = m.config.get("image_grid_pinpoints", pinpoints)
+    side = size(m, "image_size")
+    if not listed or type(listed) is not tuple or not all(_is_pair(pair, side) for pair in cast(list[Any], listed)):
+        raise ConfigError(
+            f"config: image_grid_pinpoints must be pairs of pixels of at least {side}, not "
+            f"{as_json(m.config.get('image_grid_pinpoints')):.80}",
+            "image_grid_pinpoints",
+        )
+
+    def kept(pair: tuple[int, int]) -> tuple[int, int]:
+        scale = min(pair[1] / width, pair[0] / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - pair[0] * pair[1]
+
+    return max(cast(tuple[tuple[int, int], ...], listed), key=kept)
+
+
+def _is_pair(pair: Any, side: int) -> bool:
+    return (
+        type(pair) is tuple and [*map(type, cast(list[Any], pair))] == [int, int] and min(cast(list[int], pair)) >= side
+    )
+
+
+def _lined(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of LLaVA-NeXT's images: the patches (`cells`) and tokens (`lined`) of one image's tiles, without
+    the one that is the whole image."""
+    cells, lined = picture.patches * (picture.tiles - 1), picture.tokens - picture.patches
+    return {**_axes(images, picture), "merged": images * picture.tokens, "cells": cells, "lined": lined}
+
+
+def _only_image(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of a sequence's only image: LLaVA-OneVision does not cut several ones into tiles."""
+    if images > 1:
+        raise refused("batch.images", f"several images of a sequence are not supported yet for {m.model_type}; use 1")
+    return _lined(m, images, picture)
+
+
 def _internvl(m: ModelFacts, height: int, width: int) -> Picture:
     """Resize to one tile of the tower's image size, whose patches are merged.
 
@@ -457,6 +542,7 @@ CLIP = ImageFacts(
     has_eager=True,
     is_rotated=False,
 )
+LLAVA_NEXT = CLIP._replace(picture=_llava_next, is_fixed=False, axes=_lined)
 INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=_internvl, pictures=_frames)
 PALIGEMMA = CLIP._replace(
     defaults={**CLIP.defaults, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 224}, picture=_fixed
@@ -472,6 +558,7 @@ SIGLIP = CLIP._replace(
     picture=None,
     is_called=False,
 )
+ONEVISION = SIGLIP._replace(picture=_llava_onevision, is_called=True, is_fixed=False, has_eager=False, axes=_only_image)
 COHERE2 = SIGLIP._replace(
     defaults={
         **SIGLIP.defaults,

@@ -77,9 +77,7 @@ _QWEN2 = Family(
     checkpoint=CheckpointFacts(gguf="qwen2vl"),
     images=images.QWEN2_VL,
 )
-_LLAVA_NEXT = LLAVA._replace(
-    serving=ServingFacts(is_modelled=False), images=images.CLIP._replace(picture=None, is_called=False)
-)
+_LLAVA_NEXT = LLAVA._replace(serving=ServingFacts(is_modelled=False), images=images.LLAVA_NEXT)
 _SIGLIP = _LLAVA_NEXT._replace(wraps="cohere2", stack="text_only")
 _SMOLVLM = LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
 
@@ -110,9 +108,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava": LLAVA,
     "llava_next": _LLAVA_NEXT,
-    "llava_next_video": _LLAVA_NEXT,
+    "llava_next_video": _LLAVA_NEXT._replace(images=images.CLIP._replace(picture=None, is_called=False)),
     "llava_onevision": _SIGLIP._replace(
-        defaults={**_SIZES, "vocab_size": 151936}, axes=towers.gemma3, wraps="qwen2", images=images.SIGLIP
+        defaults={**_SIZES, "vocab_size": 151936}, axes=towers.gemma3, wraps="qwen2", images=images.ONEVISION
     ),
     "mistral3": Family(
         {"tie_word_embeddings": True},

@@ -92,6 +92,10 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
         case "internvl" | "llava":
             return {"pixel_values": _pixels(images, picture, side, device)}
+        case "llava_next" | "llava_onevision":
+            tiles = _pixels(images * picture.tiles, picture, side, device)
+            sizes = [batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2] * images
+            return {"pixel_values": tiles.view(images, picture.tiles, *tiles.shape[1:]), "image_sizes": sizes}
         case "idefics3" | "smolvlm":
             pixels = _pixels(images, picture, side, device)
             if _has_no_data(ids):

@@ -17,7 +17,15 @@ from memplan.engine.gather import REST, ROOT
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup, parameters_of, tensor_group
 from memplan.program.sharding import fsdp_loading
-from memplan.program.sharding.fsdp_units import Piece, copied_model, division, pieces, stays_gathered, units_of
+from memplan.program.sharding.fsdp_units import (
+    Piece,
+    copied_model,
+    division,
+    pieces,
+    stays_gathered,
+    units_of,
+    unreduced_gradients,
+)
 from memplan.program.sharding.ranks import Ranks, is_scale, pinned_bytes, sent_dtype
 from memplan.program.sharding.sharding import Saved, Sharding, stepped_on_host, with_copies
 from memplan.program.structure import Structure
@@ -129,9 +137,8 @@ class FullySharded(Sharding):
     def whole_gradients(self) -> Iterator[TensorGroup]:
         """Yield the whole gradients that a micro-batch without reduction leaves."""
         for p in self.pieces:
-            if p.trains:
-                what = f"{p.name}.grad, whole"
-                yield tensor_group("gradient", what, p.whole, p.sent, self.source, p.where, p.copies)
+            for t in unreduced_gradients([p] if p.trains else [], self.ranks):
+                yield tensor_group("gradient", t.name, t.shape, t.dtype, self.source, p.where, p.copies)
 
     def accumulates_in(self, phase: str) -> bool:
         return not (phase == "backward" and self.ranks.delayed)

@@ -142,7 +142,7 @@ def _outside_root(graph: Graph, ranks: Ranks) -> dict[str, str]:
     stems = {name: BEFORE for name in before if stem and name.startswith(stem)}
     if ranks.row.flat:
         return stems
-    if ranks.splits_trained_tables:
+    if ranks.ends_apart:
         ends = [
             w for op in (*outside(stack)[0], *stack.after, *stack.loss) for w in op.weights if w.trains and not tied
         ]
@@ -242,10 +242,11 @@ def division(graph: Graph, ranks: Ranks) -> Division:
         ranks.row.source,
         at_loss=flat or graph.loss == "tiled_lm_head" or (ties_head(graph) and bool(shared_tables(graph))),
         prefetches_forward=ranks.ahead,
-        keeps=keeps,
+        keeps="all" if keeps else "last" if ranks.ends_apart else "",
         waits=waits,
         offloads_gradients=leaves,
-        returns=graph.code == "torchtitan",
+        alone=ranks.ends_apart,
+        returns=ranks.ends_apart or graph.code == "torchtitan",
         hooks=flat and ranks.regathers and hooks_frozen_inputs(graph),
         models=tuple(_models(graph, ranks)),
     )
@@ -316,7 +317,7 @@ def _merged(group: list[Piece], ranks: Ranks) -> Unit:
     trained = [p for p in group if p.trains]
     whole = tuple(Tensor(f"gathered {p.name}", str(p.whole), p.sent) for p in group)
     if ranks.is_unsharded:
-        return _undivided(group)
+        return _undivided(group, ranks)
     converted = [p for p in group if p.dtype != p.sent or (ranks.offloads and not ranks.row.flat)]
     cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in converted)
     if ranks.row.flat and ranks.offloads:
@@ -328,7 +329,7 @@ def _merged(group: list[Piece], ranks: Ranks) -> Unit:
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
         parts = tuple(Tensor(f"{p.name}.grad", str(prod(p.shape)), p.dtype) for p in trained)
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
-        return Unit(whole, (), cast, joined, padded, received, parts, _summed(trained))
+        return Unit(whole, (), cast, joined, padded, received, parts, unreduced_gradients(trained, ranks))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
     message = (Tensor("all-gather's output", str(sent), "uint8"),) if ranks.world > 1 else ()
     if not trained:
@@ -337,10 +338,10 @@ def _merged(group: list[Piece], ranks: Ranks) -> Unit:
     joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), reduces),)
     parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
     received = tuple(t._replace(dtype=reduces) for t in parts if trained[0].dtype != reduces)
-    return Unit(whole, message, cast, joined, (), received, parts, _summed(trained))
+    return Unit(whole, message, cast, joined, (), received, parts, unreduced_gradients(trained, ranks))
 
 
-def _undivided(group: list[Piece]) -> Unit:
+def _undivided(group: list[Piece], ranks: Ranks) -> Unit:
     """Return a unit that every rank has whole (NO_SHARD). Weights are copied if they are computed in another dtype; the
     flattened gradients are kept, or cast to the kept dtype."""
     copies = tuple(Tensor(f"{p.name} as computed in", str(p.whole), p.sent) for p in group if p.dtype != p.sent)
@@ -348,9 +349,14 @@ def _undivided(group: list[Piece]) -> Unit:
     joined = tuple(Tensor(f"gradient of {p.name}", str(p.whole), p.sent) for p in trained)
     cast = any(p.dtype != p.sent for p in trained)
     parts = tuple(Tensor(f"{p.name}.grad", str(p.whole), p.dtype) for p in trained)
-    return Unit(copies, joined=joined if cast else (), parts=parts, summed=_summed(trained), laid=not cast)
+    return Unit(
+        copies, joined=joined if cast else (), parts=parts, summed=unreduced_gradients(trained, ranks), laid=not cast
+    )
 
 
-def _summed(trained: list[Piece]) -> tuple[Tensor, ...]:
-    """Return the whole gradients of a unit that earlier passes left."""
-    return tuple(Tensor(f"{p.name}.grad, whole", str(p.whole), p.sent) for p in trained)
+def unreduced_gradients(trained: list[Piece], ranks: Ranks) -> tuple[Tensor, ...]:
+    """Return the whole gradients of a unit that earlier passes left, which FSDP2 keeps in the dtype it reduces in.
+
+    Source: torch 2.13 distributed/fsdp/_fully_shard/_fsdp_param.py to_accumulated_grad_if_needed.
+    """
+    return tuple(Tensor(f"{p.name}.grad, whole", str(p.whole), ranks.reduces or p.sent) for p in trained)

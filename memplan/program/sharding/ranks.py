@@ -35,7 +35,8 @@ class Ranks(NamedTuple):
     prefetches_at    when backward prefetches the next unit: `pre`, `post` or `none`, as FSDP1's BackwardPrefetch
     is_unsharded     FSDP1's NO_SHARD: every rank has the whole flat parameters
     wraps            every block is a unit of its own; otherwise everything but the embeddings and the head is one unit
-    splits_trained_tables  FSDP2's root has embeddings, last norm and head, but for tables that train and are not tied
+    ends_apart       FSDP2's root has embeddings, last norm and head, except tables that train and are not tied, and the
+                     last block stays gathered
     has_one_unit     everything is one FSDP unit, as TRL wraps a reference model under FSDP2
     views            gradients are views of DDP's buckets
     replicated       there are several such groups of ranks, which sum their reduced gradients (hybrid sharding)
@@ -61,7 +62,7 @@ class Ranks(NamedTuple):
     prefetches_at: str = "pre"
     is_unsharded: bool = False
     wraps: bool = True
-    splits_trained_tables: bool = False
+    ends_apart: bool = False
     has_one_unit: bool = False
     views: bool = False
     replicated: bool = False
