@@ -188,9 +188,9 @@ def plan(given: Mapping[str, Any]) -> int:
     if mode == "levers" and file is not None:
         from memplan.cli.file_patches import file_levers
 
-        levers = file_levers(given, file, run) if run.task == "train" else None
+        levers = file_levers(given, file, run)
     if "write" in given and levers is None:
-        raise SpecError("write: only applies to a plan for the file of a training run on a card", "write")
+        raise SpecError("write: only applies to a plan for the file of a run on a card", "write")
     scheduled = given.get("emit") in SYSTEMS
     asked = {name: value for name, value in given.items() if name not in EMIT_OPTIONS} if scheduled else given
     try:
@@ -208,9 +208,8 @@ def plan(given: Mapping[str, Any]) -> int:
         text += "\n" + explained(planned.answer, file, is_wide="output" in given)
     if levers is not None and "write" in given:
         from memplan.cli.file_patches import write_copy
-        from memplan.report.plans.levers import Levers
 
-        warn(write_copy(planned.patch if isinstance(planned, Levers) else None))
+        warn(write_copy(getattr(planned, "patch", None)))
     show(headline(file, format, with_notes=True) + text, format, given.get("output"))
     left_out = 4 if "strict" in given and file is not None and file.unread else 0
     return left_out or _exit_code(planned.found, "strict" in given)
@@ -261,6 +260,7 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
 
 
 def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], of_file: FileLevers | None) -> Planned:
+    from memplan.report.plans.inference import QuestionsReport
     from memplan.report.plans.levers import Levers
     from memplan.report.plans.planned import PlanRequest, planned
 
@@ -276,6 +276,10 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], 
         from memplan.planning.file_levers import file_patch
 
         return found._replace(patch=file_patch(found.plan, of_file, asked.calibration))
+    if isinstance(found, QuestionsReport) and of_file is not None:
+        from memplan.planning.file_levers import serving_patch
+
+        return found._replace(patch=serving_patch(found.questions, of_file, asked.calibration))
     return found
 
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.frameworks import shared_keys
-from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
+from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_, pairs
 from memplan.frameworks.shared_keys import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_adapters
 from memplan.spec.run import RunSpec
 
 _EXPERTS = "method.quantization.experts"
-_KERNELS = {
-    "liger_rope": "rope",
-    "liger_rms_norm": "rms_norm",
-    "liger_glu_activation": "swiglu",
-    "liger_cross_entropy": "cross_entropy",
-    "lora_mlp_kernel": "lora",
-    "lora_qkv_kernel": "lora",
-    "lora_o_kernel": "lora",
-}
+_KERNELS = pairs(
+    "liger_rope=rope liger_rms_norm=rms_norm liger_glu_activation=swiglu liger_cross_entropy=cross_entropy "
+    "lora_mlp_kernel=lora lora_qkv_kernel=lora lora_o_kernel=lora"
+)
 
 
 def _adapter(run: RunSpec) -> Value:

@@ -150,6 +150,11 @@ def value_of(run: RunSpec, field: str) -> Any:
     return value
 
 
+def pairs(words: str) -> dict[str, str]:
+    """Return names and what they stand for, of words such as `name=other`, or `name` of one that stands for itself."""
+    return {name: other or name for name, _, other in (word.partition("=") for word in words.split())}
+
+
 def field(path: str) -> Callable[[RunSpec], Value]:
     """Return a function that gives a run's value at a path."""
     return lambda run: value_of(run, path)

@@ -38,16 +38,10 @@ _IGNORED_AT_TOP = frozenset(
 
 # Keys that are supported only with their default values.
 _DEFAULTS: dict[str, object] = {
-    "reduce_scatter": True,
-    "use_multi_rank_bucket_allreduce": True,
-    "compute_grad_norm": True,
-    "parameter_alignment": False,
+    **dict.fromkeys(("reduce_scatter", "use_multi_rank_bucket_allreduce", "compute_grad_norm"), True),
+    **dict.fromkeys(("parameter_alignment", "zero_quantized_weights", "zero_quantized_nontrainable_weights"), False),
+    **dict.fromkeys(("zero_quantized_gradients", "use_all_reduce_for_fetch_params", "allgather_sequential"), False),
     "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_gradients": False,
-    "use_all_reduce_for_fetch_params": False,
-    "allgather_sequential": False,
     "module_granularity_threshold": 0,
     "zenflow": None,
     "leaf_module": None,

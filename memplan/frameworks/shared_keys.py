@@ -10,7 +10,7 @@ from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism.sharding import STAGES
 from memplan.core.errors import MemplanError
-from memplan.frameworks.change_table import Key, Remark, Value, field, value_of
+from memplan.frameworks.change_table import Key, Remark, Value, field, pairs, value_of
 from memplan.models.cards import find_model
 from memplan.spec.parallelism import Zero
 from memplan.spec.run import RunSpec
@@ -203,14 +203,11 @@ EVALUATION = (
     Key("per_device_eval_batch_size", ("also.evaluation.micro",)),
     Key("eval_accumulation_steps", ("also.evaluation.accumulation",)),
 )
-_GENERATION = {
-    "num_generations": "batch.generations",
-    "max_completion_length": "batch.new_tokens",
-    "vllm_mode": "rollout",
-    "vllm_gpu_memory_utilization": "serving.memory_utilization",
-    "vllm_max_model_length": "serving.max_model_len",
-    "vllm_tensor_parallel_size": "serving.tensor_parallel",
-}
+_GENERATION = pairs(
+    "num_generations=batch.generations max_completion_length=batch.new_tokens vllm_mode=rollout "
+    "vllm_gpu_memory_utilization=serving.memory_utilization vllm_max_model_length=serving.max_model_len "
+    "vllm_tensor_parallel_size=serving.tensor_parallel"
+)
 
 
 def generation(**named: str) -> Iterator[Key]:

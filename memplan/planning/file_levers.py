@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.frameworks.patching.patch import Original, Patched, diff, patched
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.plan import Plan, Proposal, plan
@@ -18,6 +20,7 @@ from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
+    from memplan.planning.inference import Questions
 
 
 class FilePatch(NamedTuple):
@@ -82,31 +85,58 @@ def file_patch(found: Plan, levers: FileLevers, calibration: Calibration | None 
     If it can say none of them, the plan is made again of levers that it can say. The patched file's run meets the
     plan's demand, and its estimate is the patch's answer.
     """
-    left: list[tuple[Set, str]] = []
+    demand, left = found.demand, list[tuple[Set, str]]()
 
     def first(proposals: tuple[Proposal, ...]) -> FilePatch | None:
-        for proposal in proposals:
-            try:
-                new = levers.write(proposal.levers)
-                answer = proposal.answer if new.run == proposal.run else attempt(new.run, calibration)
-                if answer is None or not found.demand.met(answer):
-                    raise SpecError("what else the framework sets then takes more memory")
-            except MemplanError as error:
-                left.append((proposal.levers, str(error)))
-                continue
-            text = levers.original.text
-            name = levers.original.name
-            return FilePatch(name, text, new.text, proposal.levers, answer, tuple(left), levers.typed)
-        return None
+        known = {proposal.levers: proposal.answer for proposal in proposals}
+        return _first(known, left, demand, levers, calibration)
 
     patch = first(found.proposals)
     if patch is None:
-        demand = found.demand
 
         def sayable(run: RunSpec) -> tuple[Lever, ...]:
             return tuple(filter(levers.can_say, levers(run)))
 
         again = partial(plan, headroom=demand.headroom, tight=demand.tight, calibration=calibration)
         patch = first(again(levers.asked, levers=sayable).proposals)
-    text = levers.original.text
-    return patch or FilePatch(levers.original.name, text, "", (), None, tuple(left))
+    return patch or _nothing(levers, left)
+
+
+def serving_patch(found: Questions, levers: FileLevers, calibration: Calibration | None = None) -> FilePatch | None:
+    """Return the patch of a served run's file: requests as long as the card holds, or else a cache that fits; None if
+    the run fits and starts, or nothing of that helps."""
+    longest = found.context.value
+    changes = [(f"requests of at most {longest:,} tokens", "max_model_len", longest)] if longest else []
+    changes += [(f"a cache in {cache.name}", "cache_dtype", cache.name) for cache in found.caches if cache.fits]
+    if (found.fits and found.answer.verdict.reason is None) or not changes:
+        return None
+    left: list[tuple[Set, str]] = []
+    sets = [(Lever((), title, "serving", ((f"serving.{name}", value),)),) for title, name, value in changes]
+    return _first(dict.fromkeys(sets), left, found.demand, levers, calibration) or _nothing(levers, left)
+
+
+def _first(
+    known: Mapping[Set, Estimate | None],
+    left: list[tuple[Set, str]],
+    demand: Demand,
+    levers: FileLevers,
+    calibration: Calibration | None,
+) -> FilePatch | None:
+    """Return the patch of the first changes that the file can say, of those whose answer may be known; None if it can
+    say none. The others are added to `left` with the reason."""
+    for changes, answer in known.items():
+        try:
+            new = levers.write(changes)
+            found = answer if answer and new.run == answer.asked else attempt(new.run, calibration)
+            if found is None or not demand.met(found) or found.verdict.reason is not None:
+                raise SpecError("what else the framework sets then takes more memory")
+        except MemplanError as error:
+            left.append((changes, str(error)))
+            continue
+        original = levers.original
+        return FilePatch(original.name, original.text, new.text, changes, found, tuple(left), levers.typed)
+    return None
+
+
+def _nothing(levers: FileLevers, left: list[tuple[Set, str]]) -> FilePatch:
+    return FilePatch(levers.original.name, levers.original.text, "", (), None, tuple(left))

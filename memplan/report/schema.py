@@ -220,7 +220,7 @@ def plan_model() -> TypeAdapter[BaseModel]:
             f"A plan of mode {mode}.",
             {"mode": Literal[mode], **common, **kind},
             origins=list[_of(FieldOrigin)],
-            **({"patch": patch} if mode == "levers" else {}),
+            **({"patch": patch} if mode in ("levers", "generate") else {}),
         )
         for mode, kind in kinds.items()
     ]

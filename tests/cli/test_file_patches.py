@@ -124,6 +124,40 @@ def test_what_a_file_cannot_say_is_named(capsys: pytest.CaptureFixture[str], fol
     assert patch["at"]["verdict"]["answer"] == "fits"
 
 
+SERVED = {
+    "run.sh": ("vllm serve llama-3.1-8b --port 80\n", " --port 80 --max-model-len {longest}\n"),
+    "sg.sh": ("python -m sglang.launch_server --model-path qwen2-7b --kv-cache-dtype auto --page-size 1\n", ""),
+    "pod.yaml": (
+        "apiVersion: v1\nspec: {containers: [{image: 'vllm/vllm-openai:v0.33.0', args: [--model=llama-3.1-8b]}]}\n",
+        'args: [--model=llama-3.1-8b, "--max-model-len={longest}"]',
+    ),
+    "compose.yaml": (
+        "services:\n  a:\n    image: vllm/vllm-openai:v0.33.0\n    command: --model llama-3.1-8b\n",
+        "command: --model llama-3.1-8b --max_model_len {longest}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_engines_file_gets_the_longest_request_that_it_starts_with(
+    capsys: pytest.CaptureFixture[str], folder: Path, name: str
+) -> None:
+    text, changed = SERVED[name]
+    (folder / name).write_text(text)
+    ran = Ran(capsys, "plan", name, "--gpu", "4090", "--json")
+    planned: Any = json.loads(ran.out)
+    if not changed:
+        assert (ran.code, "patch" in planned) == (0, False)
+        return
+    longest = planned["context"]["value"]
+    assert f"with serving.max_model_len (--max-model-len) {longest}" in planned["verdict"]["reason"]
+    assert planned["patch"]["at"]["verdict"]["answer"] == "fits"
+    assert Ran(capsys, "plan", name, "--gpu", "4090", "--write").code == 0
+    copy = name.replace(".", ".patched.")
+    assert changed.format(longest=longest) in (folder / copy).read_text()
+    assert (Ran(capsys, name, "--gpu", "4090").code, Ran(capsys, copy, "--gpu", "4090").code) == (1, 0)
+
+
 def test_a_copy_never_replaces_a_file(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     (folder / "own.patched.yaml").write_text("mine")
     ran = Ran(capsys, "plan", "own.yaml", "--gpu", "3090", "--write")
@@ -134,7 +168,7 @@ def test_a_copy_never_replaces_a_file(capsys: pytest.CaptureFixture[str], folder
 
 def test_only_a_file_is_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     del folder
-    only = "memplan: write (--write): only applies to a plan for the file of a training run on a card\n"
+    only = "memplan: write (--write): only applies to a plan for the file of a run on a card\n"
     for words in (("qwen2-0.5b", "--gpu", "3090"), ("own.yaml", "--gpu", "3090", "--max", "batch"), ("own.yaml",)):
         ran = Ran(capsys, "plan", *words, "--write")
         assert (ran.code, ran.err) == (2, only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ def edited_manifest(text: str, command: Launched, container: Container, edits: M
     for name, value in edits.items():
         words = list(_words(text, container))
         script = next((node for node in words if command.program in node.value and " " in node.value.strip()), None)
+        if script is None and len(words) == 1 and re.match("-.* ", words[0].value):  # flags of the image's own program
+            script, command = words[0], command._replace(program="")
         if script is None:
             text = _in_list(text, words, command, name, value)
         elif script.style in ("'", '"', ">"):

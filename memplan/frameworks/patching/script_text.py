@@ -126,7 +126,7 @@ def _words(text: str, position: int, program: str) -> Iterator[tuple[int, int]]:
     while (match := _TOKEN.match(text, position)) is not None:
         word = match[1]
         position = match.end()
-        began = began or re.split(r"[/\\]", word.strip("\"'"))[-1] == program
+        began = began or not program or re.split(r"[/\\]", word.strip("\"'"))[-1] == program
         if began and (word in _ENDS or word[0] in "&|;<>#" or re.match(r"\d+>", word)):
             return
         if began:
@@ -137,8 +137,9 @@ def _words(text: str, position: int, program: str) -> Iterator[tuple[int, int]]:
 
 
 def new_flag(command: Launched, name: str) -> str:
-    """Return a flag as the program takes it: with dashes for Axolotl; `key=` of verl, torchtune and LLaMA-Factory."""
-    if command.program.startswith("axolotl"):
+    """Return a flag as the program takes it: with dashes for Axolotl and engines; `key=` of verl, torchtune and
+    LLaMA-Factory."""
+    if command.program.startswith(("axolotl", "vllm", "sglang")):
         return f"--{name.replace('_', '-')} "
     return f"{name}=" if _takes_pairs(command) else f"--{name} "
 

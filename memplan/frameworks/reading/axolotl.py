@@ -9,25 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from memplan.frameworks.change_table import pairs
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, version_number
 
-_LIGER = {
-    "liger_rope": "rope",
-    "liger_rms_norm": "rms_norm",
-    "liger_glu_activation": "swiglu",
-    "liger_swiglu": "swiglu",
-    "liger_cross_entropy": "cross_entropy",
-}
+_LIGER = pairs(
+    "liger_rope=rope liger_rms_norm=rms_norm liger_glu_activation=swiglu liger_swiglu=swiglu "
+    "liger_cross_entropy=cross_entropy"
+)
 _LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-_OLD_ATTENTION = {
-    "xformers_attention": "xformers",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
+_OLD_ATTENTION = pairs(
+    "xformers_attention=xformers sage_attention=sage flex_attention flash_attention=flash_attention_2 "
+    "sdp_attention=sdpa eager_attention=eager"
+)
 
 
 # The pattern of most examples: projections of each layer, as in

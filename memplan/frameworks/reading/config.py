@@ -16,17 +16,7 @@ from memplan.spec.fields import field_of
 
 _FOLDER = Path(__file__).parent / "defaults"
 # `auto` turns on what the machine has.
-_WORDS = {
-    "true": True,
-    "auto": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
+_WORDS = {word: on for on, words in ((True, "true auto yes on 1"), (False, "false no off 0")) for word in words.split()}
 _MAX_SHOWN = 40
 TYPED = "the command line"
 

@@ -56,10 +56,10 @@ def _generation(config: Config) -> None:
     total, answer = config.whole("data.max_len") or 0, config.whole("rollout.max_new_tokens")
     why = "" if answer else "assumed: prompts and completions take half each"
     config.set("batch.new_tokens", answer or total // 2, *(("rollout.max_new_tokens",) if answer else ()), why=why)
-    prompt = config.whole("prompt_max_len")  # until 0.9
-    config.set("batch.sequence", max(total - (answer or total // 2), 1), "data.max_len", why=why)
-    if prompt:
-        config.set("batch.sequence", prompt, "prompt_max_len")
+    if config.whole("prompt_max_len"):  # until 0.9
+        config.set("batch.sequence", config.whole("prompt_max_len"), "prompt_max_len")
+    else:
+        config.set("batch.sequence", max(total - (answer or total // 2), 1), "data.max_len", why=why)
     config.set("batch.generations", config.whole("rollout.n_samples_per_prompt"), "rollout.n_samples_per_prompt")
     together, with_actor = config.flag("train.colocate_all"), config.flag("train.colocate_actor_ref")
     key = "algo.kl.init_coef"

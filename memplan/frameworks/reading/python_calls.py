@@ -264,10 +264,12 @@ class _Names:
 
     def _called(self, node: ast.Call, line: int) -> Any:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if name in _HAS_BF16 or (name == "is_available" and getattr(node.func.value, "attr", "") == "cuda"):  # type: ignore[attr-defined]
+        of = getattr(getattr(node.func, "value", None), "attr", "")
+        if name in _HAS_BF16 or (name, of) == ("is_available", "cuda"):
             return True
-        if name == "dict":
-            return {each.arg: self.value(each.value, line) for each in node.keywords if each.arg}
+        if name == "dict" and not node.args:
+            keys: list[ast.expr | None] = [ast.Constant(each.arg) if each.arg else None for each in node.keywords]
+            return self._mapping(ast.Dict(keys, [each.value for each in node.keywords]), line)
         if name == "field":  # of a dataclass
             return self.value(next((each.value for each in node.keywords if each.arg == "default"), None), line)
         if name in ("get", "getenv") and len(node.args) == 2:  # os.environ.get("LEN", 2048)

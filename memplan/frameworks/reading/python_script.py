@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
+from memplan.frameworks.change_table import pairs
 from memplan.frameworks.reading import trainer, trl
 from memplan.frameworks.reading.config import Config, Unread
 from memplan.frameworks.reading.document import Document
@@ -32,24 +33,17 @@ _ROLES = {
     "ref_model": "",
 }
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
-
-
-def _keys_of(words: str) -> dict[str, str]:
-    """Return the keys that arguments are, by `argument=key`, or `argument` of a key with the same name."""
-    return {argument: key or argument for argument, _, key in (word.partition("=") for word in words.split())}
-
-
 # Arguments of a call -> keys of TRL's command line.
-_LOADED = _keys_of(
+_LOADED = pairs(
     "0=model_name_or_path pretrained_model_name_or_path=model_name_or_path dtype torch_dtype=dtype attn_implementation "
     "load_in_4bit load_in_8bit"
 )
-_QUANTISED = _keys_of("load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant=use_bnb_nested_quant")
-_ADAPTERS = _keys_of(
+_QUANTISED = pairs("load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant=use_bnb_nested_quant")
+_ADAPTERS = pairs(
     "r=lora_r lora_alpha lora_dropout target_modules=lora_target_modules modules_to_save=lora_modules_to_save use_dora "
     "use_rslora target_parameters=lora_target_parameters"
 )
-_TRAINED = _keys_of("max_seq_length=max_length packing max_length max_prompt_length beta")
+_TRAINED = pairs("max_seq_length=max_length packing max_length max_prompt_length beta")
 # Keys of a config's `model_init_kwargs` -> keys of TRL's command line; memory does not depend on the others.
 _INITIAL = {name: _LOADED[name] for name in ("dtype", "torch_dtype", "attn_implementation", "load_in_4bit")}
 # Beginnings of arguments that memory does not depend on.
@@ -60,25 +54,25 @@ _WITHOUT_MEMORY = (
 # What classes default to where TRL's command line has another default.
 _DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bnb_4bit_quant_type": "fp4", "dtype": "auto"}
 # Arguments of Unsloth's -> keys of its command line, or names of what is not one of them.
-_UNSLOTH_LOADED = _keys_of(
+_UNSLOTH_LOADED = pairs(
     "0=model model_name=model max_seq_length=training.max_seq_length load_in_4bit=training.load_in_4bit "
     "full_finetuning=training.training_type use_gradient_checkpointing=training.gradient_checkpointing load_in_8bit "
     "load_in_fp8 qat_scheme fast_inference unsloth_tiled_mlp"
 )
-_UNSLOTH_ADAPTED = _keys_of(
+_UNSLOTH_ADAPTED = pairs(
     "r=lora.lora_r lora_alpha=lora.lora_alpha lora_dropout=lora.lora_dropout target_modules=lora.target_modules "
     "use_gradient_checkpointing=training.gradient_checkpointing use_rslora=lora.use_rslora "
     "finetune_vision_layers=lora.finetune_vision_layers finetune_language_layers=lora.finetune_language_layers "
     "finetune_attention_modules=lora.finetune_attention_modules finetune_mlp_modules=lora.finetune_mlp_modules "
     "layers_to_transform qat_scheme modules_to_save target_parameters"
 )
-_UNSLOTH_TRAINED = _keys_of(
+_UNSLOTH_TRAINED = pairs(
     "per_device_train_batch_size=training.batch_size optim=training.optim packing=training.packing "
     "gradient_accumulation_steps=training.gradient_accumulation_steps max_seq_length=training.max_seq_length "
     "max_length=training.max_seq_length eval_strategy neftune_noise_alpha"
 )
 # What the trainers that compare or generate read: keys of TRL's, of which its loader sets three.
-_UNSLOTH_LOADED_RL = _keys_of(
+_UNSLOTH_LOADED_RL = pairs(
     "fast_inference=use_vllm gpu_memory_utilization=vllm_gpu_memory_utilization "
     "unsloth_vllm_standby=vllm_enable_sleep_mode"
 )

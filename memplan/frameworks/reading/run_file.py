@@ -465,7 +465,7 @@ def detect(document: Document) -> tuple[RunFormat, tuple[str, ...]] | None:
             raise SpecError(later, "spec")
         if candidates:
             return format_named(candidates[0]), told[candidates[0]]
-    if values.keys() & RunSpec.model_fields.keys():
+    if 2 * len(values.keys() & RunSpec.model_fields.keys()) >= len(values):  # others may have a key in common
         return None
     known = ", ".join(form.title for form in FORMATS.values() if form.signature.any_of)
     raise SpecError(f"spec: {document.name} is not a file of {known}, nor a run's; --framework names one", "spec")

@@ -11,7 +11,7 @@ from typing import Any
 from memplan.core.records import NamedTuple
 from memplan.core.toml import read_tables
 from memplan.frameworks import WRITERS
-from memplan.frameworks.change_table import Framework, Key, is_
+from memplan.frameworks.change_table import Framework, Key, field, is_
 from memplan.frameworks.reading.config import Rule
 
 
@@ -82,8 +82,9 @@ def _formats() -> Iterator[RunFormat]:
         if "writer" in table:
             keys = writers[table["writer"]]
         else:
-            rows = [Key(key, (field,)) for key, field in table.get("keys", {}).items()]
-            rows += [Key(key, (field,), is_(field, *on)) for key, (field, *on) in table.get("switches", {}).items()]
+            rows = [Key(key, (name,)) for key, name in table.get("keys", {}).items()]
+            rows += [Key(key, (name,), field(name)) for key, name in table.get("written", {}).items()]
+            rows += [Key(key, (name,), is_(name, *on)) for key, (name, *on) in table.get("switches", {}).items()]
             keys = Framework(name, table["title"], table["source"], tuple(rows))
         own |= {"matter": by_key(name, "matter"), "aliases": by_key(name, "aliases")}
         needs, any_of, excludes = (table.get(key, ()) for key in ("needs", "any_of", "excludes"))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from memplan.catalogue.inference.caches import caches
+from memplan.frameworks.change_table import pairs
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.models.cards import other_format
@@ -22,25 +23,15 @@ NEW_TOKENS = 256  # of a request that says no number
 _DTYPES = {**trainer.DTYPES, "half": "fp16", "float": "fp32"}
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 _SUFFIXES = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
-_LENGTHS = {
-    "max_model_len": "serving.max_model_len",
-    "max_num_batched_tokens": "serving.max_num_batched_tokens",
-    "context_length": "serving.max_model_len",
-}
+_LENGTHS = pairs(
+    "max_model_len=serving.max_model_len max_num_batched_tokens=serving.max_num_batched_tokens "
+    "context_length=serving.max_model_len"
+)
 # What engines quantise to while they load; other words name the checkpoint's own format.
-_QUANTISES = {
-    "fp8": "fp8-tensor",
-    "fp8_per_tensor": "fp8-tensor",
-    "fp8_per_channel": "fp8-channel",
-    "fp8_per_block": "fp8",
-    "w8a8_fp8": "fp8-channel",
-    "w8a8_int8": "w8a8-int8",
-    "mxfp8": "mxfp8",
-    "bitsandbytes": "nf4",
-    "bitsandbytes-nf4": "nf4",
-    "bitsandbytes-fp4": "fp4",
-    "eetq": "w8a8-int8",
-}
+_QUANTISES = pairs(
+    "fp8=fp8-tensor fp8_per_tensor=fp8-tensor fp8_per_channel=fp8-channel fp8_per_block=fp8 w8a8_fp8=fp8-channel "
+    "w8a8_int8=w8a8-int8 mxfp8 bitsandbytes=nf4 bitsandbytes-nf4=nf4 bitsandbytes-fp4=fp4 eetq=w8a8-int8"
+)
 _OF_CHECKPOINTS = ("awq", "gptq", "marlin", "compressed", "modelopt", "quark", "exl2", "gguf", "mxfp4", "nvfp4", "inc")
 _METHODS = {"standalone": "draft_model", "nextn": "mtp", "eagle": "eagle", "eagle3": "eagle3", "ngram": "ngram"}
 GGUF = re.compile(r"(?:UD-)?I?Q\d\w*|B?F16|F32", re.IGNORECASE)

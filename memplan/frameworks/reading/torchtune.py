@@ -8,23 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from memplan.frameworks.change_table import pairs
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 
 # torchtune.models.llama3_1.qlora_llama3_1_8b, qwen2_5_0_5b_instruct, phi3_mini
 _BUILDER = re.compile(r"(?:(q?)(lora|dora)_)?(?:code_)?([a-z]+)([\d_]*?)_?((?:\d+_)?\d+b|mini)(?:_base|_instruct)?")
-_OPTIMIZERS = {
-    "torch.optim.AdamW": "adamw_torch",
-    "torch.optim.Adam": "adamw_torch",
-    "torch.optim.SGD": "sgd",
-    "bitsandbytes.optim.PagedAdamW": "paged_adamw_32bit",
-    "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
-    "bitsandbytes.optim.AdamW8bit": "adamw_bnb_8bit",
-    "bitsandbytes.optim.AdamW": "adamw_torch",
-    "torchao.optim.AdamW8bit": "adamw_torch_8bit",
-    "torchao.optim.AdamW4bit": "adamw_torch_4bit",
-    "torchao.prototype.low_bit_optim.AdamW8bit": "adamw_torch_8bit",
-}
+_OPTIMIZERS = pairs(
+    "torch.optim.AdamW=adamw_torch torch.optim.Adam=adamw_torch torch.optim.SGD=sgd "
+    "bitsandbytes.optim.PagedAdamW=paged_adamw_32bit bitsandbytes.optim.PagedAdamW8bit=paged_adamw_8bit "
+    "bitsandbytes.optim.AdamW8bit=adamw_bnb_8bit bitsandbytes.optim.AdamW=adamw_torch "
+    "torchao.optim.AdamW8bit=adamw_torch_8bit torchao.optim.AdamW4bit=adamw_torch_4bit "
+    "torchao.prototype.low_bit_optim.AdamW8bit=adamw_torch_8bit"
+)
 _LOSSES = {
     "LinearCrossEntropyLoss": "chunked",
     "CEWithChunkedOutputLoss": "chunked",

@@ -10,12 +10,14 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
+from memplan.planning.file_levers import FilePatch
 from memplan.planning.inference import CardFit, Limit, Questions, Variant, lengths
 from memplan.planning.roofline import DecodingPace, Seconds
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
 from memplan.report.csv import CsvRows
 from memplan.report.plans.changes import conditions, figures, picked, span
+from memplan.report.plans.levers import patch_blocks, patch_dump
 from memplan.report.plans.offers import LIST_PRICES, WITHOUT_PRICE, columns_to_own, facts_to_own, list_price
 
 
@@ -23,6 +25,7 @@ class QuestionsReport(NamedTuple):
     """The questions about a run on its card, answered."""
 
     questions: Questions
+    patch: FilePatch | None = None
 
     mode = "generate"
 
@@ -67,6 +70,8 @@ class QuestionsReport(NamedTuple):
         if q.caches:
             yield Heading("Other caches, mildest first")
             yield _choices("cache", q.caches, explain)
+        if self.patch is not None:
+            yield from patch_blocks(self.patch)
         yield from _speed(q, explain)
         yield from (Text(f"Note: {note}.") for note in answer.notes)
 
@@ -81,6 +86,7 @@ class QuestionsReport(NamedTuple):
             "full": _pace(q.full),
             "prompt": _pace(q.prompt),
             "unpaced": q.unpaced,
+            **({"patch": patch_dump(self.patch)} if self.patch is not None else {}),
         }
 
 

@@ -74,7 +74,7 @@ class Levers(NamedTuple):
         else:
             yield from _nearest(plan, condition, explain)
         if self.patch is not None:
-            yield from _patch(self.patch)
+            yield from patch_blocks(self.patch)
         yield Heading("Limits, with everything else unchanged")
         yield limits_table(self.reach)
 
@@ -87,7 +87,7 @@ class Levers(NamedTuple):
             "tried": plan.tried,
             "levers": [lever_dump(effect) for effect in singles(plan)] if plan.fits else [],
             "reach": [reach_dump(reach) for reach in self.reach],
-            **({"patch": _patch_dump(self.patch)} if self.patch is not None else {}),
+            **({"patch": patch_dump(self.patch)} if self.patch is not None else {}),
         }
 
 
@@ -113,7 +113,7 @@ def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
     yield from proposed(nearest, plan.asked, "", explain=explain, full=explain)
 
 
-def _patch(patch: FilePatch) -> Iterator[Block]:
+def patch_blocks(patch: FilePatch) -> Iterator[Block]:
     if patch.answer is None:
         yield Heading(f"{patch.name} can say none of these changes")
     else:
@@ -125,7 +125,7 @@ def _patch(patch: FilePatch) -> Iterator[Block]:
         yield Text(f"Not in {patch.name}: {titles(levers)} ({reason}).")
 
 
-def _patch_dump(patch: FilePatch) -> dict[str, Any]:
+def patch_dump(patch: FilePatch) -> dict[str, Any]:
     return {
         "file": patch.name,
         "diff": patch.diff,
