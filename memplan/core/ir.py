@@ -228,6 +228,7 @@ class Block(NamedTuple):
     never_checkpointed  never checkpointed, like the layers of a tower that the library does not checkpoint
     by_name             gets what it reads besides `x` as keyword arguments, which reentrant checkpointing references
                         until the graph is freed
+    replaces            names shared by earlier blocks that the model drops, because what it shares takes their place
     passed              names that an earlier block returned and the model passes to it, which a checkpoint keeps
     recomputes_all      a checkpoint recomputes all of it, instead of stopping at the last tensor that is kept
     unread              nothing reads its output: what it keeps is freed when forward ends, and its weights are idle
@@ -239,6 +240,7 @@ class Block(NamedTuple):
     returned: bool = False
     never_checkpointed: bool = False
     by_name: bool = False
+    replaces: tuple[str, ...] = ()
     passed: tuple[str, ...] = ()
     recomputes_all: bool = False
     unread: bool = False
@@ -312,7 +314,7 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
         for block in run.blocks:
             last = known | {"x", *block.passed}
             yield from _unwritten(block.name, block.ops, last, "y", *block.shares)
-            known = known.union(block.shares)
+            known = known.union(block.shares).difference(block.replaces)
     known = known | last | {"x"}
     yield from _unwritten("after", stack.after, known)
     yield from _unwritten("loss", stack.loss, known, *(("loss",) if stack.loss else ()))

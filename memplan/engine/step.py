@@ -402,6 +402,8 @@ class _Pass:
                 shared.refs += 1
                 frame.shared.append(shared)
                 frame.shares = tuple(shares.values())
+        for name in block.replaces:
+            tape.drop(self.outer.pop(name))
         self.flowing |= shares_with_gradient(block, frame.flows, is_checkpointed and self.options.reentrant)
         self.gatherer.leave(copies.units[i])
         returns_input = y not in made

@@ -88,9 +88,8 @@ def _own_names(stack: Stack) -> Stack:
         )
 
     stack = rewrite_lists(stack, changed)
-    return rewrite_blocks(
-        stack, lambda b: b._replace(shares=tuple(map(new, b.shares)), passed=tuple(map(new, b.passed)))
-    )
+    lists = ("shares", "replaces", "passed")
+    return rewrite_blocks(stack, lambda b: b._replace(**{name: tuple(map(new, getattr(b, name))) for name in lists}))
 
 
 def _joined(value: Stack, policy: Stack) -> Stack:
