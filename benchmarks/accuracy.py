@@ -797,6 +797,10 @@ KNOWN = """
   DeepSeek V4 on sequences shorter than a layer compresses into one token counts gradients of a compressor that gets
   none (1.1 % of a tiny model). A trace of BART alike with padding masks the decoder's own tokens too (up to 1 %), which
   a step on a card does not.
+- Under autocast over fp32 weights, a reentrant checkpoint of BART alike casts a layer's input once, as a leaf that
+  autocast remembers; each of its linear layers is counted with a cast (1.0 % of a tiny model).
+- States that an optimizer makes while it steps in the first backward are counted from the second step on, whose peak is
+  the larger one. Adafactor's states of a convolution are counted as a matrix's (0.3 % of a tiny ViT).
 - The band comes from replaying traced steps through a model of torch's allocator, not on cards. It is wide, and
   `reserved` with eager attention is 8 % too low on average.
 - No reading of the CUDA context was found for cards other than the T4, V100 and A100.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 
-from memplan.catalogue.attention.attention import flattened
+from memplan.catalogue.attention.attention import FLATTENING, flattened
 from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, TRAINERS, Trainer, Wiring
 from memplan.core.ir import Stack
@@ -42,7 +42,8 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
         from memplan.catalogue.kernels.rewriting import rewrite
 
         stack = rewrite(stack, lambda op: (hold_router_logits(op),))
-    if not wiring.is_single_sequence or model.family.attention.single_sequence != "views":
+    flattens = model.family.attention.single_sequence == "views" or wiring.backend in FLATTENING
+    if not (wiring.is_single_sequence and flattens):
         return stack
     from memplan.catalogue.kernels.rewriting import rewrite
 

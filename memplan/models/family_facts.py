@@ -54,8 +54,8 @@ class AttentionFacts(NamedTuple):
     unsupported      attention implementations that its classes do not support
     no_flash_2       why it does not run with flash_attention_2; "" if it does
     rotary           queries and keys are rotated in a serving engine
-    single_sequence  what a batch of one sequence changes: views, if a view of the heads takes the place of a copy; or
-                     layers, if only its own layers or loss do
+    single_sequence  what a batch of one sequence changes: views, if a view of the heads takes the place of a copy with
+                     every kernel, as with eager attention and the reference kernel; or layers, for its own layers
     """
 
     unsupported: tuple[str, ...] = ()

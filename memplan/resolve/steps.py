@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.catalogue.attention.attention import FLATTENING
 from memplan.catalogue.parallelism import tensor_parallel
 from memplan.core.errors import refused
 from memplan.core.units import ITEMSIZE
@@ -81,7 +82,8 @@ def wire(run: OpenRun) -> None:
     run.wiring = wiring._replace(
         packed=packed,
         target=str(run.precision.compute) if packed is not None and packed.mask == "given" else wiring.target,
-        is_single_sequence=facts.is_single_sequence and bool(run.model.family.attention.single_sequence),
+        is_single_sequence=facts.is_single_sequence
+        and (bool(run.model.family.attention.single_sequence) or wiring.backend in FLATTENING),
         scans_once=facts.scans_once,
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,

@@ -355,14 +355,17 @@ def test_a_name_that_nothing_writes_is_found(bad: Op, name: str) -> None:
     assert not list(undefined_names(stack([op("mul", "x", "y")])))
 
 
-def test_a_block_sees_tensors_that_earlier_blocks_share_or_pass_on() -> None:
+def test_a_block_sees_tensors_shared_by_earlier_blocks_until_replaced() -> None:
     share = Block("layers", (op("first", "x", "y keys"),), shares=("keys",))
-    late = Block("layers", (op("second", "x keys", "y"),))
+    replace = Block("layers", (op("second", "x keys", "y new"),), shares=("new",), replaces=("keys",))
+    late = Block("layers", (op("third", "x keys", "y"),))
     whole = stack([op("mul", "x", "y")])
-    runs = tuple(Run((block,), "n") for block in (share, late, late._replace(passed=("keys",))))
-    assert list(undefined_names(whole._replace(runs=runs[:2]))) == []
+    runs = tuple(Run((block,), "n") for block in (share, replace, late))
+    assert list(undefined_names(whole._replace(runs=runs))) == [UndefinedName("layers", "third", "keys")]
+    assert list(undefined_names(whole._replace(runs=runs[::2]))) == []
     assert list(undefined_names(whole._replace(runs=runs[1:2]))) == [UndefinedName("layers", "second", "keys")]
-    assert list(undefined_names(whole._replace(runs=runs[2:]))) == []
+    passed = Run((late._replace(passed=("keys",)),), "n")
+    assert list(undefined_names(whole._replace(runs=(passed,)))) == []
 
 
 def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> None:

@@ -12,6 +12,7 @@ from memplan.core.ir import Keep, Op, Scratch, Tensor
 from memplan.models.model import ModelSpec
 
 QUERIES, KEYS, SCORES = "b s a d", "b s k d", "b a s s"
+FLATTENING = ("eager", "math")  # kernels that multiply batches of matrices, each a head of a sequence
 _ATEN = "torch 2.13 aten/src/ATen/native/transformers"
 
 

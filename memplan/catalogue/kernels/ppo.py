@@ -11,7 +11,7 @@ from memplan.catalogue.kernels.policy_gradient import log_probs_of_logits, with_
 from memplan.catalogue.kernels.preference import RETURNED, converted, converted_states, returning_states
 from memplan.catalogue.kernels.rewriting import renamed, rewrite, rewrite_blocks, rewrite_lists
 from memplan.catalogue.kernels.wiring import Trainer
-from memplan.core.ir import Block, Op, Run, Stack, Tensor, operations, outside
+from memplan.core.ir import Op, Run, Stack, Tensor, operations, outside
 
 _SOURCE = "trl 1.12.0 experimental/ppo/ppo_trainer.py PolicyAndValueWrapper, train; the same in trl 0.24.0"
 _RETURNED = "value"  # value of `Op.holds` for what the value model returns
@@ -88,11 +88,9 @@ def _own_names(stack: Stack) -> Stack:
             for op in operations_
         )
 
-    def names_changed(block: Block) -> Block:
-        lists = {name: tuple(map(new, getattr(block, name))) for name in ("shares", "replaces", "passed")}
-        return block._replace(**lists)
-
-    return rewrite_blocks(rewrite_lists(stack, changed), names_changed)
+    stack = rewrite_lists(stack, changed)
+    lists = ("shares", "replaces", "passed")
+    return rewrite_blocks(stack, lambda b: b._replace(**{name: tuple(map(new, getattr(b, name))) for name in lists}))
 
 
 def _joined(value: Stack, policy: Stack) -> Stack:

@@ -185,7 +185,7 @@ def chunked_nll(
     )
     capped = logits.dtype if casts_to_fp32 else "fp32"
     kept += tuple(Tensor(f"{name} of a chunk", words, capped) for name in _kept_logits(head))
-    rows = Tensor("gradient of rows so far", f"{_ROWS} h", "=loss.rows")
+    rows = Tensor("gradient of rows so far", f"nll_several {_ROWS} h", "=loss.rows")
     gradient = Tensor("gradient of the matrix so far", f"nll_several {matrix.shape}", matrix.dtype)
     so_far = (rows, gradient) if matrix.trains else (rows,)
     added_rows = "nll_tokens" if matrix.trains else _ROWS  # all rows' once the matrix's gradients are summed

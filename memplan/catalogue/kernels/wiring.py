@@ -39,7 +39,7 @@ class Wiring(NamedTuple):
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
     images              the batch contains images
-    is_single_sequence  the batch is a single sequence; set if `single_sequence` of its family is
+    is_single_sequence  the batch is a single sequence; set if `single_sequence` of its family or its kernel tells
     scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     has_fp32_inputs     the inputs of attention are fp32
 

@@ -275,7 +275,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": _GPT2._replace(
         defaults={**_GPT2.defaults, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
         kv_heads=_multi_query,
-        attention=AttentionFacts(rotary=False, single_sequence="views"),
+        attention=AttentionFacts(rotary=False),
         checkpoint=CheckpointFacts(gguf="starcoder"),
     ),
     "gpt_neo": _GPT2._replace(
@@ -300,7 +300,6 @@ FAMILIES: dict[str, Family] = {
         },
         keys=ConfigKeys(_EQUAL_HEADS),
         stack="neox",
-        attention=AttentionFacts(single_sequence="views"),
         checkpoint=CheckpointFacts(gguf="gptneox"),
         parallel=ParallelFacts(
             TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")), context=True
@@ -458,7 +457,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": _DENSE._replace(
         defaults={"partial_rotary_factor": 1.0, "intermediate_size": 8192, "sliding_window": None},
-        attention=AttentionFacts(single_sequence="views"),
         checkpoint=CheckpointFacts(gguf="phi3", gguf_keys={"attention.sliding_window": None}, gguf_fuses=True),
         parallel=ParallelFacts(
             TensorParallelPlan((), (), ("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
