@@ -10,7 +10,7 @@ from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of, screen_of, stamp_of, typed_line
-from memplan.core.errors import SpecError
+from memplan.core.errors import SpecError, printable
 from memplan.resolve.request import errors_of
 from memplan.spec.options import OPTIONS
 
@@ -92,7 +92,11 @@ def emitted(given: Mapping[str, Any], answers: Sequence[Estimate]) -> str:
         raise SpecError("emit: writes its own file format; leave out --format and --json", "emit")
     if "site" in given and given["emit"] != "slurm":
         raise SpecError("site: only applies to --emit slurm", "site")
-    site = read_tables(Path(given["site"])) if "site" in given else None
+    try:
+        site = read_tables(Path(given["site"])) if "site" in given else None
+    except (OSError, ValueError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error), 80)
+        raise SpecError(f"site: {printable(given['site'], 80)!r} cannot be read ({reason})", "site") from None
     return emit(given["emit"], answers, share="share" in given, patch="patch" in given, site=site)
 
 

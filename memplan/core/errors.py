@@ -99,7 +99,10 @@ class UnknownNameError(MemplanError):
 
 
 class errors_about:  # noqa: N801 (a context manager, quicker than a generator)
-    """Re-raise errors about the field `own` as errors about `field`, for what is named elsewhere than in a run."""
+    """Re-raise errors about the field `own` as errors about `field`, for what is named elsewhere than in a run.
+
+    Without `own`, errors about any field are about a field of `field`, as in `jobs.3.run`.
+    """
 
     def __init__(self, field: str, own: str = "model") -> None:
         self._field, self._own = field, own
@@ -108,9 +111,10 @@ class errors_about:  # noqa: N801 (a context manager, quicker than a generator)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, MemplanError) and error.field == self._own:
-            line = str(error).removeprefix(f"{self._own}: ")
-            error.args, error.field = (f"{self._field}: {line}",), self._field
+        if isinstance(error, MemplanError) and self._own in ("", error.field):
+            line, inside = str(error).removeprefix(f"{error.field}: "), "" if self._own else error.field
+            error.field = ".".join(filter(None, (self._field, inside)))
+            error.args = (f"{error.field}: {line}",)
 
 
 class SpecError(MemplanError):

@@ -24,7 +24,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generating_graph, generation
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
-from memplan.program.inference.passes import InferenceStep, PassPeak, SizedPass, peaks_of, sized
+from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
@@ -207,22 +207,17 @@ def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, at_once: int
     at = decided._replace(batch=batch.model_copy(update={"micro": chunk, "accumulation": 1}), pictures=())
     passes = generated_passes(at._replace(structure=policy.structure, half=_is_half(policy.structure)))
     at = at._replace(pictures=(("completion", batch.new_tokens), ("accumulation", 1)))
-    scored = [
-        sized(
-            InferenceStep(structure.graph, chunk, batch.sequence),
-            at._replace(structure=structure, half=_is_half(structure)),
-        )
-        for structure, _ in scoring
-    ]
-    prompt, last, *peaks = peaks_of((passes[0], passes[-1], *scored))
-    where, kept, top, moving = _with_logits(passes, prompt, last, rows, batch.new_tokens, words)
+    where, kept, top, moving = _with_logits(passes, rows, batch.new_tokens, words)
     held = (*before, *policy.gathered, *kept)
     yield SideTask("generate", where, standing, held, passes if moving else (), top, moving)
     tasks: list[SideTask] = []
-    for each, (_, gathered), (moving, moment, where) in zip(scored, scoring, peaks, strict=True):
+    for structure, gathered in scoring:
+        step = InferenceStep(structure.graph, chunk, batch.sequence)
+        scored = sized(step, at._replace(structure=structure, half=_is_half(structure)))
+        moving, moment, where = scored.peak
         for role, phase, groups in gathered:
             held = (*before, *groups)
-            tasks.append(SideTask(phase, f"{role}: {where}", standing, held, (each,), (0, moment), moving))
+            tasks.append(SideTask(phase, f"{role}: {where}", standing, held, (scored,), (0, moment), moving))
     of_policy, values, *rewards = tasks
     yield values if values.peak > of_policy.peak else of_policy
     yield from rewards
@@ -280,7 +275,7 @@ def _without_autocast(graph: Graph) -> Graph | None:
 
 
 def _with_logits(
-    passes: Sequence[SizedPass], prompt: PassPeak, last: PassPeak, rows: int, tokens: int, words: int
+    passes: Sequence[SizedPass], rows: int, tokens: int, words: int
 ) -> tuple[str, tuple[TensorGroup, ...], tuple[int, int], int]:
     """Return the peak of a generation that keeps the logits of all tokens: where, what is kept, and the pass's moment
     with its bytes.
@@ -289,7 +284,7 @@ def _with_logits(
 
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; trl 0.24.0 trainer/utils.py.
     """
-    chunk = passes[0].step.batch
+    prompt, last, chunk = passes[0].peak, passes[-1].peak, passes[0].step.batch
 
     def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
         bytes_ = rounded(of * tokens * words * ITEMSIZE["fp32"])

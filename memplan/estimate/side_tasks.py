@@ -30,7 +30,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
-from memplan.program.inference.passes import InferenceStep, SizedPass, peaks_of, sized
+from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
 from memplan.program.run import ResolvedRun
@@ -247,7 +247,7 @@ def generation(
     division  as of `generated_passes`
     """
     passes = generated_passes(decided_, division)
-    peaks = peaks_of(passes)
+    peaks = [each.peak for each in passes]
     moving, moment, where = most = max(peaks, key=itemgetter(0))
     top = peaks.index(most)
     return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import Any, cast
 
-from memplan.core.errors import InternalError, MemplanError, printable, refused
+from memplan.core.errors import InternalError, MemplanError, SpecError, printable, refused
 from memplan.core.workers import mapped, processes_for
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
+from memplan.models.cards import find_model
 from memplan.planning.fitting import fits
+from memplan.resolve.decide import decide
 from memplan.spec.pool import listed
-from memplan.spec.run import RunSpec, changed
+from memplan.spec.run import Batch, RunSpec, changed
 
 _METHODS = ("full", "lora", "qlora")
 
@@ -71,9 +73,20 @@ def warm(models: Iterable[str | RunSpec]) -> None:
     sequence and GPU. Raises MemplanError for an unknown model.
     """
     for model in listed("models", models):
-        runs = [model] if isinstance(model, RunSpec) else [RunSpec(model=model, method=method) for method in _METHODS]
-        for run in runs:
+        for run in [model] if isinstance(model, RunSpec) else _runs_of(model):
             _ = estimate(run).bytes.used
             with suppress(MemplanError):  # a trainer may not take the other batch
                 for micro in (run.batch.micro, run.batch.micro + 1):  # a second size finds what can be the peak at any
                     fits(changed(run, "batch", micro=micro))
+
+
+def _runs_of(model: str) -> Iterator[RunSpec]:
+    """Yield the runs that a model is made ready for, at a length that it has positions for. Raises MemplanError."""
+    found, sequence = find_model(model), Batch().sequence
+    if found.only_sequence is None and found.longest_sequence is not None:
+        sequence = min(sequence, found.longest_sequence)
+    for method in _METHODS:
+        run = RunSpec(model=model, method=method, batch={"sequence": sequence})
+        with suppress(SpecError):  # of a method that the model cannot be trained with
+            decide(run)
+            yield run

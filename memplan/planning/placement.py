@@ -54,6 +54,9 @@ class PlacedJob:
     def __init__(self, job: Job, index: int, gpu: GPU, seats: tuple[Seat, ...], run: RunSpec) -> None:
         self.job, self.index, self.gpu, self.seats, self.run = job, index, gpu, seats, run
 
+    def __repr__(self) -> str:
+        return f"PlacedJob(index={self.index}, gpu={self.gpu.name!r}, seats={self.seats!r})"
+
     @property
     def gpus(self) -> int:
         return sum(len(seat.cards) for seat in self.seats)
@@ -128,14 +131,19 @@ def place(
     """
     if policy not in POLICIES:
         raise UnknownNameError("policy", str(policy), POLICIES)
-    with errors_about("pool", "run"):  # a node that is none
-        nodes = [NodeShape.model_validate(node) for node in listed("pool", pool)]
+    nodes: list[NodeShape] = []
+    for index, node in enumerate(listed("pool", pool)):
+        with errors_about(f"pool.{index}", ""), errors_about("", "run"):  # as which one that is no node is refused
+            nodes.append(NodeShape.model_validate(node))
     if not nodes:
         raise refused("pool", "has no node; give one, as in '8x a100'")
     cards = sum(node.cards * node.count for node in nodes)
     if cards > MOST_GPUS:
         raise refused("pool", f"must have at most {MOST_GPUS:,} GPUs, not {cards:,}")
-    asked = [JobDemand(Job.model_validate(job), index) for index, job in enumerate(listed("jobs", jobs))]
+    asked: list[JobDemand] = []
+    for index, job in enumerate(listed("jobs", jobs)):
+        with errors_about(f"jobs.{index}", ""):
+            asked.append(JobDemand(Job.model_validate(job), index))
     kinds = tuple(pool_gpus(nodes))
     for job in asked:
         job.weigh(kinds)

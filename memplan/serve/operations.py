@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 from urllib.parse import parse_qs
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError, refused
+from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError, errors_about, refused
 from memplan.core.files import given_files
 from memplan.estimate.answer import DUMPED, Bytes, Estimate, Verdict
 from memplan.estimate.demand import Demand
@@ -260,7 +260,8 @@ def make_ready(models: tuple[str, ...]) -> None:
 
     An answer and an error that need everything that is made once are computed too.
     """
-    warm(models)
+    with errors_about("warm"):
+        warm(models)
     for model in (*models, _SAMPLE):
         with suppress(MemplanError):
             estimate(RunSpec.model_validate({"model": model, "task": "generate", "gpu": "h100"})).model_dump()

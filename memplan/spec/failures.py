@@ -139,9 +139,11 @@ def _no_such_key(names: list[str], root: Any) -> _Wrong:
     for name in (name for name in names[:-1] if not name.isdecimal()):
         parent = part_of(parent.model_fields[name].annotation)
     siblings = list(getattr(parent, "model_fields", {}))
-    near = [path for path in _paths(root) if path.rpartition(".")[2] == key]
+    typed = key.lower()[:_MAX_SHOWN]
+    near = get_close_matches(typed, siblings, n=1, cutoff=_ALIKE)
+    near += [path for path in _paths(root) if path.rpartition(".")[2] == key]
     near += [path for name, path in FIELDS.items() if name == key]
-    near = near or get_close_matches(key.lower()[:_MAX_SHOWN], siblings, n=1, cutoff=0.6)
+    near = near or get_close_matches(typed, siblings, n=1, cutoff=_SIMILAR)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}"
     return _Wrong(f"no such key; {hint}", tuple(dict.fromkeys(near)))
 
@@ -189,4 +191,5 @@ def _nearest(value: object, words: list[str], what: str) -> _Wrong:
 
 
 _SHOWN = 6  # of a longer list
-_SIMILAR = 0.6  # of `difflib`'s ratio: below, a suggestion is another word (dora for dpo)
+_ALIKE = 0.85  # of `difflib`'s ratio: a slip of the keyboard, whatever has the name elsewhere
+_SIMILAR = 0.6  # below, a suggestion is another word (dora for dpo)

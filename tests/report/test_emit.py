@@ -133,13 +133,17 @@ def test_a_mig_instance_is_a_resource_of_its_own() -> None:
     assert "'3g.40gb'" in str(claim)
 
 
-def test_a_site_names_its_types_and_features(tmp_path: Path) -> None:
+def test_a_site_names_its_types_and_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site = {"types": {"a100-80gb": "a100"}, "features": {"3090": "gpu24", "l4": "gpu24"}}
     assert "--gpus-per-node=a100:1\n" in emit("slurm", ANSWERS[2:], site=site)
     assert '--constraint="gpu24"\n' in emit("slurm", ANSWERS[:2], site=site)
     file = tmp_path / "cluster.toml"
     file.write_text('[types]\n"a100-80gb" = "a100"\n')
-    assert command("qwen2-7b", "--method", "qlora", "--gpu", "a100-80gb", "--emit", "slurm", "--site", str(file)) == 0
+    asked = "qwen2-7b", "--method", "qlora", "--gpu", "a100-80gb", "--emit", "slurm", "--site", str(file)
+    assert command(*asked) == 0
+    file.write_text("types = [")
+    assert command(*asked) == 2
+    assert "cannot be read (Invalid value" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ the peak are left out (`memplan.engine.walk.prune`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from operator import mul
 
@@ -29,7 +29,6 @@ from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
-    Term,
     Variable,
     bytes_at_each,
     chain,
@@ -403,7 +402,6 @@ class Contenders:
     """The moments of a pass that can be its peak, at any sizes.
 
     variables   sizes that the run decides
-    terms       the moments, linear in `variables`
     needs       axes of `variables` that are not the model's
     fixed       sizes of the model's axes
     lengths     lengths of the pass that are needed
@@ -417,8 +415,8 @@ class Contenders:
         self.variables = variables = tuple(sorted({variable for variable, _ in sizes}))
         along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
         *coefficients, self._left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
-        self.terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
-        self._largest = PhaseTerms([self.terms], [*map(Variable, along)]).largest
+        terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
+        self._largest = PhaseTerms([terms], [*map(Variable, along)]).largest
         self._lowering, self._where = (graph, division), dict[int, str]()
         needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
         self.needs, self.fixed, self.compresses = needs.difference(fixed), operations_of(graph)[1], compresses(graph)
@@ -427,10 +425,7 @@ class Contenders:
 
     def peak(self, sizes: Mapping[str, int]) -> PassPeak:
         """Return the peak bytes of the pass, and its moment."""
-        return self.at(*self._largest(values(self.variables, sizes), sizes)[0])
-
-    def at(self, bytes_: int, moment: int) -> PassPeak:
-        """Return the peak at one of the moments."""
+        [(bytes_, moment)] = self._largest(values(self.variables, sizes), sizes)
         if moment not in self._where:
             graph, division = self._lowering
             self._where[moment] = lower_inference(graph, division=division).moments[moment].where
@@ -541,26 +536,3 @@ def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:
     """Return a pass of the run with a number for each of its axes."""
     moments = contenders(step.graph, step.division)
     return SizedPass(step, _sizes_of(step, decided, moments), moments)
-
-
-def peaks_of(passes: Sequence[SizedPass]) -> list[PassPeak]:
-    """Return the peak of each pass, all compared at once."""
-    moments = tuple(each.contenders for each in passes)
-    numbers = [n for each in passes for n in values(each.contenders.variables, each.sizes)]
-    largest = zip(moments, _terms_of(moments).largest(numbers, {}), strict=True)
-    return [of_pass.at(bytes_, moment) for of_pass, (bytes_, moment) in largest]
-
-
-@lru_cache(maxsize=512)
-def _terms_of(passes: tuple[Contenders, ...]) -> PhaseTerms:
-    """Return the moments of several passes, linear in the variables of all."""
-    widths = [len(each.variables) for each in passes]
-    before = [(0,) * sum(widths[:i]) for i in range(len(passes))]
-    after = [(0,) * sum(widths[i + 1 :]) for i in range(len(passes))]
-    return PhaseTerms(
-        [
-            [Term((*zeros, *term.coefficients, *more), (), None, term.moment) for term in each.terms]
-            for each, zeros, more in zip(passes, before, after, strict=True)
-        ],
-        (),
-    )
