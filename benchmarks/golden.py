@@ -23,11 +23,11 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.estimate.answer import Card, Parameters, Peak, Phase, phase_peaks
@@ -38,6 +38,7 @@ MIB = 2**20
 LARGE = 4 * 2**30  # smaller errors are counted in bytes: workspaces and unsplit remainders of blocks dominate
 NEAR = 60 * MIB  # the largest error allowed for a peak below LARGE
 SLACK = 32 * MIB  # on a card the unsplit remainder of a block counts as allocated
+Found = TypeVar("Found")
 SHARED = "MEMPLAN_GOLDEN_FIGURES"  # environment variable: a folder of figures that processes of one session share
 
 
@@ -66,25 +67,30 @@ class TraceFigures(NamedTuple):
     unsplit: int
 
 
+def shared(answer: Callable[[dict[str, Any]], Found]) -> Callable[[dict[str, Any]], Found]:
+    """Decorate a function of JSON: if there is a folder of shared figures, one process answers, and the others read."""
+
+    @wraps(answer)
+    def once(asked: dict[str, Any]) -> Found:
+        folder = os.environ.get(SHARED)
+        if folder is None:
+            return answer(asked)
+        key = json.dumps([answer.__name__, asked], sort_keys=True)
+        path = Path(folder) / sha256(key.encode()).hexdigest()
+        try:
+            return pickle.loads(path.read_bytes())
+        except FileNotFoundError:
+            found, part = answer(asked), path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(pickle.dumps(found))
+            part.replace(path)  # so that no process reads a part of it
+            return found
+
+    return once
+
+
+@shared
 def trace_figures(run: dict[str, Any]) -> TraceFigures:
-    """Return the figures of a traced run, given as a row has it.
-
-    If there is a folder of shared figures, each run is estimated once among all processes, and read by the others.
-    """
-    folder = os.environ.get(SHARED)
-    if folder is None:
-        return _figures(run)
-    path = Path(folder) / sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-    try:
-        return pickle.loads(path.read_bytes())
-    except FileNotFoundError:
-        found, part = _figures(run), path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(pickle.dumps(found))
-        part.replace(path)  # so that no process reads a part of it
-        return found
-
-
-def _figures(run: dict[str, Any]) -> TraceFigures:
+    """Return the figures of a traced run, given as a row has it."""
     answer = estimate(RunSpec(**run))
     lines = () if answer.run.task == "train" else answer.ledger
     unsplit = sum(line.bytes for line in lines if line.what == "left unsplit")
@@ -424,6 +430,7 @@ def reports() -> list[Report]:
     return [_report(row) for row in lines]
 
 
+@shared
 def _report(row: dict[str, Any]) -> Report:
     if "run" not in row:
         return Report(row, None, "")

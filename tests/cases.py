@@ -1,8 +1,9 @@
-"""Many small cases in one test: a test of its own takes longer than such a case."""
+"""Many small cases in one test, as a test of its own takes longer than such a case; a library that tests import."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any, TypeVar
 
 import pytest
@@ -55,3 +56,15 @@ def in_groups(
         return test
 
     return checked
+
+
+class Lazy:
+    """A library, imported when a test uses it: every process of pytest-xdist collects its tests, and one runs them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):  # pytest looks for marks of tests in everything that a file of tests names
+            raise AttributeError(attribute)
+        return getattr(import_module(self._name), attribute)

@@ -13,7 +13,9 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import takewhile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -49,6 +51,17 @@ def tracer() -> Iterator[Tracer]:
     """One process for the traces of all tests, so that torch is imported once."""
     with Tracer() as shared:
         yield shared
+
+
+def pytest_collection() -> None:
+    """Import the files of tests from the last to the first in every second process.
+
+    Processes that start together compile the same files at the same time; two that meet in the middle do half each.
+    """
+    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2:
+        tests = Path(__file__).parent
+        for path in sorted(tests.rglob("test_*.py"), reverse=True):
+            import_module(".".join(path.relative_to(tests.parent).with_suffix("").parts))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,16 +31,17 @@ from memplan.program.graph import operations_of
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method
+from tests.cases import Lazy
 from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY as TOWERS
 
 TINY = {**DECODERS, "step3p7": {key: value for key, value in TOWERS["step3p7"].items() if key != "model_type"}}
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
-F = torch.nn.functional
+torch: Any = Lazy("torch")
+F: Any = Lazy("torch.nn.functional")
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 B, S, H, A, K, D, W, V = 2, 40, 64, 4, 2, 16, 176, 300
 AXES = {"b": B, "s": S, "h": H, "a": A, "k": K, "d": D, "f": W, "v": V, "n": 1, "rot": D, "rot2": D // 2}
 AXES |= {"s128": 128, "d32": 32, "targets": B * S, "padded_labels": B * (S + 1), "sorted_ids": 0, "segments": 0}
@@ -142,27 +143,39 @@ def rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 X = Tensor("in", "b s h", "")
 Q = Tensor("q", "b s a d", "")
-# name: operations, their output's name, inputs, and the torch equivalent with its parameters
-KERNELS: dict[str, tuple[tuple[Op, ...], str, tuple[Tensor, ...], Callable[..., Any], dict[str, tuple[int, ...]]]] = {
+# name: operations, their output's name, inputs, and the torch equivalent (or F's, by its name) with its parameters
+KERNELS: dict[str, tuple[tuple[Op, ...], str, tuple[Tensor, ...], Any, dict[str, tuple[int, ...]]]] = {
     "linear": (
         (ops.linear("l", "in", "out", "f", "h", "mlp"),),
         "out",
         (X,),
-        F.linear,
+        "linear",
         {"w": (W, H)},
     ),
     "linear with bias": (
         (ops.linear("l", "in", "out", "f", "h", "mlp", bias=True),),
         "out",
         (X,),
-        F.linear,
+        "linear",
         {"w": (W, H), "b": (W,)},
     ),
-    "add": ((ops.add("a", "in", "other", "out", "b s h"),), "out", (X, X._replace(name="other")), torch.add, {}),
-    "mul": ((ops.mul("m", "in", "other", "out", "b s h"),), "out", (X, X._replace(name="other")), torch.mul, {}),
+    "add": (
+        (ops.add("a", "in", "other", "out", "b s h"),),
+        "out",
+        (X, X._replace(name="other")),
+        lambda a, b: a + b,
+        {},
+    ),
+    "mul": (
+        (ops.mul("m", "in", "other", "out", "b s h"),),
+        "out",
+        (X, X._replace(name="other")),
+        lambda a, b: a * b,
+        {},
+    ),
     "scale": ((ops.scale("s", "in", "out", "b s h"),), "out", (X,), lambda x: x * 0.5, {}),
-    "silu": ((ops.activation("a", "in", "out", "b s h"),), "out", (X,), F.silu, {}),
-    "gelu": ((ops.activation("a", "in", "out", "b s h"),), "out", (X,), F.gelu, {}),
+    "silu": ((ops.activation("a", "in", "out", "b s h"),), "out", (X,), "silu", {}),
+    "gelu": ((ops.activation("a", "in", "out", "b s h"),), "out", (X,), "gelu", {}),
     "tanh gelu": (
         (ops.activation("a", "in", "out", "b s h"),),
         "out",
@@ -196,13 +209,17 @@ KERNELS: dict[str, tuple[tuple[Op, ...], str, tuple[Tensor, ...], Callable[..., 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_keeps_what_autograd_saves(kernel: str, trains: bool, dtype: str) -> None:
-    operations, y, inputs, function, shapes = KERNELS[kernel]
+    operations, y, inputs, named, shapes = KERNELS[kernel]
+    function = getattr(F, named) if isinstance(named, str) else named
     low = one_block(operations, dtype, y, tuple(t._replace(dtype=dtype) for t in inputs), trains)
     mine = in_bytes(low, AXES, leave_out=("embeds", "y", "loss"))
     arguments = [
-        leaf(*(AXES[a] if a in AXES else int(a) for a in t.shape.split()), dtype=DTYPES[dtype]) for t in inputs
+        leaf(*(AXES[a] if a in AXES else int(a) for a in t.shape.split()), dtype=getattr(torch, DTYPES[dtype]))
+        for t in inputs
     ]
-    weights = [torch.ones(shape, dtype=DTYPES[dtype], requires_grad=trains) for shape in shapes.values()]
+    weights = [
+        torch.ones(shape, dtype=getattr(torch, DTYPES[dtype]), requires_grad=trains) for shape in shapes.values()
+    ]
     keeps_output = any(k.what == y for o in operations for k in o.keeps)
     result: list[Any] = []
     bytes_ = saved_bytes(lambda: result.append(function(*arguments, *weights)) or torch.empty(0), own=weights)
@@ -291,7 +308,7 @@ def model_saves(model_type: str, dtype: str, batch: int, sequence: int, method: 
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
     auto = getattr(transformers, model_class(model_type, sees="vision_config" in TINY[model_type]))
-    model = auto.from_config(config, attn_implementation="eager", dtype=DTYPES[dtype])
+    model = auto.from_config(config, attn_implementation="eager", dtype=getattr(torch, DTYPES[dtype]))
     if method is not None:
         from memplan.probe.script.model import adapter_config
 

@@ -16,10 +16,11 @@ from memplan.models.configs import families
 from memplan.models.model import ModelSpec, with_objective
 from memplan.models.objectives import CLASSIFIER
 from memplan.probe.libraries import model_class
+from tests.cases import Lazy
 from tests.encoders import SMALL
 from tests.tiny import TINY
 
-torch = pytest.importorskip("torch")
+torch: Any = Lazy("torch")
 pytestmark = pytest.mark.torch
 
 

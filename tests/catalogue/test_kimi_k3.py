@@ -17,12 +17,13 @@ from memplan.core.errors import ConfigError, SpecError
 from memplan.engine.step import ExecutionOptions, lower
 from memplan.models.model import ModelSpec
 from memplan.program.axes import chunked
+from tests.cases import Lazy
 from tests.catalogue.test_autograd import in_bytes, saved_bytes
 from tests.models.test_cards import read_card
 
-torch = pytest.importorskip("torch")
+torch: Any = Lazy("torch")
 pytestmark = pytest.mark.torch
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 OWN: dict[str, Any] = {
     "hidden_act": "situ",
     "activation_situ_beta": 4.0,
@@ -65,7 +66,7 @@ def reference(kinds: list[str], dtype: str) -> Any:
     from tests.kimi_k3 import Model
 
     keys = {key: value for key, value in config(kinds).items() if key not in ("model_type", "hidden_act")}
-    return Model(**keys).to(DTYPES[dtype])
+    return Model(**keys).to(getattr(torch, DTYPES[dtype]))
 
 
 def kept(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:

@@ -15,10 +15,10 @@ from memplan.cli.app import app
 from memplan.core.errors import MemplanError
 from memplan.probe import gradients
 from memplan.probe.gradients import Shape, check, compare, shapes, tolerance
-from tests.cases import each
+from tests.cases import Lazy, each
 from tests.tiny import SMALLEST, TARGETS, TINY
 
-torch = pytest.importorskip("torch")
+torch: Any = Lazy("torch")
 pytestmark = pytest.mark.torch
 
 COMMAND = get_command(app)

@@ -4,6 +4,7 @@ import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { setFlagsFromString } from "node:v8";
 import { crc32, gunzipSync, gzipSync } from "node:zlib";
 import { commands } from "@yowasp/clang";
 import { loadPyodide } from "pyodide";
@@ -37,8 +38,10 @@ async function compileAllocator(into) {
   const options = { fetchProgress: null };
   const object = ["--target=wasm32-wasip1", "-O2", "-fPIC", "-c", "native.c"];
   const linked = ["-shared", "--experimental-pic", "--unresolved-symbols=import-dynamic", "--export-all", "-s", "-o", "native.lib", "native.o"];
+  setFlagsFromString("--liftoff-only"); // LLVM is 100 MB, and runs too briefly to be worth V8's second compiler
   const compiled = await commands.clang(object, { "native.c": new Uint8Array(source) }, options);
   const library = await commands["wasm-ld"](linked, compiled, options);
+  setFlagsFromString("--no-liftoff-only");
   // by the name that memplan/engine/native.py looks for
   into.FS.writeFile(`/site/memplan/engine/native-${crc32(source).toString(16).padStart(8, "0")}.lib`, library["native.lib"]);
 }
