@@ -151,8 +151,8 @@ def heads_first(
             if wiring.packed is not None and wiring.packed.flattens:
                 shapes = {q: QUERIES, k: KEYS, v: KEYS}
                 copies = (ops.copy(f"{name}.{x}_given", x, f"{x}.given", shape) for x, shape in shapes.items())
-                kernel = attention(name, *(f"{x}.given" for x in shapes), y, wiring, grouped, sliding)
-                return (*copies, *kernel, ops.release_names(*(f"{x}.given" for x in shapes)))
+                q, k, v = (f"{x}.given" for x in shapes)
+                return (*copies, *attention(name, q, k, v, y, wiring, grouped, sliding), ops.release_names(q, k, v))
             kernel = attention(name, q, k, v, f"{y}.heads", wiring, grouped, sliding)
             return (*kernel, ops.copy(f"{name}.contiguous", f"{y}.heads", y, QUERIES))
         case "eager" | "math":
