@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -53,15 +54,17 @@ def tracer() -> Iterator[Tracer]:
         yield shared
 
 
-def pytest_collection() -> None:
-    """Import the files of tests from the last to the first in every second process.
+def pytest_collection(session: pytest.Session) -> None:
+    """Import the files of tests from the last to the first in every second process, if all are collected.
 
     Processes that start together compile the same files at the same time; two that meet in the middle do half each.
     """
-    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2:
-        tests = Path(__file__).parent
+    tests, config = Path(__file__).parent, session.config
+    is_second = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+    if is_second and [config.rootpath / path for path in config.args] == [tests]:
         for path in sorted(tests.rglob("test_*.py"), reverse=True):
-            import_module(".".join(path.relative_to(tests.parent).with_suffix("").parts))
+            with suppress(Exception, pytest.skip.Exception):  # which pytest tells when it collects the file
+                import_module(".".join(path.relative_to(tests.parent).with_suffix("").parts))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
