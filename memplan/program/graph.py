@@ -589,7 +589,8 @@ def parameters_of(graph: Graph) -> tuple[TensorGroup, ...]:
     """Return the stored tensors of every weight, the model's buffers, and what quantising them leaves."""
     (_, axes), running = operations_of(graph), graph.recipe.running
     codes = () if graph.recipe.packed else codes_of_scales(w for w, _, _ in weights_of(graph))
-    groups = [tensor_group("buffer", "codes of scales", t.shape, t.dtype, f"{BNB} quantize_blockwise") for t in codes]
+    source = f"{BNB} quantize_blockwise"
+    groups = [tensor_group("buffer", "codes of scales", t.shape, t.dtype, source, axes=axes) for t in codes]
     for w, count, block in weights_of(graph):
         source = running.of(w).source if running and w.kernel else storage_of(w) if w.stored else "the model's config"
         kind, where = "buffer" if w.group == "buffer" else "parameter", block.rstrip(".")

@@ -386,7 +386,7 @@ BAD_SPECS = {
     "a large number": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 90 + "}", "batch.micro: must be at most"),
     "a key that is a number": ("model: qwen2-7b\nbatch: {1: 2}", "batch.1: no such key"),
     "a list": ("[1, 2]", "must be a mapping"),
-    "nothing": ("", "must be a mapping"),
+    "nothing": ("", "is empty"),
     "no model": ("gpu: '3090'", "model: name one"),
     "an unknown key": ("model: qwen2-7b\nmethud: lora", "methud: no such key; did you mean method?"),
     "an unknown key further in": ("model: qwen2-7b\nmethod: {rnk: 8}", "method.rnk: no such key; did you mean rank?"),

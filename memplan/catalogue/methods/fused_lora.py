@@ -104,12 +104,14 @@ def fuse_lora(
         if takes(op) and op.reads and (how.library.takes_bias or not has_bias):
             module, _, role = op.name.rpartition(".")
             modules.setdefault(module, {})[role] = _layer(op, dtype)
-    units, separate = {op.unit for op in operations}, how.library.adds_in_place
+    written = {(op.unit, t.name) for op in operations for t in op.writes}
+    separate = how.library.adds_in_place
     out: list[Op] = []
     for op in operations:
         module, _, role = op.name.rpartition(".")
         layers = modules.get(module, {})
-        is_gated = _share_input(layers, _MLP[:-1]) and _MLP[-1] in layers and f"{_SWIGLU} {module}" in units
+        is_gated = _share_input(layers, _MLP[:-1]) and _MLP[-1] in layers
+        is_gated = is_gated and (f"{_SWIGLU} {module}", layers[_MLP[-1]].op.reads[0]) in written  # not its dropout
         if separate and (
             how.dropout or any(layer.base.stored or len(layer.op.weights) > 1 for layer in layers.values())
         ):
