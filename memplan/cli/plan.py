@@ -260,7 +260,6 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
 
 
 def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], of_file: FileLevers | None) -> Planned:
-    from memplan.report.plans.inference import QuestionsReport
     from memplan.report.plans.levers import Levers
     from memplan.report.plans.planned import PlanRequest, planned
 
@@ -272,14 +271,14 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], 
     found = planned(asked)
     if isinstance(found, Levers) and found.plan.is_partial:
         warn(f"stopped after {found.plan.tried:,} runs; these are the ways found so far")
-    if isinstance(found, Levers) and found.plan.proposals and of_file is not None:
-        from memplan.planning.file_levers import file_patch
+    if of_file is not None:
+        from memplan.planning.file_levers import file_patch, serving_patch
+        from memplan.report.plans.inference import QuestionsReport
 
-        return found._replace(patch=file_patch(found.plan, of_file, asked.calibration))
-    if isinstance(found, QuestionsReport) and of_file is not None:
-        from memplan.planning.file_levers import serving_patch
-
-        return found._replace(patch=serving_patch(found.questions, of_file, asked.calibration))
+        if isinstance(found, Levers) and found.plan.proposals:
+            return found._replace(patch=file_patch(found.plan, of_file, asked.calibration))
+        if isinstance(found, QuestionsReport):
+            return found._replace(patch=serving_patch(found.questions, of_file, asked.calibration))
     return found
 
 

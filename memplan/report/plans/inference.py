@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.token_rates import Span
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
-from memplan.planning.file_levers import FilePatch
 from memplan.planning.inference import CardFit, Limit, Questions, Variant, lengths
 from memplan.planning.roofline import DecodingPace, Seconds
 from memplan.report import wording as words
@@ -19,6 +18,9 @@ from memplan.report.csv import CsvRows
 from memplan.report.plans.changes import conditions, figures, picked, span
 from memplan.report.plans.levers import patch_blocks, patch_dump
 from memplan.report.plans.offers import LIST_PRICES, WITHOUT_PRICE, columns_to_own, facts_to_own, list_price
+
+if TYPE_CHECKING:
+    from memplan.planning.file_levers import FilePatch
 
 
 class QuestionsReport(NamedTuple):
