@@ -61,6 +61,16 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     ("runs", {"task": "generate", "profile": "tgi-3", "gpu": "rtx-2080-super", "model": "qwen2-vl-2b"}),
     ("runs", {"model": "gemma-3-4b", "parallelism": {"tp": 2}, "optimizer": {"name": "x" * 3000}}),  # said in full
     ("configs", {"config": {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": 1}, "run": {}}),
+    (  # took 8 s
+        "configs",
+        {
+            "config": {
+                **{"model_type": "deepseek_v4", "hc_sinkhorn_iters": 10_000, "num_hidden_layers": 4},
+                **{"hidden_size": 4096, "num_attention_heads": 64, "vocab_size": 129280},
+            },
+            "run": {},
+        },
+    ),
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
     # A key of a script's arguments was printed with its control characters.

@@ -77,5 +77,6 @@ def compiled(function: Callable[..., Iterable[Any]], *arguments: str) -> Callabl
         texts.append(f"({text})" if parts and uses[n] == 1 else text)
     lines.append(f"return [{', '.join(texts[n] for n in returned)}]")
     space: dict[str, Any] = {}
-    exec(f"def function({', '.join(arguments)}):\n " + "\n ".join(lines), space)
+    source = f"def function({', '.join(arguments)}):\n " + "\n ".join(lines)
+    exec(source, space)  # of operators, whole numbers and the arguments alone
     return space["function"]
