@@ -65,8 +65,12 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
         "configs",
         {
             "config": {
-                **{"model_type": "deepseek_v4", "hc_sinkhorn_iters": 10_000, "num_hidden_layers": 4},
-                **{"hidden_size": 4096, "num_attention_heads": 64, "vocab_size": 129280},
+                "model_type": "deepseek_v4",
+                "hc_sinkhorn_iters": 10_000,
+                "num_hidden_layers": 4,
+                "hidden_size": 4096,
+                "num_attention_heads": 64,
+                "vocab_size": 129280,
             },
             "run": {},
         },
