@@ -75,6 +75,16 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
             "run": {},
         },
     ),
+    # A gated MLP with dropout before its last layer was taken for one that is a single function.
+    (
+        "runs",
+        {
+            "model": "gte-multilingual-base",
+            "method": {"kind": "lora", "dropout": 0.1},
+            "kernels": {"fused": ["lora"]},
+            "batch": {"sequence": 64},
+        },
+    ),
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
     # A key of a script's arguments was printed with its control characters.

@@ -253,7 +253,11 @@ CUT: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vision_aspect_ratio": "square"},
         "config: vision_aspect_ratio must be anyres_max_",
     ),
-    "a layer": ("llava_onevision", {"vision_feature_layer": -2}, "vision_feature_layer: with images only -1 is "),
+    "a layer": (
+        "llava_onevision",
+        {"vision_feature_layer": -2},
+        "vision_feature_layer: llava_onevision's images are only ",
+    ),
     "no patch": (
         "llava_onevision",
         {"vision_config": {**ONEVISION["vision_config"], "image_size": 1}},

@@ -442,7 +442,7 @@ _KINDS = {"sliding": PLAIN, "sparse": SPARSE, "heavy": HEAVY}
 
 
 def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
-    iterations = m.config_int("hc_sinkhorn_iters", 20, most=100)
+    iterations = m.config_int("hc_sinkhorn_iters", 20, most=100)  # published models have 20; each is operations
 
     def block(layer: Layer) -> Block:
         return Block(

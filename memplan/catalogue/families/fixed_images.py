@@ -143,7 +143,7 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
     layer = m.config.get("vision_feature_layer", -1)
     if layer != -1 or m.part("vision_config").get("vision_use_head", True):
         raise UnsupportedModelError(
-            "vision_feature_layer: with images only -1 is supported yet for llava_onevision, and vision_use_head false",
+            "vision_feature_layer: llava_onevision's images are only supported with -1, and vision_use_head false",
             "vision_feature_layer",
         )
     act = _vision(m, "hidden_act", "gelu_pytorch_tanh")
