@@ -280,14 +280,10 @@ def outside(stack: Stack) -> tuple[tuple[Op, ...], ...]:
 
 
 def operations(stack: Stack) -> Iterator[Op]:
-    """Yield every operation of the stack in order; repeated blocks count once."""
-    yield from stack.before
-    for run in stack.runs:
-        yield from run.before
-        for block in run.blocks:
-            yield from block.ops
-    yield from stack.after
-    yield from stack.loss
+    """Yield every operation of the stack in order, once if several layers share it."""
+    inside = (ops for run in stack.runs for ops in (run.before, *[block.ops for block in run.blocks]))
+    lists = {id(ops): ops for ops in (stack.before, *inside, stack.after, stack.loss)}
+    yield from {id(op): op for ops in lists.values() for op in ops}.values()
 
 
 class UndefinedName(NamedTuple):

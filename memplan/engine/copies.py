@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
+from memplan.core.identity import Identity
 from memplan.core.ir import Block, Op, Stack, Tensor
 from memplan.core.records import NamedTuple
 from memplan.engine.dtypes import Scope
 from memplan.engine.gather import unit_of
-from memplan.engine.operation_facts import gradient_flow, storages_behind
+from memplan.engine.operation_facts import gradient_flow, names_read, storages_behind
 
 
 class OpsBetweenRuns(NamedTuple):
@@ -122,7 +123,7 @@ def resolve_stack(
     leaf: tuple[str, ...] = ()
     if input_grad:
         before, leaf = require_input_gradient(before)
-    flowing = {*leaf, *gradient_flow(before, leaf).flows}
+    flowing = {*leaf, *gradient_flow(before, frozenset(leaf)).flows}
     copies = resolve_copies(stack, before_scope, flowing, autocast, depth, input_grad, reentrant)
     if is_sharded:
         copies = [split for c in copies for split in split_ends(c, depth)]
@@ -142,9 +143,9 @@ def resolve_stack(
     read = frozenset(r for op in (*after, *loss) for r in op.reads)
     read_from: list[frozenset[str]] = []
     for c in reversed(copies):
-        read |= {r for b in c.blocks for op in b.ops for r in op.reads}
+        read = read.union(*[names_read(Identity(block.ops)) for block in c.blocks])
         read_from.insert(0, read)
-        read |= {r for op in (c.joins.ops if c.joins is not None else ()) for r in op.reads}
+        read |= names_read(Identity(c.joins.ops)) if c.joins is not None else frozenset[str]()
     return ResolvedStack(
         before,
         before_scope,
@@ -223,7 +224,7 @@ def resolve_copies(
             less += 1
             if not alone:
                 break
-        if out and flowing.intersection(r for block in out[-1].blocks for op in block.ops for r in op.reads):
+        if out and any(names_read(Identity(block.ops)) & flowing for block in out[-1].blocks):
             out = _split_last(out, depth)
     return out
 

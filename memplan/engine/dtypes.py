@@ -14,10 +14,12 @@ from typing import TypeVar
 from memplan.core.identity import Identity
 from memplan.core.ir import Op, Tensor, Weight, taken_and_written
 from memplan.core.records import NamedTuple
+from memplan.engine.likeness import ALIKE, Likeness
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
 K = TypeVar("K", Tensor, Weight)
 _Known = tuple[Tensor | None, Tensor | None, Weight | None]  # of a name: tensor, autocast's cast, trained weight
+_FREES = Op("")[2:]  # all fields of an operation but its name and reads, if it only lets go of names
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
 
 
@@ -102,10 +104,21 @@ def _listed(ops: Identity[tuple[Op, ...]]) -> _Listed:
     return _Listed(ops.value)
 
 
+class ResolvedOps(tuple[Op, ...]):
+    """Operations with literal dtypes.
+
+    first  the operations that they are like; empty if they are the first of their kind
+    like   how they differ from those
+    """
+
+    first: tuple[Op, ...] = ()
+    like: Likeness = ALIKE
+
+
 class _Resolved(NamedTuple):
     """Operations with literal dtypes, and what is known after them: tensors, autocast's casts, trained weights."""
 
-    ops: tuple[Op, ...]
+    ops: ResolvedOps
     tensors: Mapping[str, Tensor]
     casts: Mapping[str, Tensor]
     trained: Mapping[str, Weight]
@@ -131,11 +144,53 @@ def _resolved(
             trained[weight.name] = weight
     for tensor in [*tensors.values()]:  # a dropped cast is known by its own name and by that of its input
         tensors.setdefault(tensor.name, tensor)
+    kinds = _kinds(tuple([op.name for op in listed.ops]), autocast, casts)
+    for first in kinds:
+        resolved = first.renamed(listed, outside)
+        if resolved is not None:
+            return resolved
     resolver = _Resolver(autocast, casts, tensors, cached, trained)
-    ops = resolver.resolve(listed.ops)
-    return _Resolved(
+    ops = ResolvedOps(resolver.resolve(listed.ops))
+    resolved = _Resolved(
         ops, _new(resolver.tensors, tensors), _new(resolver.casts, cached), _new(resolver.trained, trained)
     )
+    kinds[:] = [*kinds[1 - _MOST_KINDS :], _Kind(listed, outside, resolved)]
+    return resolved
+
+
+_MOST_KINDS = 4  # of operations with the same names, the last ones met
+
+
+class _Kind(NamedTuple):
+    """The first of lists that are alike, what is known of its names outside, and what it is resolved to."""
+
+    listed: _Listed
+    outside: tuple[_Known, ...]
+    resolved: _Resolved
+
+    def renamed(self, listed: _Listed, outside: tuple[_Known, ...]) -> _Resolved | None:
+        """Return what other operations are resolved to; None if they are not like these."""
+        inputs: list[tuple[Tensor, Tensor]] = []
+        if len(outside) != len(self.outside):
+            return None
+        for (t, *known), (u, *others) in zip(self.outside, outside, strict=True):
+            if known != others or (t is None) != (u is None):
+                return None
+            if t is not None and u is not None:
+                inputs.append((t, u))
+        ops, tensors, casts, trained = self.resolved
+        like = Likeness.of(self.listed.ops, listed.ops, inputs)
+        if like is None or any(f"({name})" in op.name for op in ops for name in like.names):  # a cast of such a tensor
+            return None
+        renamed = ResolvedOps(like.operations(ops))
+        renamed.first, renamed.like = ops, like
+        return _Resolved(renamed, {like.name(name): like.tensor(t) for name, t in tensors.items()}, casts, trained)
+
+
+@lru_cache(maxsize=16)
+def _kinds(names: tuple[str, ...], autocast: str | None, casts: str) -> list[_Kind]:
+    """Return the kinds of operations with these names, to be changed in place."""
+    return []
 
 
 def _new(known: Mapping[str, K], old: Mapping[str, K]) -> dict[str, K]:
@@ -164,8 +219,15 @@ class _Resolver:
         for w in (w for op in ops for w in op.weights):  # a dtype may refer to a later operation's weight
             self.tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
         for op in ops:
-            self._resolve(op, out)
+            if op[2:] == _FREES and self._are_known_alike(op.reads):
+                out.append(op)
+            else:
+                self._resolve(op, out)
         return tuple(out)
+
+    def _are_known_alike(self, names: tuple[str, ...]) -> bool:
+        """Whether none of the names stands for the input of a dropped cast."""
+        return names == tuple([self.tensors[name].name for name in names]) and self.trained.keys().isdisjoint(names)
 
     def _resolve(self, op: Op, out: list[Op]) -> None:
         tensors, autocast = self.tensors, self._autocast

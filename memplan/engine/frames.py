@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -64,7 +64,7 @@ class Frame:
         self.reentrant = False
         self.recomputed = False
         self.whole = False  # a checkpoint recomputes all of it
-        self.exported: Container[str] = ()
+        self.exported: Collection[str] = ()
         self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
         self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
         self.to_host = False  # the checkpoint keeps `x` in host memory
@@ -72,7 +72,7 @@ class Frame:
         self.saved: dict[str, Storage] = {}  # those outputs
         self.begins: tuple[int, ...] = (0,)  # the first operation of each part that is recomputed by itself
         self.left = 0  # operations before this one are not recomputed yet
-        self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
+        self.shares: Collection[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
         self.past: Mapping[str, Storage] = {}  # left by the previous pass

@@ -52,12 +52,14 @@ class PassMoments(Sequence[Moment]):
 
     Names of operations are only made for the moments that are looked at.
 
-    events    the events
-    phases, names, shared, at, per_copy  a field of each moment; a name is `where` as it was before it was `renamed`
+    events  the events
+    phases, shared, at, per_copy  a field of each moment
+    layers, names  the two parts of each moment's `where`, as it was before it was `renamed`
     """
 
     def __init__(self, events: Sequence[int] = ()) -> None:
-        self.events, self.phases, self.names = events, list[str](), list[str]()
+        self.events, self.phases = events, list[str]()
+        self.layers, self.names = list[str](), list[str]()
         self.shared, self.per_copy = list[Counts](), list[Mapping[int, Counts]]()
         self.at: Sequence[int] = []
         self._name: Callable[[str], str] = str
@@ -65,6 +67,7 @@ class PassMoments(Sequence[Moment]):
     def extend(
         self,
         phases: Iterable[str],
+        layers: Iterable[str],
         names: Iterable[str],
         shared: Iterable[Counts],
         at: Iterable[int],
@@ -73,6 +76,7 @@ class PassMoments(Sequence[Moment]):
         """Append moments, given a column of each field."""
         assert isinstance(self.at, list)
         self.phases += phases
+        self.layers += layers
         self.names += names
         self.shared += shared
         self.at += at
@@ -87,7 +91,7 @@ class PassMoments(Sequence[Moment]):
         return len(self.phases)
 
     def __iter__(self) -> Iterator[Moment]:
-        return (moment._replace(where=self._name(moment.where)) for moment in map(Moment._make, self.unnamed))
+        return map(self.__getitem__, range(len(self)))
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
@@ -95,13 +99,13 @@ class PassMoments(Sequence[Moment]):
     def __getitem__(self, index: slice) -> list[Moment]: ...
     def __getitem__(self, index: int | slice) -> Moment | list[Moment]:
         if isinstance(index, slice):
-            return [*self][index]
-        shared, at, per_copy = self.shared[index], self.at[index], self.per_copy[index]
-        return Moment(self.phases[index], self._name(self.names[index]), shared, self.events, at, per_copy)
+            return [*map(self.__getitem__, range(len(self))[index])]
+        where = self._name(self.layers[index] + self.names[index])
+        return Moment(self.phases[index], where, self.shared[index], self.events, self.at[index], self.per_copy[index])
 
     @property
     def unnamed(self) -> Iterator[Fields]:
-        """The moments' fields, to be counted: `where` is as it was before they were `renamed`."""
+        """The moments' fields, to be counted: of `where` there is only the operation's name."""
         columns = self.phases, self.names, self.shared, repeat(self.events), self.at, self.per_copy
         return zip(*columns, strict=False)  # the events are one for all
 

@@ -6,7 +6,8 @@ A list is looked up by its identity: resolving dtypes returns the same list for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
@@ -81,11 +82,20 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
 class GradientFlow:
     """The flow of gradients through operations, given which tensors need a gradient before them.
 
-    flows  names that need a gradient after the operations, in addition to those before them
+    entering  names that the operations read and that need a gradient before them
+    flows     names that need a gradient after the operations, in addition to those before them
     """
 
-    def __init__(self, ops: Ops, targets: Iterable[tuple[str, ...]], flows: frozenset[str]) -> None:
-        self._ops, self._targets, self.flows = ops, targets, flows
+    def __init__(
+        self, ops: Ops, targets: Iterable[tuple[str, ...]], entering: frozenset[str], flows: frozenset[str]
+    ) -> None:
+        self._ops, self._targets, self.entering, self.flows = ops, targets, entering, flows
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether any operation keeps a tensor for its backward."""
+        pairs = zip(self._ops, self._targets, strict=True)
+        return any(keep.of in targets for op, targets in pairs for keep in op.keeps)
 
     @cached_property
     def backwards(self) -> tuple[Backward, ...]:
@@ -94,16 +104,22 @@ class GradientFlow:
         return tuple(_backward_of(op, targets) if targets else NO_BACKWARD for op, targets in pairs)
 
 
-def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
+def gradient_flow(ops: Ops, entering: AbstractSet[str]) -> GradientFlow:
     """Return how gradients flow through the operations; tensors named in `entering` need one."""
     key = Identity(ops)
-    return _gradient_flow(key, names_read(key).intersection(entering))
+    return _gradient_flow(key, frozenset(names_read(key) & entering))
 
 
 @lru_cache(maxsize=128)
-def names_read(ops: Identity[Ops]) -> frozenset[str]:
-    """Return the names of the tensors that the operations read."""
-    return frozenset(r for op in ops.value for r in op.reads)
+def names_read(ops: Identity[Ops]) -> KeysView[str]:
+    """Return the names of the tensors that the operations read, in order."""
+    return dict.fromkeys([r for op in ops.value for r in op.reads]).keys()
+
+
+@lru_cache(maxsize=128)
+def leaf_names(ops: Identity[Ops]) -> frozenset[str]:
+    """Return the outputs of the operations that are autograd leaves requiring a gradient."""
+    return frozenset(name for op in ops.value if op.requires_gradient for name in leaves(op))
 
 
 @lru_cache(maxsize=128)
@@ -121,7 +137,7 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
         else:
             flows.update(leaves(op))
         targets_of_each.append(targets)
-    return GradientFlow(ops.value, targets_of_each, frozenset(flows))
+    return GradientFlow(ops.value, targets_of_each, entering, frozenset(flows))
 
 
 def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:

@@ -6,16 +6,18 @@ the last ones, all those of a model whose layers alternate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from operator import itemgetter
 
 from memplan.core.identity import Identity
 from memplan.core.ir import Op
 from memplan.core.records import NamedTuple
+from memplan.engine.dtypes import ResolvedOps
 from memplan.engine.frames import Frame
+from memplan.engine.likeness import ALIKE, Likeness
 from memplan.engine.operation_facts import Ops, are_holding, names_read
-from memplan.engine.storages import EventsOfBlock, Storage
+from memplan.engine.storages import GRADIENT_OF, EventsOfBlock, Storage
 from memplan.engine.tape import Tape
 
 
@@ -33,6 +35,7 @@ class _Repeat(NamedTuple):
                 whether the next event was that it is free, and the storage's number
     result      name -> number of the storage that it returned under the name
     known       the events by which of the latter storages it frees
+    like        how its operations differ from the first that they are like
     """
 
     events: list[int]
@@ -43,12 +46,12 @@ class _Repeat(NamedTuple):
     dropped: list[tuple[int, bool, int]]
     result: dict[str, int]
     known: dict[tuple[int, ...], EventsOfBlock]
+    like: Likeness
 
-    def among(self, earlier: list[Storage]) -> EventsOfBlock:
+    def among(self, earlier: list[Storage], is_deferred: Callable[[Storage], bool]) -> EventsOfBlock:
         """Return the events if it finds these storages, which are freed unless something else still holds them."""
-        frees = tuple(
-            [~earlier[n].size if earlier[n].refs + self.references[n] == 0 else 0 for _, _, n in self.dropped]
-        )
+        dropped = [(earlier[n], earlier[n].refs + self.references[n]) for _, _, n in self.dropped]
+        frees = tuple([0 if refs or is_deferred(storage) else ~storage.size for storage, refs in dropped])
         if frees not in self.known:
             events = [*self.events]
             for (at, was_freed, _), free in zip(self.dropped, frees, strict=True):
@@ -58,11 +61,11 @@ class _Repeat(NamedTuple):
 
 
 class RepeatingTape(Tape):
-    """A tape that repeats blocks of equal operations, if what they keep and hold is only their checkpoint's."""
+    """A tape that repeats blocks whose operations are alike, if these keep and hold only what their checkpoint does."""
 
     def __init__(self, grads_exist: bool, labelled: bool, updates: Mapping[str, int]) -> None:
         super().__init__(grads_exist, labelled, updates)
-        self._repeats: dict[tuple[object, ...], _Repeat] = {}
+        self._repeats: dict[tuple[object, ...], dict[Identity[Ops], _Repeat]] = {}  # of blocks that are alike, by block
 
     def _runs_alike(self, frame: Frame) -> bool:
         """Whether the block's allocations depend on nothing but its operations and the storages that it finds."""
@@ -74,7 +77,7 @@ class RepeatingTape(Tape):
         self,
         frame: Frame,
         part: range,
-        exported: Container[str],
+        exported: Collection[str],
         owned: Mapping[str, Storage],
         keep: bool,
         holds: dict[str, list[Storage]],
@@ -82,7 +85,8 @@ class RepeatingTape(Tape):
         run = partial(super()._run, frame, part, exported, owned, keep, holds)
         if keep or owned or not self._runs_alike(frame):
             return run()
-        return self._repeated((Identity(frame.ops), frame.block, exported), frame, [], run)
+        first_name = _like(frame.ops)[1].inverse().name
+        return self._repeated(("forward", *map(first_name, exported)), frame, [], run)
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         run = partial(super().backward, frame, grads)
@@ -93,13 +97,18 @@ class RepeatingTape(Tape):
         found = [(name, frame.outer[name]) for name in names_read(Identity(frame.ops)) if name in frame.outer]
         earlier = [*dict.fromkeys((*own, *(storage for _, storage in found)))]
         alone = {storage for storage in own if storage.refs == own.count(storage)}  # nothing else holds them
-        if self._in_run is not None and any(s.shared or s.run not in (None, self._in_run) for s in alone):
-            run()  # the run's other copies need what this one would free
+        if self._in_run is not None and any(s.run not in (None, self._in_run) for s in alone):
+            run()  # the run's other copies have storages like it
+            return
+        if sum(map(self._is_deferred, alone)) > 1:
+            run()  # they are freed in the order in which it drops them
             return
         number = {storage: i for i, storage in enumerate(earlier)}
-        names = [(name, number[storage]) for name, storage in (*grads.items(), *found)]
+        first_name = _like(frame.ops)[1].inverse().name
+        names = [(first_name(name), number[storage]) for name, storage in (*grads.items(), *found)]
         in_place = [storage.fresh and storage in alone for storage in grads.values()]
-        key = (Identity(frame.ops), frame.block, frame.flow, frame.whole, len(grads), *names, *in_place)
+        flows = frozenset(map(first_name, frame.flow.entering if frame.flow is not None else ()))
+        key = (flows, frame.whole, len(grads), *names, *in_place)
 
         def result() -> dict[str, Storage]:
             run()
@@ -113,28 +122,52 @@ class RepeatingTape(Tape):
     def _repeated(
         self, key: tuple[object, ...], frame: Frame, earlier: list[Storage], run: Callable[[], dict[str, Storage]]
     ) -> dict[str, Storage]:
-        """Run the block with `run`, or repeat what one with the same key did; return what `run` returns.
+        """Run the block with `run`, or repeat what one like it did with the same key; return what `run` returns.
 
         `earlier` are the storages that it finds.
         """
-        repeat = self._repeats.get(key)
+        first, like = _like(frame.ops)
+        repeats = self._repeats.setdefault((Identity(first), frame.block, *key), {})  # of blocks that are alike
+        repeat = repeats.get(Identity(frame.ops))
+        if repeat is None and repeats:
+            repeat = repeats[Identity(frame.ops)] = self._as_in(like, next(iter(repeats.values())))
         if repeat is None:
             before = len(self._changes), len(self.origins), len(self.made)
             references = [storage.refs for storage in earlier]
             result = run()
-            self._repeats[key] = self._done(earlier, references, result, *before)
+            repeats[Identity(frame.ops)] = self._done(like, earlier, references, result, *before)
             return result
-        self.repeat(repeat.among(earlier), frame.where)
+        self.repeat(repeat.among(earlier, self._is_deferred), frame.where)
         self.enter(frame, repeat.last)
         made = [Storage(size, fresh, refs) for size, fresh, refs in repeat.made]
         self.made += made
         for storage, change in zip(earlier, repeat.references, strict=True):
             storage.refs += change
+            if change and not storage.refs and self._is_deferred(storage):
+                self._deferred.append(storage)
         storages = [*earlier, *made]
         return {name: storages[number] for name, number in repeat.result.items()}
 
+    def _as_in(self, like: Likeness, repeat: _Repeat) -> _Repeat:
+        """Return what a block does, given what another one did that is like it."""
+        here = like.after(repeat.like)
+        keys, own = [*self.sizes], dict[int, int]()  # sizes that the other block allocates -> the block's own
+        for size in dict.fromkeys([event for event in repeat.events if event >= 0]):
+            shape, dtype, *labels = keys[size]
+            if labels and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
+                labels[3] = labels[3].removesuffix(name) + here.names[name]
+            own[size] = self.sizes.setdefault((here.shapes.get(shape, shape), dtype, *labels), len(self.sizes))
+        return repeat._replace(
+            events=[own[event] if event >= 0 else ~own.get(~event, ~event) for event in repeat.events],
+            made=[(own[size], fresh, refs) for size, fresh, refs in repeat.made],
+            result={here.name(name): number for name, number in repeat.result.items()},
+            known={},
+            like=like,
+        )
+
     def _done(
         self,
+        like: Likeness,
         earlier: list[Storage],
         references: list[int],
         result: Mapping[str, Storage],
@@ -146,7 +179,9 @@ class RepeatingTape(Tape):
         left = [storage for storage in self.made[made:] if storage.refs > 0]
         number = {storage: i for i, storage in enumerate((*earlier, *left))}
         changes = [storage.refs - before for storage, before in zip(earlier, references, strict=True)]
-        dropped = [(s.at - events, not s.refs, i) for i, s in enumerate(earlier) if changes[i] < 0]
+        dropped = [
+            (s.at - events, not s.refs and not self._is_deferred(s), i) for i, s in enumerate(earlier) if changes[i] < 0
+        ]
         return _Repeat(
             self._changes[events:],
             [op for _, op in self.origins[origins:]],
@@ -156,7 +191,13 @@ class RepeatingTape(Tape):
             sorted(dropped, key=itemgetter(0, 1), reverse=True),
             {name: number[storage] for name, storage in result.items()},
             {},
+            like,
         )
+
+
+def _like(ops: Ops) -> tuple[Ops, Likeness]:
+    """Return the first operations that a block's are like, and how they differ from those."""
+    return (ops.first, ops.like) if isinstance(ops, ResolvedOps) and ops.first else (ops, ALIKE)
 
 
 @lru_cache(maxsize=128)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Literal
 
+from memplan.core.identity import Identity
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack
 from memplan.core.records import NamedTuple
 from memplan.engine.copies import Copies, ResolvedStack, is_called, resolve_stack, shares_with_gradient
@@ -18,10 +19,10 @@ from memplan.engine.frames import Frame
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
 from memplan.engine.lowered import Lowered, at_depth
 from memplan.engine.moments import Moment, add_to_each
-from memplan.engine.operation_facts import leaves, part_begins, saved_operations, storages_behind
+from memplan.engine.operation_facts import leaf_names, names_read, part_begins, saved_operations, storages_behind
 from memplan.engine.repeats import RepeatingTape
 from memplan.engine.stash import Stash
-from memplan.engine.storages import Storage
+from memplan.engine.storages import GRADIENT_OF, Storage
 from memplan.engine.tape import Tape
 
 
@@ -267,7 +268,7 @@ class _Pass:
         self.tape.note()
 
     def _forward(
-        self, frame: Frame, exported: Container[str], owned: Mapping[str, Storage] = MappingProxyType({})
+        self, frame: Frame, exported: Collection[str], owned: Mapping[str, Storage] = MappingProxyType({})
     ) -> dict[str, Storage]:
         return self.tape.forward(frame, exported, owned, grad=self.records, checkpoint=not self.records)
 
@@ -408,7 +409,7 @@ class _Pass:
             frame.saves = saved_operations(block.ops, options.saves_products)
             frame.begins = part_begins(block.ops) if options.saves_products == "modules" else frame.begins
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
-        inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
+        inputs = [outer[r] for r in names_read(Identity(block.ops)) if r in outer]
         inputs += [self.carried[name] for name in block.passed if name in self.carried]
         if options.reentrant and block.by_name:
             frame.named, inputs = inputs, []
@@ -536,7 +537,7 @@ class _Pass:
         returned = (frame.scope[n].name for n in self.stack.returned if n in frame.scope)
         names = [*(n for n in shared if n in flowing), *returned]
         for name in dict.fromkeys(n for n in names if n not in self.grads and frame.scope[n].dtype in FLOATING):
-            self.grads[name] = self.tape.alloc(frame.scope[name], "temp", of="gradient of ")
+            self.grads[name] = self.tape.alloc(frame.scope[name], "temp", of=GRADIENT_OF)
 
     def _before_backward(self) -> None:
         """Run what precedes the blocks backward, and drop gradients that belong to no leaf."""
@@ -544,7 +545,7 @@ class _Pass:
         self._rename_gradient("y", self.embeds)
         for dealt in [t for op in first.ops if op.holds == "past" for t in op.writes]:
             tape.enter(first, Op("past"))
-            self.grads[dealt.name] = tape.alloc(dealt, "temp", of="gradient of ")
+            self.grads[dealt.name] = tape.alloc(dealt, "temp", of=GRADIENT_OF)
         if gatherer.is_reached(BEFORE, first, stack.leaf):
             gatherer.backward(BEFORE, first, gatherer.last_before)
         gatherer.enter_outside()
@@ -552,9 +553,9 @@ class _Pass:
         for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the modules
             gatherer.reduce(unit, first)
         gatherer.end(first)
-        leaf_names = {*stack.leaf, *(name for joint in stack.joins for name in joint.leaf)}
-        leaf_names.update(name for c in stack.copies for block in c.blocks for op in block.ops for name in leaves(op))
-        for name in [n for n in self.grads if n not in leaf_names]:
+        of_blocks = [leaf_names(Identity(block.ops)) for c in stack.copies for block in c.blocks]
+        leaf = frozenset(stack.leaf).union(*[joint.leaf for joint in stack.joins], *of_blocks)
+        for name in [n for n in self.grads if n not in leaf]:
             tape.drop(self.grads.pop(name))
 
 

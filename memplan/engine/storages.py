@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from sys import intern
 from typing import Literal
 
 from memplan.core.errors import InternalError
@@ -22,6 +21,7 @@ _NOTHING: Counts = {}
 # gathering weights, casting a rank's shard before that, and reducing gradients. A LENT storage is allocated for
 # computing and read for reducing.
 COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
+GRADIENT_OF = "gradient of "  # before a tensor's name: its gradient's
 
 
 class Storage:
@@ -126,8 +126,8 @@ class LiveStorages:
             return
         if refs < 0:
             raise self._freed_twice([*self.sizes][storage.size])
-        if storage.shared and self._in_run is not None:
-            self._deferred.append(storage)  # only the run's last copy frees it
+        if self._is_deferred(storage):
+            self._deferred.append(storage)
             return
         if self._rising:
             self.note()
@@ -136,6 +136,10 @@ class LiveStorages:
             self._count_in_copies(storage.run, storage.size, -1)
             if self._per_copy[storage.run][storage.size] < 0:
                 raise self._freed_twice([*self.sizes][storage.size])
+
+    def _is_deferred(self, storage: Storage) -> bool:
+        """Whether only the last copy of the run frees the storage, because all copies use it."""
+        return storage.shared and self._in_run is not None
 
     def _freed_twice(self, size: tuple[str, ...]) -> InternalError:
         shape, dtype, *labels = size
@@ -178,16 +182,15 @@ class LiveStorages:
         if self._rising:
             self._rising = False
             layer, op = self.origins[-1]
-            where = intern(f"{layer}{op.name}")  # other passes have moments of the same name
-            self.moments.extend((self.phase,), (where,), (_NOTHING,), (len(self._changes),), (self._per_copy,))
+            at = len(self._changes)
+            self.moments.extend((self.phase,), (layer,), (op.name,), (_NOTHING,), (at,), (self._per_copy,))
 
     def repeat(self, part: EventsOfBlock, layer: str) -> None:
         """Allocate and free again what a block did, in another layer, and note the same moments."""
         if part.events and part.events[0] < 0:
             self.note()
         before, count = len(self._changes), len(part.falls)
-        where = map(intern, map(layer.__add__, part.names))
-        columns = [self.phase] * count, where, [_NOTHING] * count
+        columns = [self.phase] * count, [layer] * count, part.names, [_NOTHING] * count
         self.moments.extend(*columns, [before + at for at in part.falls], [self._per_copy] * count)
         if part.events:
             self._changes += part.events
@@ -217,14 +220,8 @@ class LiveStorages:
         self._first = first
         self._made_before = len(self.made)
         self._deferred: list[Storage] = []
-        self._entered_at = len(self._changes)
+        self._entered_at, self._alive_before = len(self._changes), self._counts
         self._first_moment = len(self.moments)
-
-    def _in_first_copy(self, names: Sequence[str]) -> Sequence[str]:
-        """Return the names that operations of the last copy have in the first."""
-        for last, first in self._first.items():
-            names = [first + where[len(last) :] if where.startswith(last) else where for where in names]
-        return names
 
     def leave_run(self, *passed_on: Storage) -> None:
         """End the copy: count what it left once per further copy, except the storages `passed_on` to the next one."""
@@ -241,15 +238,16 @@ class LiveStorages:
         born = {storage for storage in self.made[self._made_before :] if storage.refs > 0}
         renamed = self._renamed(new, filter(born.__contains__, passed_on))
         moments, of_run = self.moments, slice(self._first_moment, None)
-        phases, names, shared = moments.phases[of_run], moments.names[of_run], moments.shared[of_run]
-        at, known = moments.at[of_run], moments.per_copy[of_run]
+        phases, layers, names = moments.phases[of_run], moments.layers[of_run], moments.names[of_run]
+        shared, at, known = moments.shared[of_run], moments.at[of_run], moments.per_copy[of_run]
+        in_first = [self._first.get(layer, layer) for layer in layers]
         others = [*self._as_last(zip(at, shared, strict=True), renamed)] if renamed else shared
         if self.phase == "backward":
-            moments.extend(phases, self._in_first_copy(names), others, at, _with_run(known, run, new))
+            moments.extend(phases, in_first, names, others, at, _with_run(known, run, new))
         else:  # every copy leaves more alive, so the last one peaks
             moments.shared[of_run], moments.per_copy[of_run] = others, _with_run(known, run, new)
             if frees_past:
-                moments.extend(phases, self._in_first_copy(names), shared, at, _with_run(known, run, old))
+                moments.extend(phases, in_first, names, shared, at, _with_run(known, run, old))
         negative = next((key for key, n in new.items() if n < 0), None)
         if negative is not None:
             raise self._freed_twice(keys[negative])
@@ -283,16 +281,22 @@ class LiveStorages:
     def _as_last(self, moments: Iterable[tuple[int, Counts]], renamed: Mapping[int, int]) -> Iterator[Counts]:
         """Yield what `shared` of the run's moments, given with `at`, is in the last of several copies."""
         at = self._entered_at
-        before = after(self._changes[:at], {})
-        alive = {entered: before.get(entered, 0) for entered in renamed}
+        alive = {entered: self._alive_before.get(entered, 0) for entered in renamed}
+        known: dict[tuple[int, ...], Counts] = {}  # moments share equal counts
         for moment_at, shared in moments:
-            alive = after((e for e in self._changes[at:moment_at] if e in alive or ~e in alive), alive)
-            at, out = moment_at, dict(shared)
-            for entered, name in renamed.items():
-                n = alive[entered] - self._counts.get(entered, 0)
-                out[entered] = out.get(entered, 0) - n
-                out[name] = out.get(name, 0) + n
-            yield out
+            for event in self._changes[at:moment_at]:
+                if event in alive:
+                    alive[event] += 1
+                elif ~event in alive:
+                    alive[~event] -= 1
+            at, key = moment_at, (id(shared), *alive.values())
+            if key not in known:
+                known[key] = out = dict(shared)
+                for entered, name in renamed.items():
+                    n = alive[entered] - self._counts.get(entered, 0)
+                    out[entered] = out.get(entered, 0) - n
+                    out[name] = out.get(name, 0) + n
+            yield known[key]
 
 
 def _with_run(per_copy: Sequence[Mapping[int, Counts]], run: int, counts: Counts) -> list[Mapping[int, Counts]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 from types import MappingProxyType
 
@@ -18,7 +18,7 @@ from memplan.engine.operation_facts import (
     parts_behind,
 )
 from memplan.engine.stash import Stash
-from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
+from memplan.engine.storages import CASTING, COMPUTING, GATHERING, GRADIENT_OF, LENT, REDUCING, LiveStorages, Storage
 
 
 class Tape(LiveStorages):
@@ -76,7 +76,7 @@ class Tape(LiveStorages):
     def forward(
         self,
         frame: Frame,
-        exported: Container[str],
+        exported: Collection[str],
         owned: Mapping[str, Storage] = MappingProxyType({}),
         grad: bool = True,
         checkpoint: bool = False,
@@ -91,7 +91,7 @@ class Tape(LiveStorages):
             frame.flow = gradient_flow(frame.ops, frame.flows)
             frame.flows |= frame.flow.flows
         left = self._run(frame, range(len(frame.ops)), exported, owned, keep=not checkpoint, holds=self._held)
-        if not any(backward.pins for backward in frame.backwards):  # nothing needs recomputation
+        if frame.flow is None or not frame.flow.keeps:  # nothing needs recomputation
             frame.checkpoint += frame.named
             self._release_checkpoint(frame)
             return left
@@ -165,7 +165,7 @@ class Tape(LiveStorages):
         self,
         frame: Frame,
         part: range,
-        exported: Container[str],
+        exported: Collection[str],
         owned: Mapping[str, Storage],
         keep: bool,
         holds: dict[str, list[Storage]],
@@ -501,7 +501,7 @@ class Tape(LiveStorages):
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
         """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""
-        gradient = self.alloc(frame.scope[target], _kind(node, target), of="gradient of ")
+        gradient = self.alloc(frame.scope[target], _kind(node, target), of=GRADIENT_OF)
         self.drop(wide)
         return gradient
 
@@ -518,7 +518,7 @@ class Tape(LiveStorages):
             kept.refs += 1
             return kept, False
         if target in backward.sums:
-            return self.alloc(backward.sums[target], "temp", of="gradient of "), True
+            return self.alloc(backward.sums[target], "temp", of=GRADIENT_OF), True
         if op.gradient in ("same", "part"):
             out, storage = incoming[0]
             aliased = op.gradient == "part" or (op.view and target == op.reads[0])
@@ -527,8 +527,8 @@ class Tape(LiveStorages):
                 return storage, False
         out = op.writes[0]
         if op.cast or op.gradient in ("same", "own") or out.dtype == like.dtype:
-            return self.alloc(like, _kind(node, target), fresh=op.gradient != "view", of="gradient of "), False
-        return self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of "), True
+            return self.alloc(like, _kind(node, target), fresh=op.gradient != "view", of=GRADIENT_OF), False
+        return self.alloc(like._replace(dtype=out.dtype), "temp", of=GRADIENT_OF), True
 
     def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
         """Add two gradients as autograd does: in place into the older one if nothing else references it."""
@@ -537,7 +537,7 @@ class Tape(LiveStorages):
         if old.refs == 1 and old.fresh:
             self.drop(new)
             return old
-        total = self.alloc(like, kind, of="gradient of ")
+        total = self.alloc(like, kind, of=GRADIENT_OF)
         self.drop(old)
         self.drop(new)
         return total

@@ -85,6 +85,12 @@ class OpenTraining(OpenRun):
     step: Trainer | None = None
 
 
+@lru_cache(maxsize=512)
+def _shared(part: Part, given: frozenset[str]) -> Part:
+    """Return one part for equal ones: thousands of runs are kept, and few of their parts differ."""
+    return part
+
+
 @lru_cache(maxsize=4096)
 @once
 def decide_training(
@@ -117,6 +123,7 @@ def decide_training(
     parts: dict[str, Part] = {name: getattr(run, name) for name in ("method", "precision", "optimizer", "kernels")}
     if step_precision(run.trainer, asked.kernels.loss, asked.precision) != asked.precision:
         parts["precision"] = fill_precision(asked.precision)
+    parts = {name: _shared(part, frozenset(part.model_fields_set)) for name, part in parts.items()}
     return ResolvedRun(
         run.structure,
         Batch(),

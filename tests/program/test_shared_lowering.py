@@ -8,8 +8,9 @@ import pytest
 
 from memplan import RunSpec
 from memplan.core.arithmetic import ONE_RUN
-from memplan.engine import lowered, record, step
+from memplan.engine import dtypes, lowered, record, step
 from memplan.engine.events import packed
+from memplan.engine.likeness import Likeness
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment, PassMoments
 from memplan.engine.repeats import RepeatingTape
@@ -36,12 +37,17 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed": ("jamba", {"method": "lora"}),
     "two stacks": ("t5", {}),
 }
+ALIKE = {**RUNS, "more and more sums": ("kimi_linear", {"kernels": {"checkpointing": "full"}, "method": "lora"})}
+SUMS = {"attn_res_block_size": 2, "hidden_act": "situ", "activation_situ_beta": 4.0}
 
 
 def deep(kind: str, layers: int, fields: dict[str, Any]) -> RunSpec:
     config = {"model_type": kind, **FAMILIES[kind], "num_hidden_layers": layers}
     config |= {"num_layers": layers, "num_decoder_layers": layers + 7} if kind == "t5" else {}
     config.pop("layer_types", None)
+    if kind == "kimi_linear":
+        kinds = ["linear_attention", "linear_attention", "full_attention"]
+        config |= {**SUMS, "layer_types": [kinds[i % 3] for i in range(layers)], "mlp_layer_types": ["sparse"] * layers}
     return RunSpec.model_validate({"model": {"config": config}, **fields})
 
 
@@ -61,18 +67,19 @@ def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: p
         assert alive(one, shared.runs, axes) == alive(other, own.runs, axes)
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", ALIKE)
 def test_a_block_that_repeats_what_another_did_has_its_own_moments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, fields = RUNS[case]
-    structure = decide(deep(kind, 9, fields)).structure
+    kind, fields = ALIKE[case]
+    structure = decide(deep(kind, 19, fields)).structure
 
     def lowered_once() -> Lowered:
-        for cache in (graph._lowered, step._lowered):  # pyright: ignore[reportPrivateUsage]
+        for cache in (graph._lowered, step._lowered, dtypes._resolved):  # pyright: ignore[reportPrivateUsage]
             cache.cache_clear()
         return pass_of(structure)
 
     shared = lowered_once()
     monkeypatch.setattr(RepeatingTape, "_runs_alike", lambda tape, frame: False)  # pyright: ignore
+    monkeypatch.setattr(Likeness, "of", lambda first, ops, inputs: None)
     own = lowered_once()
     assert shared is not own
     assert ([*shared.moments], shared[1:]) == ([*own.moments], own[1:])
@@ -148,12 +155,13 @@ def test_moments_walked_in_order_are_those_looked_up_one_by_one() -> None:
 
 def test_moments_in_columns_are_a_sequence() -> None:
     events = [0, ~0]
-    each = [Moment("forward", f"op{i}", {i: 1}, packed(events), i, {}) for i in range(3)]
+    each = [Moment("forward", f"layer.op{i}", {i: 1}, packed(events), i, {}) for i in range(3)]
     moments = PassMoments(events)
     for phase, where, shared, _, at, per_copy in each:
-        moments.extend((phase,), (where,), (shared,), (at,), (per_copy,))
+        layer, dot, name = where.partition(".")
+        moments.extend((phase,), (layer + dot,), (name,), (shared,), (at,), (per_copy,))
     moments = moments.packed()
     assert [*moments] == each
     assert (len(moments), moments[1], moments[-1], [*moments[1:]]) == (3, each[1], each[2], each[1:])
-    assert [m.where for m in moments.renamed(str.upper)] == ["OP0", "OP1", "OP2"]
+    assert [m.where for m in moments.renamed(str.upper)] == ["LAYER.OP0", "LAYER.OP1", "LAYER.OP2"]
     assert (len(PassMoments(())), [*PassMoments(())]) == (0, [])

@@ -13,7 +13,7 @@ Source: modeling_kimi_linear.py of moonshotai/Kimi-K3, 2026; Attention Residuals
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 from memplan.catalogue.attention.compressed_keys import summed
 from memplan.catalogue.decoder.mlp import gated_mlp
@@ -45,6 +45,7 @@ def residual_sums_name(number: int) -> str:
     return f"sums.{number}"
 
 
+@lru_cache(maxsize=128)  # layers share them
 def attention_residual(name: str, x: str, y: str, number: int) -> tuple[Op, ...]:
     """_apply_attn_res: the sum of `number` sums of earlier layers and x, weighted by a softmax over one number each.
 
@@ -91,6 +92,11 @@ def _selection_weights(name: str) -> tuple[Weight, Weight]:
     )
 
 
+@lru_cache(maxsize=4)
+def _norm(name: str, x: str, y: str) -> tuple[Op, ...]:
+    return ops.rms_norm(name, x, y, "b s h", "h")
+
+
 def attention_residual_block(
     layer: Layer, attention: tuple[Op, ...], feed: tuple[Op, ...], held: tuple[str, ...] = ()
 ) -> Block:
@@ -115,13 +121,13 @@ def attention_residual_block(
         (
             *selected,
             *opened,
-            *ops.rms_norm("input_layernorm", first, "n1", "b s h", "h"),
+            *_norm("input_layernorm", first, "n1"),
             *((ops.release_names("h1"),) if number else ()),
             *attention,
             *(() if layer.opens_sum else (ops.add("residual_1", "x", "ao", "x1", "b s h"),)),
             *attention_residual("mlp_res", total, "h2", number + layer.opens_sum),
             ops.release_names("ao"),
-            *ops.rms_norm("post_attention_layernorm", "h2", "n2", "b s h", "h"),
+            *_norm("post_attention_layernorm", "h2", "n2"),
             ops.release_names("h2"),
             *feed,
             ops.add("residual_2", total, "mo", "y", "b s h"),
