@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from memplan.spec.run import RunSpec
 
 
-def by_engine(b: Budget, standing: SideTask, pushed: SideTask, run: RunSpec) -> SideTask:
-    """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
-    a sleeping one has woken its weights only."""
+def by_engine(b: Budget, standing: SideTask, pushed: SideTask, run: RunSpec) -> tuple[SideTask, SideTask]:
+    """Return the generation by a colocated vLLM engine at its largest step, and while the weights are pushed to it,
+    when a sleeping one has woken its weights only."""
     woken = awake(b, run.profile) if run.serving.sleep else ()
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
     batch = (h for h in pushed.held if h.where == "generate")
-    task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
-    pushed = pushed._replace(held=(*pushed.held, *woken[1:]))
-    return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=bool(woken))
+    task = standing._replace(name=f"vLLM: {b.step.where}", held=(*batch, *woken, step), empties_cache=bool(woken))
+    return task, pushed._replace(held=(*pushed.held, *woken[1:]), empties_cache=bool(woken))
 
 
 class ColocatedUsage(Usage):

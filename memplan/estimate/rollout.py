@@ -19,10 +19,10 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.ir import Division
 from memplan.core.records import NamedTuple
-from memplan.core.units import ITEMSIZE, gib, rounded
-from memplan.estimate.side_task import SideTask
+from memplan.core.units import gib
+from memplan.estimate.side_task import BetweenSteps, SideTask, tensors
 from memplan.estimate.side_tasks import evaluation, evaluation_run, generated_passes, generating_graph, generation
-from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
+from memplan.estimate.training_peaks import training_peaks
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
 from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
@@ -41,51 +41,57 @@ _LOGITS = "trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
-def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
-    """Return the generation of a step's completions, and the reward model's pass over them; then that of each batch of
-    an evaluation. If other GPUs generate, return the push of weights to them if it gathers any.
+_Tasks = Iterator[Sequence[SideTask]]  # each at the moments that may be its peak
+
+
+def rollout(run: RunSpec, between: BetweenSteps, decided: ResolvedRun) -> _Tasks:
+    """Yield the generation of a step's completions, and the reward model's pass over them; then that of each batch of
+    an evaluation. If other GPUs generate, yield the push of weights to them if it gathers any.
 
     Raises SpecError if the model cannot generate.
     """
     e, steps = run.also.evaluation, _ppo if TRAINERS[run.trainer].own_loop else _tasks
-    return (*steps(run, walked, decided), *(() if e is None else _evaluated(run, walked, decided, e)))
+    yield from steps(run, between, decided)
+    if e is not None:
+        yield from _evaluated(run, between, decided, e)
 
 
-def _evaluated(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, e: Evaluation) -> Iterator[SideTask]:
+def _evaluated(run: RunSpec, between: BetweenSteps, decided: ResolvedRun, e: Evaluation) -> _Tasks:
     """Yield what an evaluation does of a step's tasks. PPO's generates a batch at once, and scores it while a variable
     holds the logits."""
     alone = evaluation_run(run.model_copy(update=decided.parts), e)
     inside = decide(alone)._replace(critic=None)
     if not TRAINERS[run.trainer].own_loop:
-        tasks = _tasks(alone, walked, inside)
-        yield from (task._replace(phase="eval", where=f"{task.phase}: {task.where}") for task in tasks)
+        for task in _tasks(alone, between, inside):
+            yield [moment._replace(phase="eval", name=f"{moment.phase}: {moment.name}") for moment in task]
         return
-    shape = f"{e.micro} {inside.batch.new_tokens} {inside.structure.graph.model.vocab_size}"
-    logits = tensor_group("activation", "logits of the evaluation", shape, "fp32", _LOGITS, "generate")
-    generated, _, *rewards = _ppo(alone, walked, inside, e.micro)
-    yield generated._replace(phase="eval", where=f"generate: {generated.where}")
-    yield from (reward._replace(phase="eval", held=(*reward.held, logits)) for reward in rewards)
+    sizes = e.micro, inside.batch.new_tokens, inside.structure.graph.model.vocab_size
+    logits = tensors("activation", "logits of the evaluation", sizes, "fp32", _LOGITS, "generate")
+    generated, _, *rewards = _ppo(alone, between, inside, e.micro)
+    yield [moment._replace(phase="eval", name=f"generate: {moment.name}") for moment in generated]
+    for reward in rewards:
+        yield [moment._replace(phase="eval", held=(*moment.held, logits)) for moment in reward]
 
 
-def _tasks(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
-    sharding = sharding_of(decided.structure)
-    yield from _generation(run, walked, decided)
-    if run.batch.scored > run.batch.micro:
-        yield from _log_probs(run, walked, decided)
+def _tasks(run: RunSpec, between: BetweenSteps, decided: ResolvedRun) -> _Tasks:
+    batch, moved = decided.batch, run.serving.trainer_offload or ()
+    yield from _generation(run, between, decided)
+    if batch.scored > batch.micro:
+        yield from _log_probs(run, between, decided)
     if "reward" in dict(decided.structure.graph.roles):
-        yield _scoring(with_new_tokens(run), walked, sharding)
+        yield (_scoring(run.model_copy(update={"batch": batch}), between, sharding_of(decided.structure)),)
     if decided.critic is not None:
-        yield _critic(decided.critic, walked, run)
+        yield (_without(_critic(decided.critic, between), "optimizer" in moved, optimizer=between.program.states),)
 
 
-def _log_probs(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+def _log_probs(run: RunSpec, between: BetweenSteps, decided: ResolvedRun) -> _Tasks:
     """Yield the passes for log-probabilities before the step, over more completions than one of its micro-batches has:
     those of an evaluation of as many."""
-    rows, standing = run.batch.scored, walked.program.between_steps(walked.workspace)
+    rows, is_moved = run.batch.scored, "optimizer" in (run.serving.trainer_offload or ())
     alone = changed(run.model_copy(update=decided.parts), "batch", generations=rows)
-    for task in evaluation(alone, Evaluation(micro=rows), walked, None, standing):
-        moved = _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
-        yield moved._replace(phase="rollout", where=f"log-probabilities: {task.where}")
+    for task in evaluation(alone, Evaluation(micro=rows), between, None):
+        each = (_without(moment, is_moved, optimizer=between.program.states) for moment in task)
+        yield [moment._replace(phase="rollout", name=f"log-probabilities: {moment.name}") for moment in each]
 
 
 def elsewhere(run: RunSpec) -> Iterator[str]:
@@ -100,17 +106,16 @@ def elsewhere(run: RunSpec) -> Iterator[str]:
     yield f"the critic on GPUs of its own: {each} allocated on each, if they are {run.parallelism.world:,} too"
 
 
-def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
+def _critic(critic: ResolvedRun, between: BetweenSteps) -> SideTask:
     """Return the update of a critic, next to what the policy holds between its steps."""
     alone = training_peaks(critic)
-    top, standing = alone.top, walked.program.between_steps(walked.workspace)
+    top = alone.top
     own = max(top.peak - alone.program.between_steps(alone.workspace), 0)
     held = tensor_group("gradient", "gradients and activations", own, "uint8", "the critic's update", "critic")
-    task = SideTask("critic", f"{top.phase}: {top.where}", standing, (held,))
-    return _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
+    return SideTask("critic", f"{top.phase}: {top.where}", between.bytes, (held,))
 
 
-def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
+def _scoring(run: RunSpec, between: BetweenSteps, sharding: Sharding) -> SideTask:
     """Return the reward model's pass over a step's completions."""
     scoring, batch = scoring_pass(run, decide), run.batch
     step = steps_of(scoring)[0]
@@ -118,11 +123,8 @@ def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTas
     if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
         wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
-    scored = sized(step, scoring)
-    moving, moment, where = scored.peak
     held = (*_batch_before(batch.micro * batch.accumulation, batch.tokens), *sharding.held_in("reward"))
-    standing = walked.program.between_steps(walked.workspace)
-    return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
+    return SideTask("reward", "", between.bytes, held, (sized(step, scoring),), 0)
 
 
 class _Policy(NamedTuple):
@@ -143,7 +145,7 @@ def _policy(run: RunSpec, structure: Structure) -> _Policy:
     """Return the policy of a step's structure, given its run from `_at_any_lengths`."""
     graph, sharding = structure.graph, sharding_of(structure)
     wraps = graph.recipe.kind not in ADAPTERS
-    if TRAINERS[run.trainer].backbone in ("every", run.kernels.loss):  # its step computes in another precision
+    if _is_decided_again(run):
         one = Batch(micro=run.batch.micro, sequence=run.batch.tokens)
         update = {"trainer": "sft", "reference": None, "roles": Roles(), "batch": one}
         graph = decide(run.model_copy(update=update)).structure.graph
@@ -158,69 +160,77 @@ def _policy(run: RunSpec, structure: Structure) -> _Policy:
     return _Policy(generating, sharding.generation_division(), tuple(sharding.held_in("generate")))
 
 
-def _at_any_lengths(run: RunSpec, decided: ResolvedRun) -> RunSpec:
-    """Return the run with a batch that stands for all whose operations are the same: its own if there are no others."""
+def _is_decided_again(run: RunSpec) -> bool:
+    """Return whether the step computes in another precision than the generation."""
+    return TRAINERS[run.trainer].backbone in ("every", run.kernels.loss)
+
+
+def _at_any_lengths(run: RunSpec, decided: ResolvedRun, again: bool) -> RunSpec:
+    """Return the run with a batch that stands for all whose operations are the same: its own if there are no others.
+    Lengths only matter if the run is decided `again`."""
     batch = decided.batch
-    if batch.micro > 1 and not depends_on_lengths(decided.structure.graph.model):
-        batch = _several(min(2, batch.accumulation))
+    if not again or not depends_on_lengths(decided.structure.graph.model):
+        batch = _batch_like(1 if batch.micro == 1 else 2, min(2, batch.accumulation))
     return run.model_copy(update={"batch": batch})
 
 
-@lru_cache(maxsize=2)
-def _several(accumulation: int) -> Batch:
-    return Batch(micro=2, accumulation=accumulation)
+@lru_cache(maxsize=4)
+def _batch_like(micro: int, accumulation: int) -> Batch:
+    return Batch(micro=micro, accumulation=accumulation)
 
 
-def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
+def _generation(run: RunSpec, between: BetweenSteps, decided: ResolvedRun) -> _Tasks:
     structure, batch = decided.structure, decided.batch
-    rows, standing = batch.micro * batch.accumulation, walked.program.between_steps(walked.workspace)
+    rows, standing = batch.micro * batch.accumulation, between.bytes
     held = _batch_before(rows, batch.tokens)
     if run.rollout != "transformers":
         gathered = tuple(sharding_of(structure).pushed(merges=structure.graph.recipe.kind in ADAPTERS))
         pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
         if decided.colocated is None:
-            return (pushed,) if gathered else ()
-        moved, p = run.serving.trainer_offload or (), walked.program
+            yield from ((pushed,),) if gathered else ()
+            return
+        moved, p = run.serving.trainer_offload or (), between.program
         own = p.parameters - total_bytes(structure.engine)
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         from memplan.estimate.colocated import by_engine
 
-        return (by_engine(decided.colocated, task, pushed, run),)
-    policy = _policy(_at_any_lengths(run, decided), structure)
+        yield by_engine(decided.colocated, task, pushed, run)
+        return
+    policy = _policy(_at_any_lengths(run, decided, _is_decided_again(run)), structure)
     generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
     prompted = decided._replace(structure=policy.structure, batch=generated, pictures=())
-    return (generation(prompted, standing, (*held, *policy.gathered), policy.division),)
+    yield generation(prompted, standing, (*held, *policy.gathered), policy.division)
 
 
-def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, at_once: int = 0) -> Iterator[SideTask]:
+def _ppo(run: RunSpec, between: BetweenSteps, decided: ResolvedRun, at_once: int = 0) -> _Tasks:
     """Yield the generation of PPO's step, and the passes of its other models over `at_once` completions.
 
     PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
 
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
     """
-    batch, standing = decided.batch, walked.program.between_steps(walked.workspace)
-    policy, scoring = _models_of_ppo(_at_any_lengths(run, decided), decided.structure._replace(engine=()))
+    batch, standing = decided.batch, between.bytes
+    structure = decided.structure._replace(engine=())
+    alike = _at_any_lengths(run, decided, _without_autocast(structure.graph) is None)
+    policy, scoring = _models_of_ppo(alike, structure)
     rows, words = batch.micro * batch.accumulation, decided.structure.graph.model.vocab_size
     chunk, before = at_once or rollout_chunk(rows), _batch_before(rows, batch.tokens)
     at = decided._replace(batch=batch.model_copy(update={"micro": chunk, "accumulation": 1}), pictures=())
     passes = generated_passes(at._replace(structure=policy.structure, half=_is_half(policy.structure)))
     at = at._replace(pictures=(("completion", batch.new_tokens), ("accumulation", 1)))
-    where, kept, top, moving = _with_logits(passes, rows, batch.new_tokens, words)
-    held = (*before, *policy.gathered, *kept)
-    yield SideTask("generate", where, standing, held, passes if moving else (), top, moving)
+    each = _with_logits(passes, rows, chunk, batch.new_tokens, words)
+    held = (*before, *policy.gathered)
+    yield [SideTask("generate", name, standing, (*held, *kept), of, at) for name, kept, of, at in each]
     tasks: list[SideTask] = []
     for structure, gathered in scoring:
         step = InferenceStep(structure.graph, chunk, batch.sequence)
         scored = sized(step, at._replace(structure=structure, half=_is_half(structure)))
-        moving, moment, where = scored.peak
         for role, phase, groups in gathered:
             held = (*before, *groups)
-            tasks.append(SideTask(phase, f"{role}: {where}", standing, held, (scored,), (0, moment), moving))
-    of_policy, values, *rewards = tasks
-    yield values if values.peak > of_policy.peak else of_policy
-    yield from rewards
+            tasks.append(SideTask(phase, f"{role}: ", standing, held, (scored,), 0))
+    yield tasks[:2]  # the reference and the value model
+    yield from ((reward,) for reward in tasks[2:])
 
 
 _OfRoles = tuple[tuple[str, str, tuple[TensorGroup, ...]], ...]  # each with its phase, and what ranks hold in it
@@ -275,34 +285,29 @@ def _without_autocast(graph: Graph) -> Graph | None:
 
 
 def _with_logits(
-    passes: Sequence[SizedPass], rows: int, tokens: int, words: int
-) -> tuple[str, tuple[TensorGroup, ...], tuple[int, int], int]:
-    """Return the peak of a generation that keeps the logits of all tokens: where, what is kept, and the pass's moment
-    with its bytes.
+    passes: tuple[SizedPass, ...], rows: int, chunk: int, tokens: int, words: int
+) -> Iterator[tuple[str, tuple[TensorGroup, ...], tuple[SizedPass, ...], int]]:
+    """Yield the moments of a generation of `chunk` rows at once that may be its peak, as it keeps the logits of all
+    tokens: the name, what is kept, and the passes and which of them it is in, if it is in one.
 
     It keeps the logits of every pass of a chunk of rows, stacks them, and joins the chunks in a padded copy.
 
     Source: trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; trl 0.24.0 trainer/utils.py.
     """
-    prompt, last, chunk = passes[0].peak, passes[-1].peak, passes[0].step.batch
 
     def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
-        bytes_ = rounded(of * tokens * words * ITEMSIZE["fp32"])
-        return TensorGroup("activation", what, "generate", f"{of} {tokens} {words}", "fp32", copies, bytes_, _LOGITS)
+        return tensors("activation", what, (of, tokens, words), "fp32", _LOGITS, "generate", copies)
 
     before, padded = (rows // chunk - 1) * chunk, -(-rows // chunk) * chunk
     earlier = (logits("logits of earlier rows", before, tokens),) if before else ()
     made, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
-    cache = tensor_group("activation", "keys and values", passes[-1].bytes_left(), "uint8", _LOGITS, "generate")
+    cache = tensors("activation", "keys and values", (passes[-1].bytes_left(),), "uint8", _LOGITS, "generate")
     joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded, tokens))
     kept = (*earlier, made._replace(copies=tokens - 1)) if tokens > 1 else earlier
-    moments = (
-        (f"{passes[0].phase}: {prompt.where}", earlier, (0, prompt.moment), prompt.bytes),
-        (f"{passes[-1].phase}: {last.where}", kept, (len(passes) - 1, last.moment), last.bytes),
-        ("stacked logits", (*earlier, made, stacked, cache), (-1, -1), 0),
-        ("padded logits", joined, (-1, -1), 0),
-    )
-    return max(moments, key=lambda moment: moment[3] + total_bytes(moment[1]))
+    yield f"{passes[0].phase}: ", earlier, passes, 0
+    yield f"{passes[-1].phase}: ", kept, passes, len(passes) - 1
+    yield "stacked logits", (*earlier, made, stacked, cache), (), -1
+    yield "padded logits", joined, (), -1
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
@@ -314,5 +319,5 @@ def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
 
 def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:
     what = "tokens of the generation before"
-    ids = tensor_group("activation", what, f"{rows} {tokens}", "int64", _BATCH, "generate")
+    ids = tensors("activation", what, (rows, tokens), "int64", _BATCH, "generate")
     return ids, ids._replace(what="their masks")

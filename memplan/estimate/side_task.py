@@ -1,26 +1,41 @@
-"""One side task of a training run (an evaluation, a save or a merge) at its peak."""
+"""One side task of a training run (an evaluation, a generation, a save or a merge) at its peak."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from math import prod
+
 from memplan.core.records import NamedTuple
+from memplan.core.units import ITEMSIZE, rounded
 from memplan.engine.allocator import Allocator, Block
 from memplan.program.graph import Graph, TensorGroup
 from memplan.program.inference.passes import SizedPass
 from memplan.program.inference.replay import NOTHING, load, replay_pass
+from memplan.program.training.program import Program
 
 _REPLAYED = 8  # batches whose passes are replayed, in addition to the last one
+
+
+class BetweenSteps(NamedTuple):
+    """The program of a training run, for what it holds between two steps; `workspace` is cuBLAS's for one handle."""
+
+    program: Program
+    workspace: int
+
+    @property
+    def bytes(self) -> int:
+        return self.program.between_steps(self.workspace)
 
 
 class SideTask(NamedTuple):
     """One side task of a run, at its peak.
 
     phase              eval, generate, save or merge
-    where              the operation at the peak
+    name               the operation at the peak, or what precedes the operation's name if it is in a pass
     persistent_bytes   bytes held throughout; for a separate process (`own_process_graph`), its weights
     held               tensors held in addition, also during a pass
     passes             the model's passes
-    top                the pass and the moment of the peak; (-1, -1) if it is in no pass
-    moving             bytes alive at that moment
+    at                 the pass with the peak; -1 if it is in none
     kept               bytes of each tensor that an evaluation keeps of a batch on the GPU
     batches            how many batches are kept
     concatenates       whether the kept tensors are concatenated
@@ -32,12 +47,11 @@ class SideTask(NamedTuple):
     """
 
     phase: str
-    where: str
+    name: str
     persistent_bytes: int
     held: tuple[TensorGroup, ...] = ()
     passes: tuple[SizedPass, ...] = ()
-    top: tuple[int, int] = (-1, -1)
-    moving: int = 0
+    at: int = -1
     kept: tuple[int, ...] = ()
     batches: int = 1
     concatenates: bool = True
@@ -46,6 +60,21 @@ class SideTask(NamedTuple):
     loads: int = 0
     empties_cache: bool = False
     moved: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The operation at the peak."""
+        return self.name if self.at < 0 else self.name + self.passes[self.at].peak.where
+
+    @property
+    def top(self) -> tuple[int, int]:
+        """The pass and the moment of the peak; (-1, -1) if it is in no pass."""
+        return self.at, self.passes[self.at].peak.moment if self.at >= 0 else -1
+
+    @property
+    def moving(self) -> int:
+        """Bytes alive at that moment of the pass."""
+        return self.passes[self.at].peak.bytes if self.at >= 0 else 0
 
     @property
     def held_bytes(self) -> int:
@@ -92,6 +121,19 @@ class SideTask(NamedTuple):
             _free(together, allocator)
             together, last = joined, new
         _free([*together, *last], allocator)
+
+
+def tensors(
+    kind: str, what: str, sizes: Sequence[int], dtype: str, source: str, where: str, copies: int = 1
+) -> TensorGroup:
+    """Return a group of tensors of some sizes, which may be expressions."""
+    bytes_ = rounded(prod(sizes) * ITEMSIZE[dtype])
+    return TensorGroup(kind, what, where, " ".join(map(str, sizes)), dtype, copies, bytes_, source)
+
+
+def largest(moments: Iterable[SideTask]) -> SideTask:
+    """Return a task at its peak, given it at each moment that may be its peak; the first of equals."""
+    return max(moments, key=lambda moment: moment.peak)
 
 
 def _free(blocks: list[Block], allocator: Allocator) -> None:

@@ -10,9 +10,8 @@ memplan.program.training.saving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from operator import itemgetter
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
@@ -26,8 +25,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.gather import left_whole
 from memplan.engine.walk import size
-from memplan.estimate.side_task import SideTask
-from memplan.estimate.training_peaks import TrainingPeaks
+from memplan.estimate.side_task import BetweenSteps, SideTask, largest
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
 from memplan.program.inference.passes import InferenceStep, SizedPass, sized
@@ -50,7 +48,7 @@ _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
 def side_tasks_of(
-    run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, model: ModelSpec | None
+    run: RunSpec, between: BetweenSteps, decided: ResolvedRun, model: ModelSpec | None
 ) -> tuple[SideTask, ...]:
     """Return the run's side tasks, in the order they run. Raises SpecError."""
     also = run.also
@@ -58,15 +56,14 @@ def side_tasks_of(
         return ()
     run = run.model_copy(update=decided.parts)  # a side task runs with the profile's defaults too
     refuse(refused_side_tasks(run, decided.structure.graph))
-    standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
     if also.evaluation is not None and not TRAINERS[run.trainer].own_loop:  # whose evaluation computes no loss
-        tasks += evaluation(run, also.evaluation, walked, model, standing)
+        tasks += map(largest, evaluation(run, also.evaluation, between, model))
     if also.saving is not None:
-        held, where, host = saving_peak(decided.structure, also.saving, walked.program)
-        tasks.append(SideTask("save", where, standing, held, host=host))
+        held, where, host = saving_peak(decided.structure, also.saving, between.program)
+        tasks.append(SideTask("save", where, between.bytes, held, host=host))
     if also.merging is not None:
-        tasks.append(_merge(run, walked, decided, model, standing))
+        tasks.append(_merge(run, between, decided, model))
     return tuple(tasks)
 
 
@@ -88,9 +85,9 @@ def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
 
 
 def evaluation(
-    run: RunSpec, e: Evaluation, walked: TrainingPeaks, model: ModelSpec | None, standing: int
-) -> Iterator[SideTask]:
-    """Yield an evaluation, and the generation in it."""
+    run: RunSpec, e: Evaluation, between: BetweenSteps, model: ModelSpec | None
+) -> Iterator[Sequence[SideTask]]:
+    """Yield an evaluation, and the generation in it: each at the moments that may be its peak."""
     decided_ = decide(evaluation_run(run, e), model)
     kind, quantised = decided_.structure.graph.model.model_type, run.method.quantization is not None
     library = library_behaviour(run.profile, kind, quantised)
@@ -101,19 +98,14 @@ def evaluation(
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
     step = InferenceStep(graph, e.micro, decided_.batch.sequence, division=division)
     batch = sized(step, decided_)
-    moving, moment, where = batch.peak
-    standing += walked.program.passing["forward"]
+    standing = between.bytes + between.program.passing["forward"]
     kept = _kept(e, graph, batch.axes, run.parallelism.dp)
     loss = TensorGroup("activation", "loss of a batch, referenced by the loop", "evaluation", "", "fp32", 1, 512, _LOOP)
     referenced = () if e.batch_metrics else (loss,)  # with batch_metrics the loop drops its references
     during, joined = (*kept.during, *referenced), (*kept.joined, *referenced)
     batches = batches_on_gpu(e) if kept.each else 1
-    task = SideTask(
-        "eval", where, standing, during, (batch,), (0, moment), moving, kept.each, batches, e.concatenates, kept.host
-    )
-    if sum(h.bytes * h.copies for h in joined) > moving + task.held_bytes:
-        task = task._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
-    yield task
+    task = SideTask("eval", "", standing, during, (batch,), 0, kept.each, batches, e.concatenates, kept.host)
+    yield task, task._replace(name="evaluation.concat", held=joined, at=-1)
     if e.new_tokens:
         asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
         generating = generating_graph(decided_.structure.graph, library, one_pass.casts_logits)
@@ -239,18 +231,17 @@ def _batch_logits(graph: Graph) -> Tensor | None:
 
 def generation(
     decided_: ResolvedRun, standing: int, held: tuple[TensorGroup, ...] = (), division: Division | None = None
-) -> SideTask:
-    """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it.
+) -> Sequence[SideTask]:
+    """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it, at the
+    peak of each pass.
 
     decided_  the run of `generating_graph`
     held      tensors held meanwhile
     division  as of `generated_passes`
     """
     passes = generated_passes(decided_, division)
-    peaks = [each.peak for each in passes]
-    moving, moment, where = most = max(peaks, key=itemgetter(0))
-    top = peaks.index(most)
-    return SideTask("generate", f"{passes[top].phase}: {where}", standing, held, passes, (top, moment), moving)
+    each = enumerate(passes)
+    return [SideTask("generate", f"{one.phase}: ", standing, held, passes, at) for at, one in each]
 
 
 def generated_passes(decided_: ResolvedRun, division: Division | None = None) -> tuple[SizedPass, ...]:
@@ -300,17 +291,15 @@ def generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, *, sam
     return evaluation_graph
 
 
-def _merge(
-    run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, model: ModelSpec | None, standing: int
-) -> SideTask:
+def _merge(run: RunSpec, between: BetweenSteps, decided: ResolvedRun, model: ModelSpec | None) -> SideTask:
     """Return the merge of adapters, layer by layer: the peak is the largest layer's product."""
     merging = run.also.merging
     assert merging is not None
-    graph, alone, loads = decided.structure.graph, None, 0
+    graph, alone, loads, standing = decided.structure.graph, None, 0, between.bytes
     if merging.model == "reloaded":
         graph = alone = _reloaded_graph(run, model)
         weights, loads = _loaded_alone(graph)
-        standing = weights + walked.workspace
+        standing = weights + between.workspace
     held, where, host = _largest_merge(graph)
     return SideTask("merge", where, standing, held, host=0 if alone else host, own_process_graph=alone, loads=loads)
 

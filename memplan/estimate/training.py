@@ -17,8 +17,14 @@ from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
 from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk, bytes_by_kind
 from memplan.estimate.host import host_memory
-from memplan.estimate.side_task import SideTask
-from memplan.estimate.training_peaks import TrainingPeaks, lengths_of, step_program, training_peaks, workspace_of
+from memplan.estimate.side_task import BetweenSteps, SideTask, largest
+from memplan.estimate.training_peaks import (
+    TrainingPeaks,
+    lengths_of,
+    step_program,
+    training_peaks,
+    workspace_of,
+)
 from memplan.estimate.usage import Usage, calibration_of, room, run_overhead
 from memplan.models.model import ModelSpec
 from memplan.program.graph import operations_of, total_bytes
@@ -47,52 +53,74 @@ if TYPE_CHECKING:
 class TrainingWalk(Walk):
     """The walk of a training run on one rank: its steps and, with `with_side_tasks`, what runs in addition to them."""
 
-    side_tasks: tuple[SideTask, ...] = ()
+    _asked: tuple[SideTask, ...] = ()
+    _generates = False
     _side_notes: tuple[str, ...] = ()
 
     def __init__(self, run: RunSpec, decided: ResolvedRun) -> None:
         self.run, self.decided, self.gpu = run, decided, decided.gpu
         self.communicators = decided.communicators
-        step = step_program(decided.structure)
-        self._top = step.top(*lengths_of(decided))
+        self._step = step = step_program(decided.structure)
+        self._top: Phase | None = None
         self.resident, self.load = step.resident, step.program.loading
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
-        trainer, asked = self.decided.structure.graph.trainer, tuple[SideTask, ...]()
-        if not is_default(self.run, "also"):
+        run, trainer = self.run, self.decided.structure.graph.trainer
+        if not is_default(run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
-            asked = side_tasks_of(self.run, self.peaks, self.decided, model)
-            self._side_notes = tuple(notes_of(self.run, asked))
+            self._asked = side_tasks_of(run, self._between_steps, self.decided, model)
+            self._side_notes = tuple(notes_of(run, self._asked))
         if trainer is not None and trainer.name in GENERATING:
             from memplan.estimate.rollout import elsewhere, rollout
+            from memplan.estimate.run_peaks import run_peaks
 
-            asked = (*rollout(self.run, self.peaks, self.decided), *asked)
-            self.unsupported = tuple(elsewhere(self.run))
-        if asked:
-            self.side_tasks, peaks = asked, self.peaks.followed_by(asked)
-            vars(self).update(peaks=peaks, _top=peaks.top)
-            self.resident = min((self.resident, *(task.persistent_bytes for task in asked)))
-            self.load = max((self.load, *(task.loads for task in asked)))
+            self._generates, self.unsupported = True, tuple(elsewhere(run))
+            if self.decided.alike is not None and not self._asked:
+                known = run_peaks(self.decided.alike, self._step).peak(run, self.decided, rollout)
+                if known is not None:
+                    self._top, self.resident = known
+                    return self
+        if self._generates or self._asked:
+            self.resident = min((self.resident, *(task.persistent_bytes for task in self.side_tasks)))
+            self.load = max((self.load, *(task.loads for task in self.side_tasks)))
+            self._top = self.peaks.top
         return self
 
     @property
     def top(self) -> Phase:
+        if self._top is None:
+            self._top = self._step.top(*lengths_of(self.decided))
         return self._top
+
+    @property
+    def _between_steps(self) -> BetweenSteps:
+        return BetweenSteps(self._step.program, workspace_of(self.decided))
+
+    @cached_property
+    def side_tasks(self) -> tuple[SideTask, ...]:
+        """Tasks in addition to the steps: the trainer's own, then those that the run asks for."""
+        if not self._generates:
+            return self._asked
+        from memplan.estimate.rollout import rollout
+
+        return (*map(largest, rollout(self.run, self._between_steps, self.decided)), *self._asked)
 
     @cached_property
     def peaks(self) -> TrainingPeaks:
         """The peaks of all phases."""
-        return training_peaks(self.decided)
+        peaks = training_peaks(self.decided)
+        return peaks.followed_by(self.side_tasks) if self.side_tasks else peaks
 
     @cached_property
     def axes(self) -> dict[str, int]:
         """The run's axes, for what needs no peaks."""
-        return step_program(self.decided.structure).axes(lengths_of(self.decided)[0])
+        return self._step.axes(lengths_of(self.decided)[0])
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state with the peaks of all phases, which another process would have to lower the run for."""
-        return {**vars(self), "peaks": self.peaks, "axes": self.peaks.axes}
+        kept = {"_top": self.top, "peaks": self.peaks, "axes": self.peaks.axes, "side_tasks": self.side_tasks}
+        return {name: value for name, value in {**vars(self), **kept}.items() if name != "_step"}
 
     @cached_property
     def phases(self) -> Sequence[Phase]:  # pyright: ignore[reportIncompatibleVariableOverride] (computed if asked for)

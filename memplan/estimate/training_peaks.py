@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from operator import mul
 from typing import Any
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.core.arithmetic import ONE_RUN
+from memplan.core.arithmetic import ONE_RUN, Arithmetic
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
-from memplan.core.expression import WRITTEN, compiled
+from memplan.core.expression import WRITTEN, Argument
 from memplan.core.records import NamedTuple
-from memplan.engine.largest import PhaseTerms, RowGroups
+from memplan.engine.largest import PhaseTerms
 from memplan.engine.walk import values
 from memplan.estimate.answer import Phase
+from memplan.estimate.peak_function import MomentRows, PeakFunction
 from memplan.estimate.side_task import SideTask
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
@@ -100,19 +101,6 @@ class _Moments(NamedTuple):
     peaks: dict[int, TrainingPeaks]
 
 
-class _Contenders(NamedTuple):
-    """The moments of all phases that can be the peak of the run, whatever its lengths.
-
-    numbers  function of the micro-batch, the sequence and the decoder's: the variables' values
-    rows     the moments as coefficients of the variables, with all that no length decides
-    phases   of each row: its phase, step and operation
-    """
-
-    numbers: Callable[[int, int, int | None], list[int]]
-    rows: RowGroups
-    phases: list[tuple[str, int | None, str]]
-
-
 class StepProgram:
     """A program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
 
@@ -128,11 +116,15 @@ class StepProgram:
         last, (micro, sequence, half, large_tiles, pictures, target) = self._last, sizes
         if last is not None and last[0][:2] != (micro, sequence):
             of_lengths = self._contenders(workspace, half, large_tiles, pictures, target is None)
-            best = of_lengths and of_lengths.rows.largest(of_lengths.numbers(micro, sequence, target))
-            if of_lengths and best:
-                phase, step, where = of_lengths.phases[best[0]]
-                return Phase(phase, step, best[1], where)
+            top = of_lengths and of_lengths.largest((micro, sequence, target))
+            if top:
+                return top
         return self.peaks(sizes, workspace).top
+
+    def moments(self, sizes: _Sizes, workspace: int) -> MomentRows | None:
+        """Return the moments of the steps that can be the peak at any lengths, which are expressions among the sizes.
+        None if a phase may take less than the weights."""
+        return _moments_at(self.program, workspace, sizes)
 
     @cached_property
     def _terms(self) -> PhaseTerms:
@@ -152,8 +144,7 @@ class StepProgram:
 
     def axes(self, sizes: _Sizes) -> dict[str, int]:
         """Return the axes of a run."""
-        micro, sequence, half, large_tiles, pictures, target = sizes
-        return run_axes(self.program, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
+        return _axes_at(self.program, sizes, ONE_RUN)
 
     def _moments(self, sizes: _Sizes) -> _Moments:
         p, axes = self.program, self.axes(sizes)
@@ -200,11 +191,19 @@ def resident_bytes(p: Program) -> int:
 
 def _contenders(
     p: Program, workspace: int, half: bool, large_tiles: bool, pictures: tuple[tuple[str, int], ...], is_alone: bool
-) -> _Contenders | None:
+) -> PeakFunction | None:
     """Return the moments that can be the peak of a run with these settings; None if a phase may take less than weights.
 
     Other arguments as of `run_axes`; `is_alone`: there is no decoder with a length of its own.
     """
+    micro, sequence, target = lengths = [*map(Argument, ("micro", "sequence", "target"))]
+    sizes = micro, sequence, half, large_tiles, pictures, None if is_alone else target
+    moments = _moments_at(p, workspace, sizes)
+    return moments and PeakFunction([moments], lengths)
+
+
+def _moments_at(p: Program, workspace: int, sizes: tuple[Any, ...]) -> MomentRows | None:
+    """Return the moments of the steps that can be the peak, if the lengths among the sizes are expressions."""
     terms, width = p.moments.terms, len(p.moments.variables)
     passes = [(terms.first, terms.where[0], dict.fromkeys(p.accumulated, 0))]
     passes += [(terms.later, terms.where[1], p.accumulated)] if p.structure.accumulates else []
@@ -227,15 +226,12 @@ def _contenders(
                 phases.append((phase, step, name))
     rows.append((p.loading, *(0,) * (width - 1)))
     phases.append(("load", None, ""))
-    used = [i for i, column in enumerate(zip(*rows, strict=True)) if any(column)]
-    variables = [p.moments.variables[i] for i in used]
+    return MomentRows(values(p.moments.variables, _axes_at(p, sizes, WRITTEN)), rows, phases)
 
-    def numbers(micro: Any, sequence: Any, target: Any) -> list[Any]:
-        decoder = None if is_alone else target
-        return values(variables, run_axes(p, micro, sequence, half, large_tiles, WRITTEN, pictures, decoder))
 
-    of_lengths = compiled(numbers, "micro", "sequence", "target")
-    return _Contenders(of_lengths, RowGroups([[tuple(row[i] for i in used) for row in rows]]), phases)
+def _axes_at(p: Program, sizes: tuple[Any, ...], by: Arithmetic[Any]) -> dict[str, Any]:
+    micro, sequence, half, large_tiles, pictures, target = sizes
+    return run_axes(p, micro, sequence, half, large_tiles, by, pictures, target)
 
 
 @lru_cache(maxsize=512)

@@ -59,7 +59,7 @@ def estimate(
         answer = by_engine(run, calibration, model)
     else:
         [answer] = estimates([(run, calibration)], via, cache=cache)
-    derived = tuple(_derived(fields.get("parallelism"), run))
+    derived = tuple(_derived(fields.get("parallelism"), run)) if fields else ()
     return answer.read_from(derived, ()) if derived else answer
 
 

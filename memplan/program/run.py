@@ -37,6 +37,7 @@ class ResolvedRun(NamedTuple):
     assistant      what proposes tokens in assisted generation
     colocated      how a vLLM engine on the same GPU, which generates for a trainer, divides its share
     critic         the update of a value model with an optimizer of its own, on the same GPUs
+    alike          the same object for runs that differ in their lengths alone; None if lengths decide more
     """
 
     structure: Structure
@@ -53,6 +54,7 @@ class ResolvedRun(NamedTuple):
     assistant: Assistant | None = None
     colocated: Budget | None = None
     critic: ResolvedRun | None = None
+    alike: object | None = None
 
     @property
     def trains(self) -> bool:

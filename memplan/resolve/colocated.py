@@ -26,12 +26,12 @@ _SOURCE = "trl 1.16.0 generation/vllm_generation.py _init_vllm"
 _STEP_TOKENS = 4096  # _SOURCE
 
 
-def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
-    """Return how the engine divides its share of the GPU. `batch` is the run's, filled in.
+def colocated_settings(run: RunSpec, gpu: str | None, batch: Batch, model: ModelSpec) -> Settings:
+    """Return the settings of the engine. `batch` is the run's, filled in.
 
     Raises SpecError without a GPU, and as `resolve_serving` does.
     """
-    if run.gpu is None:
+    if gpu is None:
         raise refused("rollout", "colocate: vLLM takes a share of the GPU; name one (--gpu)")
     s, world = run.serving, run.parallelism.world
     ranks = s.tensor_parallel or 1
@@ -47,12 +47,22 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
     }
     quantization = run.method.quantization  # bitsandbytes' 4 bits, in vLLM too
     form = None if quantization is None else quantization.format
-    fixed = run.model, model, run.gpu, form, s.model_copy(update=serving), requests, ranks
+    fixed = run.model, model, gpu, form, s.model_copy(update=serving), requests, ranks
     settings = _settings(*fixed)
     if settings.draft is not None or settings.longest < batch.tokens:
         settings = _settings(*fixed, batch.sequence, batch.new_tokens)
-    settings = settings._replace(context=batch.tokens, prompt=batch.sequence)
-    return budget(settings, settings.gpu.usable if settings.gpu else None)
+    return settings._replace(context=batch.tokens, prompt=batch.sequence)
+
+
+def colocated_budget(s: Settings) -> Budget:
+    """Return how the engine divides its share of the GPU."""
+    return budget(s, s.gpu.usable if s.gpu else None)
+
+
+def at_lengths(b: Budget, s: Settings) -> Budget | None:
+    """Return a budget at the settings of other lengths, or None if these decide more of it than what requests need."""
+    is_alike = s == b.settings._replace(context=s.context, prompt=s.prompt)
+    return b._replace(settings=s) if is_alike and s.serving.max_model_len is not None else None
 
 
 @lru_cache(maxsize=256)

@@ -44,7 +44,7 @@ from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.vendors import not_on
-from memplan.resolve.roles import critic_run, graphs_of_roles, logits_of_completions
+from memplan.resolve.roles import critic_run, depends_on_lengths, graphs_of_roles, logits_of_completions, models_of
 from memplan.resolve.training import decide_training
 from memplan.spec.run import Batch, RunSpec, is_default
 
@@ -90,7 +90,7 @@ class Resolver:
     def __init__(self, run: RunSpec, model: ModelSpec) -> None:
         self._run, self._model = run, model
         self._last: tuple[Batch, _Lengths] | None = None
-        self._trained: dict[tuple[str | None, BatchFacts], ResolvedRun] = {}
+        self._trained: dict[tuple[str | None, BatchFacts, int], ResolvedRun] = {}
 
     @classmethod
     def of(cls, run: RunSpec, model: ModelSpec | None = None) -> Resolver:
@@ -112,23 +112,40 @@ class Resolver:
 
             return with_assistant(run, self._model, decide_inference(run, self._model, run.task == "generate"), decide)
         lengths = self.lengths(batch)
-        decided = self._trained.get((name, lengths[2]))
+        key = name, lengths[2], batch.micro if self._rows_decide else batch.micro == 1
+        decided = self._trained.get(key)
+        if decided is not None and decided.colocated is not None:
+            from memplan.resolve.colocated import at_lengths, colocated_settings
+
+            engine = at_lengths(decided.colocated, colocated_settings(self._run, name, lengths[0], self._model))
+            decided = None if engine is None else decided._replace(colocated=engine)
         if decided is None:
             run = self._run.model_copy(update={"gpu": name, "batch": batch})
             decided = _train(with_new_tokens(run), self._model, gpu, card, lengths)
-            if self._is_alike:
+            if self._is_alike(decided):
+                decided = decided._replace(alike=object())
                 if len(self._trained) >= _MOST_KEPT:
                     self._trained.clear()
-                self._trained[name, lengths[2]] = decided
+                self._trained[key] = decided
             return decided
         _check_sequence(decided, lengths[0])
         return decided._replace(batch=lengths[0], parts={**decided.parts, "batch": lengths[0]})
 
     @cached_property
-    def _is_alike(self) -> bool:
+    def _rows_decide(self) -> bool:
+        """Whether each micro-batch of the training run has a structure of its own."""
+        return TRAINERS[self._run.trainer].own_loop or self._run.rollout == "colocate"
+
+    def _is_alike(self, decided: ResolvedRun) -> bool:
         """Whether lengths decide no more of the structure of the training run than the facts about the batch say."""
-        run = self._run
-        return is_default(run, "roles") and run.rollout == "transformers" and not TRAINERS[run.trainer].own_loop
+        if decided.critic is not None:
+            return False
+        if is_default(self._run, "roles"):
+            return True
+        batch, reward = decided.batch, models_of(self._run).get("reward")
+        if reward is not None and batch.micro == 1 and 1 in (batch.accumulation, reward.micro):
+            return False  # it scores one sequence
+        return not any(depends_on_lengths(graph.model) for _, graph in decided.structure.graph.roles)
 
     @cached_property
     def _generated(self) -> dict[str, int]:
@@ -203,9 +220,9 @@ def _train(run: RunSpec, model: ModelSpec, gpu: GPU | None, card: GPUFacts | Non
         reference = tuple(w._replace(what=f"ref.{w.what}") for w in adapters)
         decided = decided._replace(structure=decided.structure._replace(engine=reference))
     if run.rollout == "colocate":
-        from memplan.resolve.colocated import asleep, awake, colocated_budget
+        from memplan.resolve.colocated import asleep, awake, colocated_budget, colocated_settings
 
-        engine = colocated_budget(run, batch, model)
+        engine = colocated_budget(colocated_settings(run, run.gpu, batch, model))
         held = (*(() if run.serving.sleep else awake(engine, run.profile)), *asleep(engine))
         held = (*decided.structure.engine, *held)
         decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)

@@ -7,12 +7,16 @@ from itertools import combinations, count
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memplan import MemplanError, ModelSpec, RunSpec, estimate
 from memplan.core.frozen import FrozenDict, frozen
+from memplan.estimate.run_peaks import RunPeaks
 from memplan.spec.base import Part
 from tests.cases import each
 from tests.encoders import SMALL as ENCODERS
+from tests.sampling import examples
 from tests.tiny import SMALLEST as LLAMA
 from tests.tiny import TINY as DECODERS
 
@@ -94,6 +98,49 @@ def test_runs_of_other_lengths_have_the_same_answers_in_any_order(case: tuple[di
             answers[micro, sequence].add(outcome(new, **{**fields, "batch": batch}))
     assert {length: len(found) for length, found in answers.items()} == dict.fromkeys(lengths, 1)
     assert any(isinstance(found, str) for of_length in answers.values() for found in of_length)
+
+
+GEMMA2 = {**LLAMA, "model_type": "gemma2", "sliding_window": 32, "head_dim": 16, "query_pre_attn_scalar": 16}
+ALIKE: dict[str, dict[str, Any]] = {"model": {"config": LLAMA}}
+GENERATES = {"new_tokens": 9, "accumulation": 2}
+PAIRS = {**GENERATES, "generations": 2}
+TRAINERS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    (LLAMA, {"trainer": "sft", "method": "lora"}),
+    (LLAMA, {"trainer": "kto", "method": "lora"}),
+    (LLAMA, {"trainer": "reward", "method": "lora"}),
+    (LLAMA, {"trainer": "grpo", "method": "lora", "batch": PAIRS}),
+    (LLAMA, {"trainer": "grpo", "roles": {"reward": ALIKE}, "batch": PAIRS}),
+    (LLAMA, {"trainer": "grpo", "roles": {"reward": ALIKE}, "batch": {**PAIRS, "scored": 4}}),
+    (LLAMA, {"trainer": "grpo", "kernels": {"loss": "tiled_lm_head"}, "batch": PAIRS}),
+    (GEMMA2, {"trainer": "grpo", "method": "qlora", "batch": PAIRS, "gpu": "t4"}),
+    (LLAMA, {"trainer": "gkd", "roles": {"teacher": ALIKE}, "profile": "trl-1.15"}),
+    (LLAMA, {"trainer": "distill", "roles": {"teacher": ALIKE}, "profile": "trl-1.15", "batch": GENERATES}),
+    (LLAMA, {"trainer": "ppo", "profile": "trl-1.10", "roles": {"reward": ALIKE}, "batch": GENERATES}),
+    *(
+        (LLAMA, {"trainer": "grpo", "rollout": "colocate", "gpu": "h100", "serving": serving, "batch": PAIRS})
+        for serving in ({"max_model_len": 4096}, {"sleep": True, "trainer_offload": ["parameters", "optimizer"]})
+    ),
+)
+LENGTHS = st.lists(st.tuples(st.sampled_from((1, 2, 4, 6)), st.integers(1, 3100)), min_size=3, max_size=6, unique=True)
+
+
+@each(TRAINERS)
+@settings(max_examples=examples(3), deadline=None)
+@given(LENGTHS)
+def test_a_repeated_answer_is_the_first_one_of_another_process(
+    case: tuple[dict[str, Any], dict[str, Any]], lengths: list[tuple[int, int]]
+) -> None:
+    config, fields = case
+
+    def answered(unused: int, micro: int, sequence: int) -> object:
+        batch = {**fields.get("batch", {}), "micro": micro, "sequence": sequence}
+        return outcome({**config, "unused": unused}, **{**fields, "batch": batch})
+
+    repeated = next(UNUSED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunPeaks, "BEFORE", 2)
+        answers = [answered(repeated, *each) for each in lengths]
+    assert answers == [answered(next(UNUSED), *each) for each in lengths]
 
 
 def test_a_fractional_size_is_refused_after_a_whole_one() -> None:

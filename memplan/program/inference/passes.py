@@ -20,6 +20,7 @@ from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.fused_4bit import copied_axes
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.expression import arithmetic_of
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
@@ -238,9 +239,9 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
         before, waiting = _quantised_prompt(decided, pass_.stored)
         quantized = _quantised_after(before, waiting, past - prompt, pass_.stored)
         requantises = pass_.stored.grouped and pass_.stored.after(quantized, past - quantized, 1)[0] != quantized
-    windowed, longer = bool(window) and past + 1 >= window, bool(window) and past + 1 > window
-    unpacks, first = bool(min_rows) and rows >= min_rows, past == prompt
-    decoding = _decoding_graph(graph, first, prompt == 1, windowed, longer, unpacks, requantises, *compressed)
+    windowed, longer = bool(window and past + 1 >= window), bool(window and past + 1 > window)
+    unpacks, first = bool(min_rows and rows >= min_rows), bool(past == prompt)
+    decoding = _decoding_graph(graph, first, bool(prompt == 1), windowed, longer, unpacks, requantises, *compressed)
     # the prompt's pass leaves the window as a view of all its tokens
     kept = _tokens_behind_view(decided, window) if first else within(past, window)
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
@@ -340,14 +341,15 @@ def _decoding(decided: ResolvedRun) -> Iterable[int]:
     pass_, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
     if not new:
         return ()
-    candidates = {prompt, prompt + new - 1}
+    later = {0, new - 1}  # tokens after the prompt's
     if pass_ is not None and pass_.stored is not None and pass_.stored.grouped:
         _, waiting = _quantised_prompt(decided, pass_.stored)
-        requantising = prompt - waiting + (waiting + new) // pass_.stored.residual * pass_.stored.residual - 1
-        candidates |= {past for past in (requantising - 1, requantising) if past >= prompt}
+        requantising = (waiting + new) // pass_.stored.residual * pass_.stored.residual - waiting - 1
+        later |= {tokens for tokens in (requantising - 1, requantising) if tokens >= 0}
     if compresses(decided.structure.graph):
-        candidates |= compressed_tokens.turning_points(decided.structure.graph.model.axes(), prompt, prompt + new - 1)
-    return sorted(candidates)
+        turning = compressed_tokens.turning_points(decided.structure.graph.model.axes(), prompt, prompt + new - 1)
+        later |= {past - prompt for past in turning}
+    return [prompt + tokens for tokens in sorted(later)]
 
 
 def _quantised_after(quantized: int, waiting: int, tokens: int, stored: CacheQuantization) -> int:
@@ -402,6 +404,7 @@ class Contenders:
     """The moments of a pass that can be its peak, at any sizes.
 
     variables   sizes that the run decides
+    terms       the moments
     needs       axes of `variables` that are not the model's
     fixed       sizes of the model's axes
     lengths     lengths of the pass that are needed
@@ -415,8 +418,9 @@ class Contenders:
         self.variables = variables = tuple(sorted({variable for variable, _ in sizes}))
         along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
         *coefficients, self._left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
-        terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
-        self._largest = PhaseTerms([terms], [*map(Variable, along)]).largest
+        self.terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
+        self._largest = PhaseTerms([self.terms], [*map(Variable, along)]).largest
+        self._last: tuple[Mapping[str, int], PassPeak] | None = None
         self._lowering, self._where = (graph, division), dict[int, str]()
         needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
         self.needs, self.fixed, self.compresses = needs.difference(fixed), operations_of(graph)[1], compresses(graph)
@@ -424,12 +428,19 @@ class Contenders:
         self.lengths = tuple(n for n in _LENGTHS if n in self.needs or n in self.rounded or n == "kv")
 
     def peak(self, sizes: Mapping[str, int]) -> PassPeak:
-        """Return the peak bytes of the pass, and its moment."""
-        [(bytes_, moment)] = self._largest(values(self.variables, sizes), sizes)
+        """Return the peak bytes of the pass, and its moment. That of the last sizes is kept."""
+        last = self._last
+        if last is None or last[0] is not sizes:
+            [(bytes_, moment)] = self._largest(values(self.variables, sizes), sizes)
+            last = self._last = sizes, PassPeak(bytes_, moment, self.where(moment))
+        return last[1]
+
+    def where(self, moment: int) -> str:
+        """Return the operation of a moment."""
         if moment not in self._where:
             graph, division = self._lowering
             self._where[moment] = lower_inference(graph, division=division).moments[moment].where
-        return PassPeak(bytes_, moment, self._where[moment])
+        return self._where[moment]
 
     def bytes_left(self, sizes: Mapping[str, int]) -> int:
         """Return the bytes that the pass leaves."""
@@ -449,18 +460,18 @@ def _sizes_of(step: InferenceStep, decided: ResolvedRun, moments: Contenders) ->
         assert decided.assistant is not None
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
-    graph, needs, fixed = step.graph, moments.needs, moments.fixed
+    graph, needs, fixed, by = step.graph, moments.needs, moments.fixed, arithmetic_of(step.batch, step.fed, step.past)
     sizes = {name: _LENGTHS[name](step, decided) for name in moments.lengths}
     if "chosen_keys" in needs:
-        sizes["chosen_keys"] = min(sizes["kv"], graph.model.config_int("index_topk"))
+        sizes["chosen_keys"] = by.least(sizes["kv"], graph.model.config_int("index_topk"))
     if moments.compresses and step.phase == "decode":
         top = graph.model.config_int("index_topk")
         sizes |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
     if "key_block" in fixed:
         static = graph.inference is not None and graph.inference.keys("kv") == "kv_static"
-        sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
+        sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], by)
     for name in moments.rounded:
-        sizes |= rounded_axes(name, sizes[name], ONE_RUN)
+        sizes |= rounded_axes(name, sizes[name], by)
     axes = axes_of(
         graph,
         needs.difference(sizes),
@@ -468,7 +479,7 @@ def _sizes_of(step: InferenceStep, decided: ResolvedRun, moments: Contenders) ->
         step.fed,
         decided.half,
         decided.large_tiles,
-        ONE_RUN,
+        by,
         decided.pictures,
         decided.batch.target_sequence,
     )
