@@ -367,6 +367,73 @@ def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> Non
     assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
 
 
+COUNTED = (
+    "$(nvidia-smi -L | wc -l)",
+    "`nvidia-smi --query-gpu=name --format=csv,noheader | wc -l`",
+    "$(echo $CUDA_VISIBLE_DEVICES | tr ',' '\\n' | wc -l)",
+    "$(python -c 'import torch; print(torch.cuda.device_count())')",
+    '$(echo "$CUDA_VISIBLE_DEVICES" | awk -F, "{print NF}")',
+    "gpu",
+)
+
+
+@pytest.mark.parametrize("count", COUNTED)
+def test_a_command_that_counts_the_machines_gpus_is_their_number(tmp_path: Path, count: str) -> None:
+    """It is that of the GPUs that the script sees, or that is typed; else it is not known."""
+    script = f"N={count}\ntorchrun --nproc_per_node $N a.py --model_name_or_path Qwen/Qwen2-7B --dataset_name mine"
+    (note,) = read(tmp_path, script).notes
+    assert note == "the number of processes (train.sh:2): how many GPUs the machine has is not known here; add --gpus"
+    file = read(tmp_path, f"export CUDA_VISIBLE_DEVICES=0,1,2\n{script}")
+    assert (file.fields["parallelism"]["world"], file.notes) == (3, ())
+    file = read_run(str(tmp_path / "train.sh"), typed={"parallelism.world": 4})
+    assert (file.fields["parallelism"]["world"], file.notes) == (4, ())
+    assert read(tmp_path, f"export CUDA_VISIBLE_DEVICES=$(seq -s, 0 $X)\n{script}").notes == (note.replace(":2", ":3"),)
+
+
+SUBSTITUTED = {
+    'DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &> /dev/null && pwd)\ntrl sft --config $DIR/trl.yaml': 64,
+    "cd `dirname $0`; trl sft --config `pwd`/trl.yaml --output_dir out/$(date +%F)": 64,
+    "LEN=$(echo 32)\ntrl sft --config trl.yaml --max_length $LEN": 32,
+    "for i in $(seq 0 3); do trl sft --config trl.yaml --max_length $((32 + i)); break; done": 32,
+    "for n in {3..5}{0,1}; do trl sft --config trl.yaml --max_length $n; done": 30,
+    "for ((n=2; n<4; n++)); do\ntrl sft --config trl.yaml --max_length $((n * 16))\ndone": 32,
+    'N=32; while [[ $# -gt 0 ]]; do case $1 in --n) N="$2"; shift;; --n=*) N=${1#*=};; esac; shift; done\n'
+    "trl sft --config trl.yaml --max_length $N": 32,
+    "while getopts n: o; do case $o in n) N=$OPTARG;; esac; done\ntrl sft --config trl.yaml --max_length ${N:-32}": 32,
+    "run() {\n  local n=$2\n  trl sft --config $1.yaml --max_length $n\n}\nrun trl 32\nrun trl 64": 32,
+    'function run {\n  "$@" --max_length 32\n}\nrun trl sft --config trl.yaml': 32,
+    'main() {\n  inner "${@:2}" --max_length 32\n}\ninner() {\n  trl sft "$@"\n}\nmain a --config trl.yaml': 32,
+    "never() {\n  trl sft --config trl.yaml --max_length 32\n}\nsleep 1": 32,
+    "again() {\n  again\n}\nagain\ntrl sft --config trl.yaml --max_length 32": 32,
+}
+
+
+@pytest.mark.parametrize("script", SUBSTITUTED)
+def test_what_a_shell_puts_in_place_of_words_is_read(tmp_path: Path, script: str) -> None:
+    assert read(tmp_path, script).fields["batch"]["sequence"] == SUBSTITUTED[script]
+
+
+def test_the_first_run_of_a_loop_is_counted(tmp_path: Path) -> None:
+    start = 'MODELS=(Qwen/Qwen2-1.5B "Qwen/Qwen2-7B")\nfor model in "${MODELS[@]}"; do\n  for bs in 2 4; do'
+    command = (
+        "trl sft --config trl.yaml --model_name_or_path $model --per_device_train_batch_size $bs --learning_rate $lr"
+    )
+    file = read(tmp_path, f"{start}\n    for lr in 1e-4 2e-4; do\n{command}\n    done\n  done\ndone\n")
+    assert (file.fields["model"], file.fields["batch"]["micro"]) == ("Qwen/Qwen2-1.5B", 2)
+    said = "the first run of the loop over"
+    assert file.notes == (
+        f"--model_name_or_path (train.sh:5): {said} Qwen/Qwen2-1.5B, Qwen/Qwen2-7B is counted",
+        f"--per_device_train_batch_size (train.sh:5): {said} 2, 4 is counted",
+    )
+    loop = "for name in trl auto; do trl sft --config $name.yaml; done"
+    assert read(tmp_path, loop).notes == (f"--config (train.sh:1): {said} trl, auto is counted",)
+    assert read(tmp_path, "for file in *.yaml; do trl sft --config trl.yaml --lora_r $file; done").notes == (
+        "--lora_r (train.sh:1): a variable that is not set",
+    )
+    served = read(tmp_path, "for size in 0.5B 1.5B; do vllm serve Qwen/Qwen2-$size; done")
+    assert (served.fields["model"], len(served.notes)) == ("Qwen/Qwen2-0.5B", 1)
+
+
 def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
     script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
     file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
