@@ -32,6 +32,7 @@ from memplan.frameworks.reading.document import (
     read_document,
     with_references,
 )
+from memplan.frameworks.reading.makefile import is_makefile, recipes_of
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.frameworks.reading.unread import by_line, unread_keys
 from memplan.spec.base import Part
@@ -160,10 +161,9 @@ def read_run(
     text        what to read instead of the file's text, as if the file had it
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
-    if name.lower().endswith(shell.SUFFIXES):
-        command = command_in(
-            read_text(name) if text is None else text, printable(Path(name).name, 60), Path(name).parent
-        )
+    if is_script(name):
+        script = read_text(name) if text is None else text
+        command = command_in(script, printable(Path(name).name, 60), Path(name).parent)
         return _read_launched(command, printable(Path(name).name, 60), Path(name), framework, others, typed)
     with suppress(OSError, ValueError):  # reading says why
         name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
@@ -213,6 +213,11 @@ def read_command(
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
     command = shell.launched(text, "the command", _subcommands(), line=0)
     return _read_launched(command, command.shown, None, framework, others, typed)
+
+
+def is_script(name: str) -> bool:
+    """Whether a file's name is that of a shell script or a Makefile."""
+    return name.lower().endswith(shell.SUFFIXES) or is_makefile(name)
 
 
 def is_modelfile(name: str) -> bool:
@@ -273,7 +278,8 @@ def has_own_keys(name: str) -> bool:
 
 
 def command_in(text: str, name: str, folder: Path | None = None) -> shell.Launched:
-    """Return the first command of a script that trains or serves. Raises SpecError if there is none."""
+    """Return the first command of a script or a Makefile that trains or serves. Raises SpecError if there is none."""
+    text = recipes_of(text) if is_makefile(name) else text
     return shell.launched(text, name, _subcommands(), folder=folder)
 
 

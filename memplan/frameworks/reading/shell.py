@@ -16,6 +16,7 @@ from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
 from memplan.frameworks.reading.document import Document, paths
+from memplan.frameworks.reading.makefile import recipes_of
 from memplan.frameworks.reading.shell_commands import ASSIGNMENT, commands_of, near_text, number_of
 from memplan.frameworks.reading.shell_lines import LONG, WRITTEN
 from memplan.frameworks.reading.shell_words import SECOND, loops_of
@@ -36,6 +37,8 @@ _SLURM = {
 _ALL = "every GPU that it sees"
 COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
 _MOST_GPUS = 1024  # of a machine
+_AROUND = "the scripts around it"  # of a script's variables: no shell has one with spaces
+_MOST_AROUND = 2
 _MOST_LOOPS = 3  # around a command
 _MOST_SHOWN = 60  # of a name
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
@@ -229,6 +232,9 @@ def _launched(
     launcher: dict[str, Any] = {}
     while words:
         program, rest = PurePath(words[0]).name, words[1:]
+        inner = _inner_script(words, folder)
+        if inner is not None:
+            return _in_script(inner, variables, line, programs, folder)
         if program == "accelerate" and rest[:1] == ["launch"]:
             words, launcher = _launcher(rest[1:], launcher, "num_processes", "num_machines_", variables)
         elif program == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
@@ -241,12 +247,6 @@ def _launched(
         elif program in _MPI:
             before, words = _inside(rest, programs)
             launcher = _of_mpi(before, folder)
-        elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
-            inner = (
-                _launched(each, own, line, programs, folder)
-                for _, each, own in commands_of(rest[1], program, variables)
-            )
-            return next((each for each in inner if each), None)
         elif program in _CONTAINERS:
             before, words = _inside(rest, programs)
             variables = _of_container(before, variables)
@@ -282,6 +282,46 @@ def _launched(
     flags |= dict(word.split("=", 1) for word in positional if "=" in word)
     positional = [word for word in positional if "=" not in word]
     return Launched(program, subcommand, tuple(positional), flags, launcher, variables, words[0], line)
+
+
+def _inner_script(words: list[str], folder: Path | None) -> tuple[str, dict[str, str]] | None:
+    """Return the script that a command runs, and its variables: of `bash -lc "trl sft"`, `sbatch train.sh 4` and
+    `make -C FOLDER -f FILE TARGET NAME=VALUE`; None of another command."""
+    program, rest = PurePath(words[0]).name, words[1:]
+    if program == "make":
+        given = {match[1]: match[2] for word in rest if (match := ASSIGNMENT.fullmatch(word)) is not None}
+        flags = dict(pairwise([*rest, ""]))
+        aside = [flags.get("-C", ""), flags.get("-f", "Makefile")]
+        targets = [word for word in rest if not (word.startswith("-") or "=" in word or word in aside)]
+        return recipes_of(near_text(str(PurePath(*aside)), folder), targets, given), given
+    if program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):
+        return rest[1], {}
+    words = rest if program in (*_SHELLS, "sbatch") else words
+    words = words[next((index for index, word in enumerate(words) if not word.startswith("-")), len(words)) :]
+    if words and words[0].endswith(SUFFIXES) and (text := near_text(words[0], folder)):
+        return text, {**_directives(text), **{str(number): word for number, word in enumerate(words[1:], 1)}}
+    return None
+
+
+def _in_script(
+    script: tuple[str, dict[str, str]],
+    variables: Mapping[str, str],
+    line: int,
+    programs: Programs,
+    folder: Path | None,
+) -> Launched | str | None:
+    """Return the first command of a script that trains, else that serves; else why it is not read, or None."""
+    depth = len(variables.get(_AROUND, ""))
+    if depth == _MOST_AROUND:  # a script may start itself
+        return None
+    inner = commands_of(script[0], "a script", {**variables, **script[1], _AROUND: "." * (depth + 1)}, folder)
+    other: Launched | str | None = None
+    for _, words, own in inner:
+        found = _launched(words, own, line, programs, folder)
+        if isinstance(found, Launched) and found.may_train:
+            return found
+        other = other if isinstance(other, Launched) else found or other
+    return other
 
 
 def _inside(words: list[str], programs: Programs) -> tuple[list[str], list[str]]:
