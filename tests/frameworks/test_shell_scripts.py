@@ -36,6 +36,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"batch.micro": 3, "batch.sequence": 64, "precision.weights": "bf16"},
     ),
+    "trl sft --config /workspace/runs/trl.yaml": ("trl", {"batch.sequence": 64}),  # of a container
     "trl sft --config trl.yaml --accelerate_config zero3.yaml": ("trl", {"parallelism.strategy": "zero3"}),
     "LEN=32\ntrl sft --config trl.yaml \\\n  --max_length $LEN --use_peft": (
         "trl",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.frameworks.reading.config import Unread, defaults_of
-from memplan.frameworks.reading.document import Document
+from memplan.frameworks.reading.document import Document, is_there
 from memplan.frameworks.reading.run_format import RunFormat
 from memplan.frameworks.reading.shell import COUNTED, Launched, is_config
 
@@ -29,6 +30,14 @@ def flags_and_config(command: Launched, form: RunFormat | None) -> tuple[dict[st
     if form is not None and others and form.takes_model:
         flags.setdefault(form.model, others[0])
     return flags, config
+
+
+def script_of(command: Launched, path: Path | None) -> str | None:
+    """Return the Python script that a command starts, if it is there."""
+    if not command.path.endswith(".py"):
+        return None
+    folders = (path.parent if path is not None else Path(), Path())
+    return next((str(folder / command.path) for folder in folders if is_there(folder / command.path)), None)
 
 
 def of_loops(command: Launched, form: RunFormat | None, document: Document) -> Iterator[Unread]:

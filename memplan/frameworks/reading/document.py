@@ -118,8 +118,8 @@ def document_of(values: Mapping[str, Any], within: Document, key: str) -> Docume
 
 def named_document(name: str, within: Document, key: str) -> Document:
     """Return the file that a key names: one that its script writes; relative to the document, else to the working
-    directory, or to a folder around the document if the name has a folder, too; one that a framework publishes by its
-    path.
+    directory, or to a folder around the document if the name has a folder, too; one next to the document whose path
+    ends so, if the name is a container's, /workspace/run.yaml; one that a framework publishes by its path.
 
     Raises SpecError if it is none of these.
     """
@@ -128,8 +128,9 @@ def named_document(name: str, within: Document, key: str) -> Document:
         return read_document(name, written)._replace(path=within.path, written=within.written)
     folder = within.path.parent if within.path is not None else Path()
     around = folder.absolute().parents if "/" in name else ()
-    for place in (folder, Path(), *around):
-        path = place / expanded(name)
+    own = PurePath(name)
+    ends = [PurePath(*own.parts[n:]) for n in range(1, len(own.parts))] if own.is_absolute() else ()
+    for path in (*(place / expanded(name) for place in (folder, Path(), *around)), *(folder / end for end in ends)):
         if is_there(path) and not is_folder(path):
             return read_document(str(path))
     for end, values in _published().items():

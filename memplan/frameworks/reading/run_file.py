@@ -20,13 +20,13 @@ from memplan.frameworks.reading.command_flags import (
     flags_and_config,
     of_loops,
     processes_of,
+    script_of,
     unresolved,
 )
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
 from memplan.frameworks.reading.container_images import version_in_image
 from memplan.frameworks.reading.document import (
     Document,
-    is_there,
     named_document,
     paths,
     read_document,
@@ -240,14 +240,36 @@ def _read_python(
     from memplan.frameworks.reading.python_calls import read_script
     from memplan.frameworks.reading.python_script import run_of_script
 
-    script = read_script(name, {key: flag.value for key, flag in flags.items()})
-    run = run_of_script(script)
+    try:
+        script = read_script(name, {key: flag.value for key, flag in flags.items()})
+        run = run_of_script(script)
+    except SpecError:
+        file = _notebooks_command(name, framework, companions, typed) if name.lower().endswith(".ipynb") else None
+        if file is None:
+            raise
+        return file
     others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
     form, version = (run.form, None) if framework is None else _named(framework)
     if form.name != run.form.name:
         raise SpecError(f"framework: {run.told[0]} is {run.form.title}'s, not {form.title}'s; leave --framework out")
     file = read_as(run.document, run.form, version, run.told, companions, typed, others, run.command, run.defaults)
     return file._replace(unread=(*file.unread, *run.unread))
+
+
+def _notebooks_command(
+    name: str, framework: str | None, companions: dict[str, Document], typed: Mapping[str, Any] | None
+) -> RunFile | None:
+    """Return the run that a command in a notebook starts; None if none does. Raises SpecError for one that is wrong."""
+    from memplan.frameworks.reading.notebook import MOST_BYTES, shell_script
+
+    shown = printable(Path(name).name, 60)
+    try:
+        text, places = shell_script(read_text(name, MOST_BYTES), shown)
+        command = command_in(text, shown, Path(name).parent)
+    except SpecError:
+        return None
+    place = f"{shown}:{places[command.line]}"
+    return _read_launched(command._replace(line=0), place, Path(name), framework, companions, typed)
 
 
 def manifest_command(text: str, name: str, folder: Path | None = None) -> tuple[shell.Launched, Container]:
@@ -326,7 +348,7 @@ def _read_launched(
         companions.setdefault("accelerate", _launch(launcher, command, document))
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
-    script = _script_of(command, path)
+    script = script_of(command, path)
     over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
     has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
     if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
@@ -367,14 +389,6 @@ def _launch(launcher: Mapping[str, Any], command: shell.Launched, document: Docu
     file = named_document(str(launcher["config_file"]), document, "config_file")
     names = {key: f"{key}, replaced by the command" for key in launch.values if key in file.values}
     return file._replace(values={**file.values, **launch.values}, names=names)
-
-
-def _script_of(command: shell.Launched, path: Path | None) -> str | None:
-    """Return the Python script that a command starts, if it is there."""
-    if not command.path.endswith(".py"):
-        return None
-    folders = (path.parent if path is not None else Path(), Path())
-    return next((str(folder / command.path) for folder in folders if is_there(folder / command.path)), None)
 
 
 def _trainer_in(script: str | None) -> str:
