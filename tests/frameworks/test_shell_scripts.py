@@ -54,6 +54,15 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.lora_slots": 1,
         },
     ),
+    "swift sft --model Qwen/Qwen2-7B --torch_dtype bfloat16 --packing true --attn_impl flash_attn --max_length 64 "
+    "--packing_length 256": ("ms-swift", {"batch.sequence": 256, "batch.packing": "binpack"}),
+    "swift rlhf --rlhf_type grpo --model Qwen/Qwen2-7B --torch_dtype bfloat16 --max_length 64 --reward_model "
+    "Qwen/Qwen2-1.5B --use_vllm true --vllm_mode colocate --vllm_enforce_eager true": (
+        "ms-swift",
+        {"roles.reward.model": "Qwen/Qwen2-1.5B", "serving.cuda_graphs": False},
+    ),
+    "trl grpo --model_name_or_path Qwen/Qwen2-7B --dataset_name a --max_prompt_length 64 --reward_model_name_or_path "
+    "Qwen/Qwen2-1.5B": ("trl", {"roles.reward.model": "Qwen/Qwen2-1.5B"}),
     "swift infer --model Qwen/Qwen2-7B --infer_backend sglang --sglang_context_length 512": (
         "sglang",
         {"model": "Qwen/Qwen2-7B", "serving.max_model_len": 512},
@@ -435,6 +444,36 @@ def test_the_first_run_of_a_loop_is_counted(tmp_path: Path) -> None:
     assert (served.fields["model"], len(served.notes)) == ("Qwen/Qwen2-0.5B", 1)
 
 
+_GRPO = "swift rlhf --rlhf_type grpo --model Qwen/Qwen2-7B --max_length 64 --torch_dtype bfloat16"
+LEFT_OUT = {
+    "swift rlhf --rlhf_type gkd --model Qwen/Qwen2-1.5B --teacher_model Qwen/Qwen2-7B --max_length 64 --torch_dtype "
+    "bfloat16 --gkd_logits_topk 64": ["gkd_logits_topk"],
+    "trl grpo --model_name_or_path Qwen/Qwen2-7B --dataset_name a --max_prompt_length 64 --cast_lm_head_to_fp32": [
+        "cast_lm_head_to_fp32"
+    ],
+    f"{_GRPO} --reward_model Qwen/Qwen2-1.5B Qwen/Qwen2-7B": ["reward_model"],
+    f"{_GRPO} --reward_model mine/none": ["reward_model"],
+    "llamafactory-cli train factory.yaml adapter_name_or_path=a pref_ftx=0.1 freeze_trainable_modules=mlp": [
+        "adapter_name_or_path",
+        "pref_ftx",
+    ],
+    "llamafactory-cli train factory.yaml adapter_name_or_path=a create_new_adapter=true": [],
+    "trl sft --config trl.yaml --max_lenth 5": ["max_lenth"],
+    "llamafactory-cli train factory.yaml finetuning_type=freeze freeze_trainable_modules=mlp": [
+        "freeze_trainable_modules"
+    ],
+    "axolotl train axolotl.yml --eval_sequence_len 512 --kd_trainer --spectrum_top_fraction 0.5 --lora_model_dir a": [
+        *("eval_sequence_len", "kd_trainer", "spectrum_top_fraction", "lora_model_dir"),
+    ],
+    "axolotl train axolotl.yml --model_quantization_config A --model_quantization_config_kwargs.dequantize": [],
+}
+
+
+@pytest.mark.parametrize("command", LEFT_OUT)
+def test_keys_that_may_take_memory_are_listed(tmp_path: Path, command: str) -> None:
+    assert sorted(each.key for each in read(tmp_path, command).unread) == sorted(LEFT_OUT[command])
+
+
 def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
     script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
     file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
@@ -494,6 +533,9 @@ REFUSED = {
     "python3 -m verl.trainer.main_ppo --config-name=ppo_megatron_trainer": "config_name: 'ppo_megatron_trainer' is not",
     "deepspeed --module openrlhf.cli.train_kd": "train.sh:1: openrlhf.cli.train_kd: OpenRLHF's other runs are not read",
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
+    "swift rlhf --rlhf_type gkd --model a --teacher_model_server http://b": (
+        "teacher_model_server: gkd against the top logits of a server is not supported yet; name a teacher_model"
+    ),
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
     "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINEDPO, which is not supported yet; --tr",
