@@ -36,6 +36,18 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"batch.micro": 3, "batch.sequence": 64, "precision.weights": "bf16"},
     ),
+    'python unsloth-cli.py --model_name "unsloth/llama-3-8b" --max_seq_length 64 --dtype None --r 64 --lora_alpha 32 '
+    '--use_gradient_checkpointing "unsloth" --per_device_train_batch_size 4 --optim adamw_8bit --save_model': (
+        "unsloth",
+        {
+            "method.kind": "lora",
+            "method.rank": 64,
+            "batch.micro": 4,
+            "batch.sequence": 64,
+            "kernels.checkpointing": "offload",
+        },
+    ),
+    "python unsloth-cli.py --load_in_4bit --max_seq_length 64": ("unsloth", {"method.kind": "qlora"}),
     "trl sft --config /workspace/runs/trl.yaml": ("trl", {"batch.sequence": 64}),  # of a container
     "trl sft --config trl.yaml --accelerate_config zero3.yaml": ("trl", {"parallelism.strategy": "zero3"}),
     "LEN=32\ntrl sft --config trl.yaml \\\n  --max_length $LEN --use_peft": (
