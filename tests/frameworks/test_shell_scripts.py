@@ -405,10 +405,10 @@ def test_a_command_that_counts_the_machines_gpus_is_their_number(tmp_path: Path,
     script = f"N={count}\ntorchrun --nproc_per_node $N a.py --model_name_or_path Qwen/Qwen2-7B --dataset_name mine"
     (note,) = read(tmp_path, script).notes
     assert note == "the number of processes (train.sh:2): how many GPUs the machine has is not known here; add --gpus"
-    file = read(tmp_path, f"export CUDA_VISIBLE_DEVICES=0,1,2\n{script}")
-    assert (file.fields["parallelism"]["world"], file.notes) == (3, ())
     file = read_run(str(tmp_path / "train.sh"), typed={"parallelism.world": 4})
     assert (file.fields["parallelism"]["world"], file.notes) == (4, ())
+    file = read(tmp_path, f"export CUDA_VISIBLE_DEVICES=0,1,2\n{script}")
+    assert (file.fields["parallelism"]["world"], file.notes) == (3, ())
     assert read(tmp_path, f"export CUDA_VISIBLE_DEVICES=$(seq -s, 0 $X)\n{script}").notes == (note.replace(":2", ":3"),)
 
 
