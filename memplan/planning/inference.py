@@ -116,8 +116,9 @@ class Questions(NamedTuple):
 
     @property
     def mildest(self) -> Variant | None:
-        """The mildest format that fits; else the mildest smaller one whose requests fit, if none starts as it is."""
-        held = (choice for choice in self.formats[1:] if choice.answer and self.demand.met(choice.answer))
+        """The mildest format that fits; else the mildest whose requests fit, if those of the run do not."""
+        smaller = () if self.demand.met(self.answer) else self.formats
+        held = (choice for choice in smaller if choice.answer and self.demand.met(choice.answer))
         return next((choice for choice in self.formats if choice.fits), next(held, None))
 
     @property
