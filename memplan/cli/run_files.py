@@ -17,8 +17,22 @@ if TYPE_CHECKING:
     from memplan.frameworks.reading.run_file import RunFile
 
 _YAML = (".yaml", ".yml")
-_OTHERS = (".sh", ".bash", ".sbatch", ".slurm", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".py", ".ipynb", ".toml")
-_LAUNCHERS = ("accelerate", "docker", "srun", "bash")
+_OTHERS = (
+    ".sh",
+    ".mk",
+    ".bash",
+    ".sbatch",
+    ".slurm",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".py",
+    ".ipynb",
+    ".toml",
+)
+_LAUNCHERS = ("accelerate", "docker", "srun", "bash", "make", "sbatch")
 _WITH_OPTIONS = ("torchrun", "deepspeed", "python", "python3", "llama-server", "llama-cli", "text-generation-launcher")
 COMPANIONS = ("accelerate", "deepspeed")
 # Typed ones replace the file's before a framework's rules see it.
@@ -71,7 +85,7 @@ def is_run_file(model: object) -> bool:
 
 
 def _is_run_file(name: str, path: Path) -> bool:
-    if "modelfile" in name and is_file(path):
+    if ("modelfile" in name or "makefile" in name) and is_file(path):
         return not name.endswith((".json", ".gguf"))
     if is_folder(path):
         return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()

@@ -24,6 +24,10 @@ class Demand(NamedTuple):
         # `least` comes first because it needs no replay
         return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom
 
+    def starts(self, answer: Estimate) -> bool:
+        """Return whether the run meets the demand and no engine refuses to start it."""
+        return self.met(answer) and answer.verdict.reason is None
+
     def rules_out(self, answer: Estimate) -> bool:
         """Return whether bounds tell that the run does not meet the demand."""
         if answer.gpu is None or not (self.tight or self.headroom):

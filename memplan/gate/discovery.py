@@ -10,6 +10,7 @@ from pathlib import Path
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, UnsupportedModelError, printable
 from memplan.core.records import NamedTuple
 from memplan.estimate.estimate import estimate
+from memplan.frameworks.reading.makefile import is_makefile
 from memplan.frameworks.reading.run_file import is_known, is_modelfile
 from memplan.gate.budget import RunBudget, budget
 from memplan.gate.rows import ReadRun, read_for
@@ -77,7 +78,9 @@ def _candidates(folder: Path) -> Iterator[str]:
             seen += 1
             if seen > _MOST_FILES:
                 return
-            if (name.lower().endswith(_ENDINGS) or is_modelfile(name)) and path.stat().st_size <= _MOST_BYTES:
+            if (
+                name.lower().endswith(_ENDINGS) or is_modelfile(name) or is_makefile(name)
+            ) and path.stat().st_size <= _MOST_BYTES:
                 yield path.as_posix()
 
 

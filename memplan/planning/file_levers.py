@@ -108,7 +108,7 @@ def serving_patch(found: Questions, levers: FileLevers, calibration: Calibration
     longest = found.context.value
     changes = [(f"requests of at most {longest:,} tokens", "max_model_len", longest)] if longest else []
     changes += [(f"a cache in {cache.name}", "cache_dtype", cache.name) for cache in found.caches if cache.fits]
-    if (found.fits and found.answer.verdict.reason is None) or not changes:
+    if found.fits or not changes:
         return None
     left: list[tuple[Set, str]] = []
     sets = [(Lever((), title, "serving", ((f"serving.{name}", value),)),) for title, name, value in changes]
@@ -128,7 +128,7 @@ def _first(
         try:
             new = levers.write(changes)
             found = answer if answer and new.run == answer.asked else attempt(new.run, calibration)
-            if found is None or not demand.met(found) or found.verdict.reason is not None:
+            if found is None or not demand.starts(found):
                 raise SpecError("what else the framework sets then takes more memory")
         except MemplanError as error:
             left.append((changes, str(error)))

@@ -112,12 +112,14 @@ class Questions(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.demand.met(self.answer)
+        return self.demand.starts(self.answer)
 
     @property
     def mildest(self) -> Variant | None:
-        """The mildest format that fits."""
-        return next((choice for choice in self.formats if choice.fits), None)
+        """The mildest format that fits; else the mildest whose requests fit, if those of the run do not."""
+        smaller = () if self.demand.met(self.answer) else self.formats
+        held = (choice for choice in smaller if choice.answer and self.demand.met(choice.answer))
+        return next((choice for choice in self.formats if choice.fits), next(held, None))
 
     @property
     def fewest(self) -> Variant | None:
@@ -446,7 +448,14 @@ def _choice(name: str, run: RunSpec, base: _Base, step: FormatChoice | None = No
         return Variant(name, None, str(error), False, 0, 0, None, step)
     assert run.gpu is not None
     return Variant(
-        name, answer, "", demand.met(answer), weights_of(answer), requests.value, _pace(answer, find_gpu(run.gpu)), step
+        name,
+        answer,
+        "",
+        demand.starts(answer),
+        weights_of(answer),
+        requests.value,
+        _pace(answer, find_gpu(run.gpu)),
+        step,
     )
 
 

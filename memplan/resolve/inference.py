@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
-from memplan.catalogue.families.litgpt import KINDS, has_family
+from memplan.catalogue.families.litgpt import SUPPORTED, has_family
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.inference.caches import caches as caches_of
 from memplan.catalogue.inference.decoding import keeping
@@ -119,7 +119,7 @@ def _look_up_library(r: OpenInference) -> None:
     if r.code not in ("transformers", "litgpt") or r.library.sharding.pipeline != "device_map":
         raise refused("profile", f"inference is not supported with {r.profile}; use a transformers or LitGPT profile")
     if r.code == "litgpt" and not has_family(model):
-        raise refused("profile", f"LitGPT does not have model_type {kind}; supported: {', '.join(KINDS)}")
+        raise refused("profile", f"LitGPT does not have model_type {kind}; supported: {SUPPORTED}")
     if r.generates and model.objective not in ("causal_lm", "seq2seq_lm"):
         raise refused(
             "task",

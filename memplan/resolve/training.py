@@ -11,7 +11,7 @@ from typing import Literal
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
-from memplan.catalogue.families.litgpt import KINDS, has_family
+from memplan.catalogue.families.litgpt import SUPPORTED, has_family
 from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
 from memplan.catalogue.kernels.wiring import DISTILLING, TRAINERS, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
@@ -163,7 +163,7 @@ def _look_up_library(run: OpenTraining) -> None:
         else:
             run.notes.append(NOT_ITS_CODE)
     if library.model.code == "litgpt" and not has_family(run.model):
-        raise refused("profile", f"{run.profile} does not have {kind}; supported: {', '.join(KINDS)}")
+        raise refused("profile", f"{run.profile} does not have {kind}; supported: {SUPPORTED}")
     run.library = library
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from memplan import RunSpec, estimate
-from memplan.core.errors import MemplanError, UnknownNameError
+from memplan import RunSpec, estimate, load_card
+from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
 from memplan.program.graph import operations_of, parameters_of
@@ -368,6 +368,19 @@ def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: st
     facts = answer.run.method.rank, answer.parameters.trainable
     assert facts[1] % facts[0] == 0
     assert facts[1] > 0
+
+
+def test_litgpts_phi_3_is_its_llama() -> None:
+    """Its configs of Phi-3.5 and phi-4 differ from Llama's in sizes only; a window is refused."""
+    phi = {**load_card("phi-3.5-mini").config, "tie_word_embeddings": False}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    llama = {"model_type": "llama", "tie_word_embeddings": False, **{name: phi[name] for name in sizes}}
+    first, second = (
+        estimate(RunSpec(model={"config": config}, profile="litgpt-2024", method="lora")) for config in (phi, llama)
+    )
+    assert first.bytes == second.bytes
+    with pytest.raises(SpecError, match="does not have phi3; supported: llama, mistral, phi3 without a window, "):
+        estimate(RunSpec(model="phi-3-mini-4k", profile="litgpt-2024"))
 
 
 def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:

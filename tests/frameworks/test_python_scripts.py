@@ -302,6 +302,30 @@ def notebook(*cells: str) -> str:
     return json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Title"]}, *code], "nbformat": 4})
 
 
+COMMANDS = {
+    "%env CUDA_VISIBLE_DEVICES=0,1\nlength = 32\n!trl sft --model_name_or_path {model} \\\n  --max_length $length"
+    " --dataset_name x": 2,
+    "%%bash\ncd x\ntrl sft --model_name_or_path Qwen/Qwen2-7B --max_length 32 --dataset_name x": 1,
+    "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '0,1,2'\n!trl sft --config run.yaml": 3,
+}
+
+
+@pytest.mark.parametrize("cell", COMMANDS)
+def test_a_notebook_is_the_run_that_its_command_starts(tmp_path: Path, cell: str) -> None:
+    written = "%%writefile run.yaml\nmodel_name_or_path: Qwen/Qwen2-7B\ndataset_name: x\nmax_length: 32"
+    cells = ("!pip install trl", 'size = "7B"\nmodel = f"Qwen/Qwen2-{size}"  # small', written, "%%html\ntrl sft", cell)
+    file = read(tmp_path, notebook(*cells), "a.ipynb")
+    line = next(number for number, text in enumerate(cell.splitlines(), 1) if "trl sft" in text)
+    assert file.name == f"a.ipynb:cell 6, line {line}"
+    assert (file.fields["model"], file.fields["batch"]["sequence"], file.notes) == ("Qwen/Qwen2-7B", 32, ())
+    assert file.fields.get("parallelism", {}).get("world", 1) == COMMANDS[cell]
+
+
+def test_a_command_of_a_notebook_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^a\.ipynb:cell 2, line 1: config: there is no file 'no\.yaml' next to"):
+        read(tmp_path, notebook("!trl sft --config no.yaml"), "a.ipynb")
+
+
 def test_a_notebook_says_cells(tmp_path: Path) -> None:
     first, second = UNSLOTH.split("trainer =")
     file = read(

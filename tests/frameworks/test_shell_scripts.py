@@ -36,6 +36,19 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"batch.micro": 3, "batch.sequence": 64, "precision.weights": "bf16"},
     ),
+    'python unsloth-cli.py --model_name "unsloth/llama-3-8b" --max_seq_length 64 --dtype None --r 64 --lora_alpha 32 '
+    '--use_gradient_checkpointing "unsloth" --per_device_train_batch_size 4 --optim adamw_8bit --save_model': (
+        "unsloth",
+        {
+            "method.kind": "lora",
+            "method.rank": 64,
+            "batch.micro": 4,
+            "batch.sequence": 64,
+            "kernels.checkpointing": "offload",
+        },
+    ),
+    "python unsloth-cli.py --load_in_4bit --max_seq_length 64": ("unsloth", {"method.kind": "qlora"}),
+    "trl sft --config /workspace/runs/trl.yaml": ("trl", {"batch.sequence": 64}),  # of a container
     "trl sft --config trl.yaml --accelerate_config zero3.yaml": ("trl", {"parallelism.strategy": "zero3"}),
     "LEN=32\ntrl sft --config trl.yaml \\\n  --max_length $LEN --use_peft": (
         "trl",
@@ -53,6 +66,15 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.lora_slots": 1,
         },
     ),
+    "swift sft --model Qwen/Qwen2-7B --torch_dtype bfloat16 --packing true --attn_impl flash_attn --max_length 64 "
+    "--packing_length 256": ("ms-swift", {"batch.sequence": 256, "batch.packing": "binpack"}),
+    "swift rlhf --rlhf_type grpo --model Qwen/Qwen2-7B --torch_dtype bfloat16 --max_length 64 --reward_model "
+    "Qwen/Qwen2-1.5B --use_vllm true --vllm_mode colocate --vllm_enforce_eager true": (
+        "ms-swift",
+        {"roles.reward.model": "Qwen/Qwen2-1.5B", "serving.cuda_graphs": False},
+    ),
+    "trl grpo --model_name_or_path Qwen/Qwen2-7B --dataset_name a --max_prompt_length 64 --reward_model_name_or_path "
+    "Qwen/Qwen2-1.5B": ("trl", {"roles.reward.model": "Qwen/Qwen2-1.5B"}),
     "swift infer --model Qwen/Qwen2-7B --infer_backend sglang --sglang_context_length 512": (
         "sglang",
         {"model": "Qwen/Qwen2-7B", "serving.max_model_len": 512},
@@ -367,6 +389,103 @@ def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> Non
     assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
 
 
+COUNTED = (
+    "$(nvidia-smi -L | wc -l)",
+    "`nvidia-smi --query-gpu=name --format=csv,noheader | wc -l`",
+    "$(echo $CUDA_VISIBLE_DEVICES | tr ',' '\\n' | wc -l)",
+    "$(python -c 'import torch; print(torch.cuda.device_count())')",
+    '$(echo "$CUDA_VISIBLE_DEVICES" | awk -F, "{print NF}")',
+    "gpu",
+)
+
+
+@pytest.mark.parametrize("count", COUNTED)
+def test_a_command_that_counts_the_machines_gpus_is_their_number(tmp_path: Path, count: str) -> None:
+    """It is that of the GPUs that the script sees, or that is typed; else it is not known."""
+    script = f"N={count}\ntorchrun --nproc_per_node $N a.py --model_name_or_path Qwen/Qwen2-7B --dataset_name mine"
+    (note,) = read(tmp_path, script).notes
+    assert note == "the number of processes (train.sh:2): how many GPUs the machine has is not known here; add --gpus"
+    file = read_run(str(tmp_path / "train.sh"), typed={"parallelism.world": 4})
+    assert (file.fields["parallelism"]["world"], file.notes) == (4, ())
+    file = read(tmp_path, f"export CUDA_VISIBLE_DEVICES=0,1,2\n{script}")
+    assert (file.fields["parallelism"]["world"], file.notes) == (3, ())
+    assert read(tmp_path, f"export CUDA_VISIBLE_DEVICES=$(seq -s, 0 $X)\n{script}").notes == (note.replace(":2", ":3"),)
+
+
+SUBSTITUTED = {
+    'DIR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &> /dev/null && pwd)\ntrl sft --config $DIR/trl.yaml': 64,
+    "cd `dirname $0`; trl sft --config `pwd`/trl.yaml --output_dir out/$(date +%F)": 64,
+    "LEN=$(echo 32)\ntrl sft --config trl.yaml --max_length $LEN": 32,
+    "for i in $(seq 0 3); do trl sft --config trl.yaml --max_length $((32 + i)); break; done": 32,
+    "for n in {3..5}{0,1}; do trl sft --config trl.yaml --max_length $n; done": 30,
+    "for ((n=2; n<4; n++)); do\ntrl sft --config trl.yaml --max_length $((n * 16))\ndone": 32,
+    'N=32; while [[ $# -gt 0 ]]; do case $1 in --n) N="$2"; shift;; --n=*) N=${1#*=};; esac; shift; done\n'
+    "trl sft --config trl.yaml --max_length $N": 32,
+    "while getopts n: o; do case $o in n) N=$OPTARG;; esac; done\ntrl sft --config trl.yaml --max_length ${N:-32}": 32,
+    "run() {\n  local n=$2\n  trl sft --config $1.yaml --max_length $n\n}\nrun trl 32\nrun trl 64": 32,
+    'function run {\n  "$@" --max_length 32\n}\nrun trl sft --config trl.yaml': 32,
+    'main() {\n  inner "${@:2}" --max_length 32\n}\ninner() {\n  trl sft "$@"\n}\nmain a --config trl.yaml': 32,
+    "never() {\n  trl sft --config trl.yaml --max_length 32\n}\nsleep 1": 32,
+    "again() {\n  again\n}\nagain\ntrl sft --config trl.yaml --max_length 32": 32,
+}
+
+
+@pytest.mark.parametrize("script", SUBSTITUTED)
+def test_what_a_shell_puts_in_place_of_words_is_read(tmp_path: Path, script: str) -> None:
+    assert read(tmp_path, script).fields["batch"]["sequence"] == SUBSTITUTED[script]
+
+
+def test_the_first_run_of_a_loop_is_counted(tmp_path: Path) -> None:
+    start = 'MODELS=(Qwen/Qwen2-1.5B "Qwen/Qwen2-7B")\nfor model in "${MODELS[@]}"; do\n  for bs in 2 4; do'
+    command = (
+        "trl sft --config trl.yaml --model_name_or_path $model --per_device_train_batch_size $bs --learning_rate $lr"
+    )
+    file = read(tmp_path, f"{start}\n    for lr in 1e-4 2e-4; do\n{command}\n    done\n  done\ndone\n")
+    assert (file.fields["model"], file.fields["batch"]["micro"]) == ("Qwen/Qwen2-1.5B", 2)
+    said = "the first run of the loop over"
+    assert file.notes == (
+        f"--model_name_or_path (train.sh:5): {said} Qwen/Qwen2-1.5B, Qwen/Qwen2-7B is counted",
+        f"--per_device_train_batch_size (train.sh:5): {said} 2, 4 is counted",
+    )
+    loop = "for name in trl auto; do trl sft --config $name.yaml; done"
+    assert read(tmp_path, loop).notes == (f"--config (train.sh:1): {said} trl, auto is counted",)
+    assert read(tmp_path, "for file in *.yaml; do trl sft --config trl.yaml --lora_r $file; done").notes == (
+        "--lora_r (train.sh:1): a variable that is not set",
+    )
+    served = read(tmp_path, "for size in 0.5B 1.5B; do vllm serve Qwen/Qwen2-$size; done")
+    assert (served.fields["model"], len(served.notes)) == ("Qwen/Qwen2-0.5B", 1)
+
+
+_GRPO = "swift rlhf --rlhf_type grpo --model Qwen/Qwen2-7B --max_length 64 --torch_dtype bfloat16"
+LEFT_OUT = {
+    "swift rlhf --rlhf_type gkd --model Qwen/Qwen2-1.5B --teacher_model Qwen/Qwen2-7B --max_length 64 --torch_dtype "
+    "bfloat16 --gkd_logits_topk 64": ["gkd_logits_topk"],
+    "trl grpo --model_name_or_path Qwen/Qwen2-7B --dataset_name a --max_prompt_length 64 --cast_lm_head_to_fp32": [
+        "cast_lm_head_to_fp32"
+    ],
+    f"{_GRPO} --reward_model Qwen/Qwen2-1.5B Qwen/Qwen2-7B": ["reward_model"],
+    f"{_GRPO} --reward_model mine/none": ["reward_model"],
+    "llamafactory-cli train factory.yaml adapter_name_or_path=a pref_ftx=0.1 freeze_trainable_modules=mlp": [
+        "adapter_name_or_path",
+        "pref_ftx",
+    ],
+    "llamafactory-cli train factory.yaml adapter_name_or_path=a create_new_adapter=true": [],
+    "trl sft --config trl.yaml --max_lenth 5": ["max_lenth"],
+    "llamafactory-cli train factory.yaml finetuning_type=freeze freeze_trainable_modules=mlp": [
+        "freeze_trainable_modules"
+    ],
+    "axolotl train axolotl.yml --eval_sequence_len 512 --kd_trainer --spectrum_top_fraction 0.5 --lora_model_dir a": [
+        *("eval_sequence_len", "kd_trainer", "spectrum_top_fraction", "lora_model_dir"),
+    ],
+    "axolotl train axolotl.yml --model_quantization_config A --model_quantization_config_kwargs.dequantize": [],
+}
+
+
+@pytest.mark.parametrize("command", LEFT_OUT)
+def test_keys_that_may_take_memory_are_listed(tmp_path: Path, command: str) -> None:
+    assert sorted(each.key for each in read(tmp_path, command).unread) == sorted(LEFT_OUT[command])
+
+
 def test_of_several_reward_models_the_first_is_counted(tmp_path: Path) -> None:
     script = "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B --train.colocate_all "
     file = read(tmp_path, f"{script} --reward.model_name_or_path Qwen/Qwen2-7B,Qwen/Qwen2-1.5B")
@@ -426,6 +545,9 @@ REFUSED = {
     "python3 -m verl.trainer.main_ppo --config-name=ppo_megatron_trainer": "config_name: 'ppo_megatron_trainer' is not",
     "deepspeed --module openrlhf.cli.train_kd": "train.sh:1: openrlhf.cli.train_kd: OpenRLHF's other runs are not read",
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
+    "swift rlhf --rlhf_type gkd --model a --teacher_model_server http://b": (
+        "teacher_model_server: gkd against the top logits of a server is not supported yet; name a teacher_model"
+    ),
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
     "python online_dpo.py --config trl.yaml": "online_dpo.py is taken for ONLINEDPO, which is not supported yet; --tr",

@@ -84,7 +84,7 @@ def test_every_choice_is_an_estimate_as_it_stands() -> None:
     for tp, choice in zip(DEGREES, ASKED.degrees, strict=True):
         assert choice.answer is not None
         assert choice.answer.bytes.used == estimate(with_tp(run, tp)).bytes.used
-        assert choice.fits == choice.answer.fits
+        assert choice.fits == (choice.answer.verdict.answer == "fits")
     for choice in ASKED.formats[1:]:
         assert choice.answer is not None
         assert choice.answer.bytes.used == estimate(with_format(run, choice.name)).bytes.used
@@ -109,6 +109,16 @@ def test_runs_that_do_not_fit_get_the_mildest_format_and_fewest_gpus() -> None:
     assert not any(choice.fits for choice in found.formats[: found.formats.index(found.mildest)])
     assert not any(choice.fits for choice in found.degrees[: found.degrees.index(found.fewest)])
     assert fits(with_format(run_of("llama-3.1-70b", gpu="h100"), found.mildest.name))
+
+
+def test_a_run_that_its_engine_does_not_start_does_not_fit() -> None:
+    """Its requests fit, but the pool does not hold one of the 131,072 tokens that the engine admits."""
+    assert ASKED.answer.verdict.answer == "does not start"
+    assert ASKED.answer.fits
+    assert ASKED.requests.value > 0
+    assert not ASKED.fits
+    assert not ASKED.formats[0].fits
+    assert ASKED.mildest is None
 
 
 def test_layers_are_placed_on_as_many_gpus_as_a_row_says() -> None:
@@ -308,7 +318,7 @@ def test_the_commands_json_equals_the_librarys(capsys: pytest.CaptureFixture[str
         COMMAND.main([*words, "--seq-len", "8000", "--new-tokens", "192", "--json"])
     assert left.value.code == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["mode"] == "generate"
+    assert (told["mode"], told["fits"], told["verdict"]["answer"]) == ("generate", False, "does not start")
     assert told["requests"] == ASKED.requests._asdict()
     assert told["context"] == ASKED.context._asdict()
     assert [c["requests"] for c in told["formats"]] == [c.requests for c in ASKED.formats]

@@ -32,6 +32,7 @@ class LitGPTKind(NamedTuple):
     scaled     embeddings are scaled
     post       norms after attention and MLP
     capped     attention scores are soft-capped
+    windowed   a window shorter than the context gets a mask in every layer, which is not written here
     """
 
     rms: bool = True
@@ -44,11 +45,13 @@ class LitGPTKind(NamedTuple):
     scaled: bool = False
     post: bool = False
     capped: bool = False
+    windowed: bool = False
 
 
 KINDS = {
     "llama": LitGPTKind(),
     "mistral": LitGPTKind(),
+    "phi3": LitGPTKind(windowed=True),  # 0.5.13 config.py: Phi-3.5 and phi-4 differ from Llama in sizes only
     "gemma": LitGPTKind(offset=True, scaled=True),
     "gemma2": LitGPTKind(offset=True, scaled=True, post=True, capped=True),
     "phi": LitGPTKind(rms=False, gated=False, parallel=True, shared=True, bias=True, head_bias=True),
@@ -57,8 +60,14 @@ KINDS = {
 }
 
 
+SUPPORTED = ", ".join(f"{name} without a window" if kind.windowed else name for name, kind in KINDS.items())
+
+
 def has_family(m: ModelSpec) -> bool:
-    return m.model_type in KINDS
+    """Whether LitGPT's model is written here."""
+    kind, window = KINDS.get(m.model_type), m.sliding_window
+    is_short = window is not None and window < (m.longest_sequence or window + 1)
+    return kind is not None and not (kind.windowed and is_short)
 
 
 def build(m: ModelSpec, wiring: Wiring) -> Stack:

@@ -18,7 +18,14 @@ from memplan.frameworks.reading import shell
 from memplan.frameworks.reading.config import defaults_of, shown
 from memplan.frameworks.reading.document import parsed
 from memplan.frameworks.reading.manifests import Container
-from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in, is_manifest, manifest_command
+from memplan.frameworks.reading.run_file import (
+    RunFile,
+    command_in,
+    defaults_in,
+    is_manifest,
+    is_script,
+    manifest_command,
+)
 from memplan.frameworks.reading.run_format import format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_text, spec_with_lines
@@ -135,12 +142,12 @@ def _at(values: Mapping[str, Any], path: _Path) -> Any:
 
 def is_command(original: Original) -> bool:
     """Whether the file has a command whose flags are the run's keys: a script or a manifest."""
-    return original.name.lower().endswith(shell.SUFFIXES) or is_manifest(original.name)
+    return is_script(original.name) or is_manifest(original.name)
 
 
 def _command(original: Original, text: str) -> tuple[shell.Launched, Container | None]:
     """Return the command in a script, or in a container of a manifest."""
-    if original.name.lower().endswith(shell.SUFFIXES):
+    if is_script(original.name):
         return command_in(text, original.file.name, Path(original.name).parent), None
     return manifest_command(text, original.file.name, Path(original.name).parent)
 

@@ -35,7 +35,7 @@ def edited_script(text: str, command: Launched, edits: Mapping[str, Value], expo
 # Where a command or the script around it says how many processes a node has.
 _PROCESSES = re.compile(
     r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =\"',]|\\\r?\n|\r?\n\s*- )+"
-    r"|\bNPROC_PER_NODE=)[\"']?)(?:(?P<gpus>\d{1,9})|\$\{?(\w+))"
+    r"|\bNPROC_PER_NODE=)[\"']?)(?:(?P<gpus>\d{1,9})|\$[{(]?(\w+))"
 )
 _SLURM_GPUS = r"#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*(?P<gpus>\d{1,9})"
 _VISIBLE = r"\bCUDA_VISIBLE_DEVICES=[\"']?(?P<gpus>\d{1,9}(?:,\d{1,9})*)"
@@ -57,7 +57,7 @@ def with_processes(text: str, times: int, per: int) -> str:
     found = _PROCESSES.search(text)
     if found is not None and found[2] is None:
         by_slurm = found[3].startswith("SLURM_")
-        found = re.search(_SLURM_GPUS if by_slurm else rf"\b{found[3]}=[\"']?(?P<gpus>\d{{1,9}})", text)
+        found = re.search(_SLURM_GPUS if by_slurm else rf"\b{found[3]}\s*[:?]?=\s*[\"']?(?P<gpus>\d{{1,9}})", text)
     count = int(found["gpus"]) if found is not None else None
     places = {found.span("gpus"): found["gpus"]} if found is not None else {}
     for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES, _DOCKER, _ACCELERATORS):

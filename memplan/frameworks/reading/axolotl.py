@@ -109,6 +109,12 @@ def _method(config: Config) -> None:
             config.set("method.options", {"use_rslora": True}, "peft_use_rslora")
 
 
+def _stored(config: Config) -> None:
+    """A checkpoint in mxfp4 or fp8 trains dequantised, as the configs say that Axolotl publishes."""
+    if config.flag("model_quantization_config_kwargs.dequantize"):
+        config.get("model_quantization_config")
+
+
 def _quantised(config: Config, kind: str) -> None:
     """Axolotl writes the 4-bit settings itself for qlora; for lora, transformers' defaults hold."""
     own = kind == "qlora"
@@ -335,7 +341,7 @@ def _optimizer(config: Config) -> None:
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "axolotl": (
-        *(_preference, _method, _attention, _batch, _optimizer, _kernels, _checkpointing, _loop, _parallelism),
+        *(_preference, _method, _stored, _attention, _batch, _optimizer, _kernels, _checkpointing, _loop, _parallelism),
         *(_reentrant, _precision, _evaluation),
     ),
 }

@@ -137,6 +137,10 @@ class Config:
         ]
         return ", ".join(sources) or f"default of {self.title}"
 
+    def where(self, key: str) -> str:
+        """Return where a key is: in the file, or in a command that names the file."""
+        return self.typed[key].why.partition(" --")[0] if key in self.typed else self.document.where(key)
+
     def written(self, key: str) -> str:
         """Return a key's name in the file, which may be an old one."""
         name = self.document.names.get(key) or self.renamed.get(key)
@@ -223,7 +227,7 @@ class Config:
     def leave(self, key: str, note: str, document: Document | None = None) -> None:
         """Note a key that is not understood."""
         self.read.add(key)
-        self.unread.append(Unread((document or self.document).where(key), key, note))
+        self.unread.append(Unread(document.where(key) if document else self.where(key), key, note))
 
     def error(self, key: str, message: str) -> SpecError:
         if key in self.typed:
@@ -250,7 +254,8 @@ class Config:
 
     def left(self) -> Iterator[str]:
         """Yield the keys of the file that have a value and were not read: of a section, if only parts of it were."""
-        for path, value in paths(self.document.values):
+        flags = {key: each.value for key, each in self.typed.items() if each.why != TYPED}
+        for path, value in {**dict(paths(self.document.values)), **flags}.items():
             top = path.partition(".")[0]
             if value in (None, "", [], {}) or path in self.read:
                 continue

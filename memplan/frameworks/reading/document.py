@@ -1,4 +1,4 @@
-"""A YAML or JSON file with the line of each key. It is untrusted: nothing in it is executed, imported or fetched."""
+"""A YAML, JSON or TOML file with the line of each key. It is untrusted: nothing in it is run, imported or fetched."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any, cast
 from memplan.core.errors import SpecError, misspelt, printable
 from memplan.core.files import exists, expanded, is_file, is_folder, open_file
 from memplan.core.records import NamedTuple
-from memplan.spec.file import read_spec_with_lines, spec_with_lines
+from memplan.spec.file import read_spec_with_lines, read_text, spec_with_lines
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of torch.save's archive
 _MAX_SHOWN = 60
 _REFERENCE = re.compile(r"\$\{(?:oc\.(?:select|env):)?\s{0,9}([\w.]+)\s{0,9}(?:,\s{0,9}([^${},]*))?\}")
+_SECTION = re.compile(r"\s*\[([\w.]+)\]")  # of TOML
+_KEY = re.compile(r"\s*([\w.]+)\s*=")
 _MOST_REFERENCES = 8  # from one key to the next
 
 
@@ -59,7 +61,27 @@ def read_document(name: str, text: str | None = None) -> Document:
     shown = "standard input" if path is None else printable(path.name, _MAX_SHOWN)
     if path is not None and text is None:
         _refuse_pickle(path, shown)
+    if name.lower().endswith(".toml"):
+        return _toml(read_text(name) if text is None else text, shown, path)
     values, lines = read_spec_with_lines(name) if text is None else spec_with_lines(text, name)
+    return Document(shown, path, values, lines)
+
+
+def _toml(text: str, shown: str, path: Path | None) -> Document:
+    import tomllib
+
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SpecError(f"{shown} is not TOML ({printable(str(error), 100)})") from None
+    lines: dict[tuple[str, ...], int | str] = {}
+    section: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        if (match := _SECTION.match(line)) is not None:
+            section = tuple(match[1].split("."))
+            lines[section] = number
+        elif (match := _KEY.match(line)) is not None:
+            lines[*section, *match[1].split(".")] = number
     return Document(shown, path, values, lines)
 
 
@@ -96,8 +118,8 @@ def document_of(values: Mapping[str, Any], within: Document, key: str) -> Docume
 
 def named_document(name: str, within: Document, key: str) -> Document:
     """Return the file that a key names: one that its script writes; relative to the document, else to the working
-    directory, or to a folder around the document if the name has a folder, too; one that a framework publishes by its
-    path.
+    directory, or to a folder around the document if the name has a folder, too; one next to the document whose path
+    ends so, if the name is a container's, /workspace/run.yaml; one that a framework publishes by its path.
 
     Raises SpecError if it is none of these.
     """
@@ -106,8 +128,9 @@ def named_document(name: str, within: Document, key: str) -> Document:
         return read_document(name, written)._replace(path=within.path, written=within.written)
     folder = within.path.parent if within.path is not None else Path()
     around = folder.absolute().parents if "/" in name else ()
-    for place in (folder, Path(), *around):
-        path = place / expanded(name)
+    own = PurePath(name)
+    ends = [PurePath(*own.parts[n:]) for n in range(1, len(own.parts))] if own.is_absolute() else ()
+    for path in (*(place / expanded(name) for place in (folder, Path(), *around)), *(folder / end for end in ends)):
         if is_there(path) and not is_folder(path):
             return read_document(str(path))
     for end, values in _published().items():

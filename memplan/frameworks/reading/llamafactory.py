@@ -80,6 +80,16 @@ def _method(config: Config) -> None:
         config.set("method.frozen", frozen, *parts.values())
 
 
+def _parts_that_train(config: Config) -> None:
+    """Name what the file trains and is not counted so."""
+    kind = config.value("method.kind")
+    if kind == "freeze" and config.names("freeze_trainable_modules") not in (None, ["all"]):
+        config.leave("freeze_trainable_modules", "all modules of these layers are counted as training")
+    trains_adapter = kind not in ("full", "freeze") and not config.flag("create_new_adapter")
+    if trains_adapter and config.said("adapter_name_or_path") is not None:
+        config.leave("adapter_name_or_path", "the rank and the targets of the file are counted, not the adapter's")
+
+
 def _adapters(config: Config, kind: str) -> None:
     if kind == "oft":
         config.set("method.kind", "oft", "finetuning_type")
@@ -169,5 +179,15 @@ def _evaluation(config: Config) -> None:
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "llamafactory": (_method, _batch, _kernels, _optimizer, trainer.loop, trainer.parallelism, _precision, _evaluation),
+    "llamafactory": (
+        _method,
+        _parts_that_train,
+        _batch,
+        _kernels,
+        _optimizer,
+        trainer.loop,
+        trainer.parallelism,
+        _precision,
+        _evaluation,
+    ),
 }

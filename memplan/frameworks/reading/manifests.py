@@ -17,14 +17,8 @@ from memplan.core.errors import SpecError
 from memplan.core.machines import find_machine
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.container_images import entry_point, image_version
-from memplan.frameworks.reading.shell import (
-    Launched,
-    Programs,
-    launched,
-    resolved,
-    variables_of,
-    visible,
-)
+from memplan.frameworks.reading.shell import Launched, Programs, launched, visible
+from memplan.frameworks.reading.shell_commands import resolved, variables_of
 from memplan.spec.file import documents_of
 
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}

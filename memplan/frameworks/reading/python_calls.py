@@ -7,7 +7,6 @@ arithmetic on such numbers.
 from __future__ import annotations
 
 import ast
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
+from memplan.frameworks.reading.notebook import MOST_BYTES, code_cells
 from memplan.spec.file import read_text
 
-_MOST_BYTES = 16 * 2**20  # of a notebook, whose outputs are images
 _MAGICS = ("%", "!")
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
     ast.Add: lambda a, b: a + b,
@@ -80,7 +79,7 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
     shown = printable(Path(name).name, 60)
     is_notebook = name.lower().endswith(".ipynb")
     skipped: list[str] = []
-    text, places = _notebook(read_text(name, _MOST_BYTES), shown, skipped) if is_notebook else (read_text(name), {})
+    text, places = _notebook(read_text(name, MOST_BYTES), shown, skipped) if is_notebook else (read_text(name), {})
     try:
         tree = _parsed(text)
         names = _Names(tree, flags or {})
@@ -102,17 +101,9 @@ def _parsed(text: str) -> ast.Module:
 def _notebook(text: str, shown: str, skipped: list[str]) -> tuple[str, dict[int, str]]:
     """Return the code of a notebook, without its magics, and the cell and line of each line. Where cells are not Python
     is added to `skipped`; if none is, the first one raises SpecError."""
-    try:
-        cells: object = json.loads(text).get("cells")
-    except (ValueError, AttributeError, RecursionError):
-        raise SpecError(f"{shown} is not a notebook: it is no JSON with cells") from None
     lines: list[str] = []
     places: dict[int, str] = {}
-    for number, cell in enumerate(cast("list[Any]", cells) if isinstance(cells, list) else [], 1):
-        if not isinstance(cell, Mapping) or cast("Mapping[str, Any]", cell).get("cell_type") != "code":
-            continue
-        source: object = cast("Mapping[str, Any]", cell).get("source", "")
-        code = "".join(map(str, cast("list[Any]", source))) if isinstance(source, list) else str(source)
+    for number, code in code_cells(text, shown):
         if code.lstrip().startswith("%%"):
             continue
         plain = _without_magics(code)

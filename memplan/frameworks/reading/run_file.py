@@ -15,16 +15,24 @@ from memplan.core.errors import SpecError, UnknownNameError, printable
 from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
+from memplan.frameworks.reading.command_flags import (
+    engines_command,
+    flags_and_config,
+    of_loops,
+    processes_of,
+    script_of,
+    unresolved,
+)
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
 from memplan.frameworks.reading.container_images import version_in_image
 from memplan.frameworks.reading.document import (
     Document,
-    is_there,
     named_document,
     paths,
     read_document,
     with_references,
 )
+from memplan.frameworks.reading.makefile import is_makefile, recipes_of
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.frameworks.reading.unread import by_line, unread_keys
 from memplan.spec.base import Part
@@ -153,10 +161,9 @@ def read_run(
     text        what to read instead of the file's text, as if the file had it
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
-    if name.lower().endswith(shell.SUFFIXES):
-        command = command_in(
-            read_text(name) if text is None else text, printable(Path(name).name, 60), Path(name).parent
-        )
+    if is_script(name):
+        script = read_text(name) if text is None else text
+        command = command_in(script, printable(Path(name).name, 60), Path(name).parent)
         return _read_launched(command, printable(Path(name).name, 60), Path(name), framework, others, typed)
     with suppress(OSError, ValueError):  # reading says why
         name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
@@ -170,7 +177,7 @@ def read_run(
         shown = printable(Path(name).name, 60)
         command, _ = manifest_command(read_text(name) if text is None else text, shown, Path(name).parent)
         return _read_launched(command, shown, Path(name), framework, others, typed)
-    document = _read_toml(name) if name.lower().endswith(".toml") else read_document(name, text)
+    document = read_document(name, text)
     if framework is not None:
         return read_as(document, *_named(framework), (), others, typed)
     found = detect(document)
@@ -208,16 +215,15 @@ def read_command(
     return _read_launched(command, command.shown, None, framework, others, typed)
 
 
+def is_script(name: str) -> bool:
+    """Whether a file's name is that of a shell script or a Makefile."""
+    return name.lower().endswith(shell.SUFFIXES) or is_makefile(name)
+
+
 def is_modelfile(name: str) -> bool:
     """Whether a file's name is that of a Modelfile."""
     lowered = Path(name).name.lower()
     return lowered.partition(".")[0] == "modelfile" or lowered.endswith(".modelfile")
-
-
-def _read_toml(name: str) -> Document:
-    from memplan.frameworks.reading.torchtitan import read_toml
-
-    return read_toml(name)
 
 
 def _read_python(
@@ -234,14 +240,36 @@ def _read_python(
     from memplan.frameworks.reading.python_calls import read_script
     from memplan.frameworks.reading.python_script import run_of_script
 
-    script = read_script(name, {key: flag.value for key, flag in flags.items()})
-    run = run_of_script(script)
+    try:
+        script = read_script(name, {key: flag.value for key, flag in flags.items()})
+        run = run_of_script(script)
+    except SpecError:
+        file = _notebooks_command(name, framework, companions, typed) if name.lower().endswith(".ipynb") else None
+        if file is None:
+            raise
+        return file
     others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
     form, version = (run.form, None) if framework is None else _named(framework)
     if form.name != run.form.name:
         raise SpecError(f"framework: {run.told[0]} is {run.form.title}'s, not {form.title}'s; leave --framework out")
     file = read_as(run.document, run.form, version, run.told, companions, typed, others, run.command, run.defaults)
     return file._replace(unread=(*file.unread, *run.unread))
+
+
+def _notebooks_command(
+    name: str, framework: str | None, companions: dict[str, Document], typed: Mapping[str, Any] | None
+) -> RunFile | None:
+    """Return the run that a command in a notebook starts; None if none does. Raises SpecError for one that is wrong."""
+    from memplan.frameworks.reading.notebook import MOST_BYTES, shell_script
+
+    shown = printable(Path(name).name, 60)
+    try:
+        text, places = shell_script(read_text(name, MOST_BYTES), shown)
+        command = command_in(text, shown, Path(name).parent)
+    except SpecError:
+        return None
+    place = f"{shown}:{places[command.line]}"
+    return _read_launched(command._replace(line=0), place, Path(name), framework, companions, typed)
 
 
 def manifest_command(text: str, name: str, folder: Path | None = None) -> tuple[shell.Launched, Container]:
@@ -272,7 +300,8 @@ def has_own_keys(name: str) -> bool:
 
 
 def command_in(text: str, name: str, folder: Path | None = None) -> shell.Launched:
-    """Return the first command of a script that trains or serves. Raises SpecError if there is none."""
+    """Return the first command of a script or a Makefile that trains or serves. Raises SpecError if there is none."""
+    text = recipes_of(text) if is_makefile(name) else text
     return shell.launched(text, name, _subcommands(), folder=folder)
 
 
@@ -290,39 +319,36 @@ def _read_launched(
 ) -> RunFile:
     """Return the run that a command starts: of its flags, and of the file that they name. `name` is the file that has
     the command, as shown, `path` its path, next to which other files are searched; None if the command is typed."""
-    command = shell.engines_command(command, _ENGINES)
+    command = engines_command(command, _ENGINES)
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
-    flags, config = _flags(command, form)
+    flags, config = flags_and_config(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
-    start = shell.WRITTEN
-    written = {key[len(start) :]: text for key, text in command.variables.items() if key.startswith(start)}
-    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys}, written=written)
-    launcher = command.launcher or _processes(command, form)
+    document = Document(
+        name, path, flags, {tuple(key.split(".")): command.line for key in keys}, written=command.written
+    )
+    launcher = command.launcher or processes_of(command, form)
     note, models = "a variable that is not set", {each.model for each in FORMATS.values()}
-    open_keys = {key for key in shell.unresolved(flags) if key not in models or "$" in str(flags[key]).split("/")[-1]}
+    open_keys = {key for key in unresolved(flags) if key not in models or "$" in str(flags[key]).split("/")[-1]}
     silent = form.silent if form is not None else ()
     left_out = [
         Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
+    left_out += of_loops(command, form, document)
     seen = next((name for name in _SEEN if command.variables.get(name)), "")
     several = "," in command.variables.get(seen, "") or command.variables.get(seen) == "all"
     sees_more = (form is None or form.trains) and several and not {"num_processes", "config_file"} & launcher.keys()
     place = f"{name}:{command.line}" if command.line else name
     processes = launcher.get("num_processes")
     if isinstance(processes, str):
-        note = f"{printable(processes, 40)} is not known here; add --gpus"
-        left_out.append(Unread(place, "the number of processes", note))
         launcher = {key: value for key, value in launcher.items() if key != "num_processes"}
+    if isinstance(processes, str) and (typed or {}).get("parallelism.world") is None:
+        said = "how many GPUs the machine has" if processes in ("gpu", "auto") else printable(processes, 40)
+        left_out.append(Unread(place, "the number of processes", f"{said} is not known here; add --gpus"))
     if launcher:
-        launch = shell.launcher_document(launcher, command.line, name)
-        if "config_file" in launcher:
-            file = named_document(str(launcher["config_file"]), document, "config_file")
-            names = {key: f"{key}, replaced by the command" for key in launch.values if key in file.values}
-            launch = file._replace(values={**file.values, **launch.values}, names=names)
-        companions.setdefault("accelerate", launch)
+        companions.setdefault("accelerate", _launch(launcher, command, document))
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
-    script = _script_of(command, path)
+    script = script_of(command, path)
     over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
     has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
     if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
@@ -355,12 +381,14 @@ def _read_launched(
     return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
 
 
-def _script_of(command: shell.Launched, path: Path | None) -> str | None:
-    """Return the Python script that a command starts, if it is there."""
-    if not command.path.endswith(".py"):
-        return None
-    folders = (path.parent if path is not None else Path(), Path())
-    return next((str(folder / command.path) for folder in folders if is_there(folder / command.path)), None)
+def _launch(launcher: Mapping[str, Any], command: shell.Launched, document: Document) -> Document:
+    """Return what a launcher says, and the file that it names."""
+    launch = shell.launcher_document(launcher, command.line, document.name)
+    if "config_file" not in launcher:
+        return launch
+    file = named_document(str(launcher["config_file"]), document, "config_file")
+    names = {key: f"{key}, replaced by the command" for key in launch.values if key in file.values}
+    return file._replace(values={**file.values, **launch.values}, names=names)
 
 
 def _trainer_in(script: str | None) -> str:
@@ -376,24 +404,6 @@ def _trainer_in(script: str | None) -> str:
     return ""
 
 
-def _flags(command: shell.Launched, form: RunFormat | None) -> tuple[dict[str, Any], str]:
-    """Return a command's flags, and the file with a run's keys that it names; empty if it names none.
-
-    A word that is no file is the model's name, as in `vllm serve MODEL`.
-    """
-    flags = {key: value for key, value in command.flags.items() if form is None or key not in form.processes}
-    if form is not None and form.environment is not None:
-        known = defaults_of(form.defaults[0]).keys
-        for name, value in command.variables.items():
-            if name.startswith(form.environment) and (key := name.removeprefix(form.environment).lower()) in known:
-                flags.setdefault(key, value)
-    config = str(flags.pop("config", flags.pop("job.config_file", "")) or command.config)
-    others = [word for word in command.words if not shell.is_config(word)]
-    if form is not None and others and form.takes_model:
-        flags.setdefault(form.model, others[0])
-    return flags, config
-
-
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return flags with dots as sections: `--limit-mm-per-prompt.image 2`."""
     out: dict[str, Any] = {}
@@ -405,19 +415,6 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
             inner[part] = inner = cast("dict[str, Any]", deeper) if isinstance(deeper, dict) else {}
         inner[name] = value
     return out
-
-
-def _processes(command: shell.Launched, form: RunFormat | None) -> dict[str, Any]:
-    """Return how many processes train as a launcher's keys, by the program's own flag or the environment."""
-    for name in form.processes if form is not None else ():
-        value = str(command.flags.get(name, command.variables.get(name, "")))
-        count = value.count(",") + 1 if name == "CUDA_VISIBLE_DEVICES" else int(value) if value.isdecimal() else 0
-        nodes = command.variables.get("NNODES", "1")
-        count *= int(nodes) if name == "NPROC_PER_NODE" and nodes.isdecimal() else 1
-        if count and value:
-            several = {"distributed_type": "MULTI_GPU", "num_processes": count, shell.COUNTED: name}
-            return several if count > 1 else {}
-    return {}
 
 
 def is_known(name: str) -> bool:

@@ -16,9 +16,9 @@ _WRITE = re.compile(
 WRITTEN = "the file "  # of a script's variables: no shell has one with spaces
 _READ = re.compile(r"\s*(?:IFS=\S* )?read\b.{0,99}?\b(\w{1,99})\s*<<")  # read -r NAME <<EOF; bounded: it may be data
 _CONTINUED = "\\\n"
-_LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
+LONGEST_LINE = 20_000  # characters; a longer one is data, over whose words shlex takes quadratic time
 _LONGEST_ARRAY = 200  # lines
-LONG = f"more than {_LONGEST_LINE:,} characters in quotes, which are not read"
+LONG = f"more than {LONGEST_LINE:,} characters in quotes, which are not read"
 _QUOTES = re.compile(r"\\.|['\"]|(?<![^\s;&|()])#.*")  # and comments, in which they are none
 _QUOTES_END = re.compile(r"\\.|\"")
 
@@ -27,7 +27,7 @@ def joined_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield each line with the lines that continue it, its quotes or its array, and its number. A here-document is left
     out; or it is a variable's value if `read` gets it, or the text of the file that it becomes."""
     start, joined, end, name, here, quote = 1, "", "", "", "", ""
-    for number, line in enumerate((line if len(line) < _LONGEST_LINE else "" for line in text.splitlines()), 1):
+    for number, line in enumerate((line if len(line) < LONGEST_LINE else "" for line in text.splitlines()), 1):
         if end:
             is_end = line.strip() == end
             here += "" if is_end else f"{line}\n"
@@ -43,7 +43,7 @@ def joined_lines(text: str) -> Iterator[tuple[int, str]]:
             joined += f"{line.rstrip()[:-1]} "
             continue
         joined += line
-        is_long = len(joined) >= _LONGEST_LINE
+        is_long = len(joined) >= LONGEST_LINE
         is_array = not is_long and number - start < _LONGEST_ARRAY and _OPEN_ARRAY.match(joined)
         if quote or (is_array and not _ARRAYS_END.search(line)):
             joined += "\n"

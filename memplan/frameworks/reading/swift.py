@@ -39,7 +39,10 @@ _OBJECTIVES = {"seq_cls": "sequence_classification", "embedding": "feature_extra
 _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpointing": True}
 
 
-_GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
+_GENERATION = {
+    "max_prompt_length": "max_length",
+    "vllm_max_model_length": "vllm_max_model_len",
+}
 _TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "kto", "cpo", "simpo", "orpo", "grpo", "gkd", "ppo")}}
 
 
@@ -76,13 +79,22 @@ def _trainer(config: Config) -> None:
         config.defaults = {**config.defaults, "beta": 0.04}
         adapts = config.get("tuner_type") != "full"
         trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
+        models = config.names("reward_model") or [None]
+        trainer.role(config, "reward", models[0], "reward_model")
+        if models[1:]:
+            config.leave("reward_model", f"only the first of {len(models)} reward models is counted")
         if config.value("rollout") == "colocate" and config.whole("sleep_level"):
             config.set("serving.sleep", True, "sleep_level")
+        if config.value("rollout") == "colocate" and config.flag("vllm_enforce_eager"):
+            config.set("serving.cuda_graphs", False, "vllm_enforce_eager")
 
 
 def _teacher(config: Config) -> None:
     """GKD's teacher, which is a model of its own. Completions are generated for a share `lmbda` of the steps."""
     name, itself = config.text("teacher_model"), config.said("model")
+    if name is None and config.said("teacher_model_server") is not None:
+        text = "gkd against the top logits of a server is not supported yet; name a teacher_model"
+        raise config.error("teacher_model_server", text)
     if name is None or (name == itself and config.get("tuner_type") == "lora" and not config.said("teacher_adapters")):
         key = "rlhf_type" if name is None else "teacher_model"
         raise config.error(key, "gkd without a teacher_model of its own is not supported yet; name one")
@@ -150,6 +162,8 @@ def _batch(config: Config) -> None:
         raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
     name = "binpack" if packs[:1] == ["packing"] else "padding_free" if packs else None
     trainer.packing(config, name, *packs)
+    if name == "binpack" and config.whole("packing_length"):  # arguments/base_args/base_args.py: else max_length
+        config.set("batch.sequence", config.whole("packing_length"), "packing_length")
 
 
 def _kernels(config: Config) -> None:

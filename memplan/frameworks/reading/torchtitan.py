@@ -5,16 +5,10 @@ Source: torchtitan 0.2.2 config/job_config.py, models/*/__init__.py, distributed
 
 from __future__ import annotations
 
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-from memplan.core.errors import SpecError, printable
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
-from memplan.frameworks.reading.document import Document
-from memplan.spec.file import read_text
 
 # Model and flavor -> the card of the same shape.
 _CARDS = {
@@ -33,29 +27,6 @@ _CARDS = {
     "qwen3 235B-A22B": "qwen3-235b-a22b",
 }
 _DEGREES = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
-_SECTION = re.compile(r"\s*\[([\w.]+)\]")
-_KEY = re.compile(r"\s*([\w.]+)\s*=")
-
-
-def read_toml(name: str) -> Document:
-    """Return a TOML file with the lines of its keys. Raises SpecError with the line."""
-    shown_name = printable(Path(name).name, 60)
-    text = read_text(name)
-    try:
-        values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise SpecError(f"{shown_name} is not TOML ({printable(str(error), 100)})") from None
-    return Document(shown_name, Path(name), values, dict(_lines(text)))
-
-
-def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
-    section: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if (match := _SECTION.match(line)) is not None:
-            section = tuple(match[1].split("."))
-            yield section, number
-        elif (match := _KEY.match(line)) is not None:
-            yield (*section, *match[1].split(".")), number
 
 
 def _model(config: Config) -> None:

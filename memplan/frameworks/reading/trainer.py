@@ -191,7 +191,7 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
     # modeling_utils.py _compatible_flash_implementations.
     is_other_flash = is_flash(name) and name != FLASH[0] and model is not None and model.family.attention.no_flash_2
     if kind is None or is_other_flash:
-        config.leave(key, f"{shown(name)}: sdpa is counted instead")
+        config.leave(key, f"{shown(name)}: sdpa, or eager without it, is counted instead")
     else:
         config.set("kernels.attention", kind, key)
 

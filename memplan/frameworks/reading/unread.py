@@ -26,13 +26,13 @@ def unread_keys(config: Config, form: RunFormat, known: Collection[str]) -> Iter
             values = (config.document.values.get(top), config.said(path))
             off = ("false", "0", "1") if matter == _DEGREES else ("false", "0")
             if not any(str(value).lower() in off for value in values):
-                yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
+                yield Unread(config.where(path), path, f"{matter}, not supported yet")
         elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
             if top.startswith(_SILENT):
                 continue
             start, dot, last = name.rpartition(".")
             near = misspelt(last, [key[len(start + dot) :] for key in known if key.rpartition(".")[0] == start])
-            where = config.document.where(path)
+            where = config.where(path)
             is_own = name in FIELDS and not by_line(where)[1]  # of a command that is typed
             own = f"; memplan's own {flag(name)} stands in front of --" if is_own else ""
             hint = f"; did you mean {start}{dot}{near}?" if near and not own else own

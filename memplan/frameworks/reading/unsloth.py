@@ -41,6 +41,8 @@ def original(config: Config) -> None:
 
 
 def _method(config: Config) -> None:
+    if config.command == "unsloth-cli.py":  # of its repository, whose --load_in_4bit is off
+        config.defaults = {**config.defaults, "training.load_in_4bit": False}
     kind = config.word("training.training_type", "lora", "full") or "lora"
     if kind == "lora" and config.flag("training.load_in_4bit"):
         config.set("method.quantization.format", "nf4", "training.load_in_4bit")
