@@ -451,7 +451,7 @@ def reported() -> Iterable[str]:
         said = each.verdict if each.answered is None else f"{each.answered:.1f}"
         error = f"{each.error:+.1%}" if each.error is not None else ""
         yield (
-            f"| [{row['id']}]({row['source']}) | {row['framework']} | {row['grade']} "
+            f"| [{row['id']}]({row['source']}) | {row['framework']} {row.get('as_of', '')} | {row['grade']} "
             f"| {measured} | {said} | {error} | {row.get('cause', '')} |"
         )
     yield "\n| report without a run | why |\n|---|---|"
@@ -745,11 +745,12 @@ REPORTED = """
 ## What people reported
 
 {known} of {all} runs that people reported in issues and documentation of frameworks, as their files or flags are read
-today, by the newest version that memplan knows unless the report names one (`tests/golden/reports.jsonl`). Graded A if
-all settings are stated, B if one or two are assumed, C if more are. Nothing was fitted to them; lengths of data are
-rarely stated, so a peak may be of a shorter batch than the settings allow. Reserved by torch, used as `nvidia-smi`
-shows it, or the cache that an engine made. The medians leave out runs of which a part is not counted; *of known rows*
-is the median of those whose rows have a known length: graded A, or B with rows that are packed or padded to one:
+today, by the newest version that memplan knows, or by the one that is named with the framework, if the report or the
+history of its file names one (`tests/golden/reports.jsonl`). Graded A if all settings are stated, B if one or two are
+assumed, C if more are. Nothing was fitted to them; lengths of data are rarely stated, so a peak may be of a shorter
+batch than the settings allow. Reserved by torch, used as `nvidia-smi` shows it, or the cache that an engine made. The
+medians leave out runs of which a part is not counted; *of known rows* is the median of those whose rows have a known
+length: graded A, or B with rows that are packed, padded to one, or published:
 """
 
 BANDS = """

@@ -10,8 +10,10 @@ oom.jsonl, ranks_oom.jsonl  runs that ran out of memory
 not_expressed.jsonl     measurements that a RunSpec cannot describe yet, with the reason
 reports.jsonl           what people reported in issues and documentation: `outcome` ran or oom; `gib` in a `metric`,
                         if it was measured; `grade` A if all settings are stated, B if one or two are assumed, C if more
-                        are; `padded` if every row is padded to a stated length; `partly` if a part is not counted; the
-                        `cause` of a miss, the `reason` for no run, the `quote` of a figure
+                        are; `as_of` the framework's version, or the day, that a figure was written for, whose file and
+                        defaults the run has; `padded` if every row is padded to a stated length, or the longest row of
+                        published data is counted; `partly` if a part is not counted; the `cause` of a miss, the
+                        `reason` for no run, the `quote` of a figure
 inference.jsonl         forward passes and generation; a figure may be of one `phase`, or `summed` over all GPUs
 
 `other_tools.jsonl` in this folder has the answers of other estimators for the same runs.
@@ -409,7 +411,7 @@ class Report(NamedTuple):
 
     @property
     def has_known_rows(self) -> bool:
-        """Whether the length of every row is known: all settings are stated, or most, and rows are packed or padded."""
+        """Whether the lengths are known: all settings are stated, or most, and rows are packed, padded or published."""
         packing = self.row["run"].get("batch", {}).get("packing", "padding_free")
         is_filled = packing != "padding_free" or self.row.get("padded", False)
         return self.row["grade"] == "A" or (self.row["grade"] == "B" and is_filled)

@@ -138,9 +138,10 @@ def attention_wiring(
     if attention == "sdpa_efficient":
         return Wiring(efficient, efficient, padded, windowed)
     if attention in FLASH_PACKAGES:
-        reason = model.family.attention.no_flash_2
-        if reason:
-            raise refused("kernels.attention", f"{model.model_type} does not run with {attention}: {reason}; use sdpa")
+        facts = model.family.attention
+        if facts.no_flash_2 and not (facts.flash_3 and FLASH_PACKAGES[attention] == "3"):
+            why, other = facts.no_flash_2, "flash_attention_3 or sdpa" if facts.flash_3 else "sdpa"
+            raise refused("kernels.attention", f"{model.model_type} does not run with {attention}: {why}; use {other}")
         target = recipe.compute if recipe.autocast else recipe.weights
         if target == "fp32":
             raise refused("kernels.attention", f"{attention} needs bf16 or fp16")

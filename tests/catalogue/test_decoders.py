@@ -93,6 +93,21 @@ def test_attention_sinks_are_computed_without_sdpa_and_noted(name: str) -> None:
     assert any("counted with eager attention" in note for note in asked.notes)
 
 
+def test_sinks_get_no_gradient_from_flash_attention_3() -> None:
+    kernels = {"attention": "flash_attention_3"}
+    flash, eager = (estimate(run("gpt_oss", kernels={"attention": a})) for a in ("flash_attention_3", "eager"))
+    assert (flash.parameters.total, flash.parameters.trainable) == (eager.parameters.total,) * 2
+    states = [sum(line.bytes for line in a.ledger if line.kind == "optstate") for a in (flash, eager)]
+    assert states[1] - states[0] == 3 * 3 * 512  # both moments and the step of each layer's sinks, in blocks of 512
+    with pytest.raises(SpecError, match="does not run with flash_attention_3"):
+        estimate(run("mimo_v2_flash", kernels=kernels))
+    two = {"parallelism": {"world": 2}, "gpu": "h100"}
+    with pytest.raises(SpecError, match=r"self_attn.sinks of gpt_oss is trainable but never gets a gradient"):
+        estimate(run("gpt_oss", kernels=kernels, **two))
+    fsdp2 = {"parallelism": {"world": 2, "strategy": "fsdp2"}, "gpu": "h100"}
+    assert estimate(run("gpt_oss", kernels=kernels, **fsdp2)).bytes.allocated > 0
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "step3p7"])
 def test_models_unsupported_by_flash_attention_2_are_refused(name: str) -> None:
     asked = run(name, kernels={"attention": "flash_attention_2"})

@@ -464,10 +464,11 @@ def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
     """transformers runs gpt-oss with flash attention that knows sinks, but not with flash_attention_2."""
     text = "base_model: gpt-oss-20b\nmicro_batch_size: 1\nattn_implementation: "
     file = read(tmp_path, f"{text}kernels-community/vllm-flash-attn3\n")
-    assert "kernels.attention" not in values(file)
+    assert values(file)["kernels.attention"] == "flash_attention_3"
+    assert not file.notes
+    file = read(tmp_path, "base_model: gemma-4-31b\nmicro_batch_size: 1\nattn_implementation: flash_attention_4\n")
     assert file.notes == (
-        "attn_implementation (run.yaml:3): 'kernels-community/vllm-flash-attn3': "
-        "sdpa, or eager without it, is counted instead",
+        "attn_implementation (run.yaml:3): 'flash_attention_4': sdpa, or eager without it, is counted instead",
     )
     assert values(read(tmp_path, f"{text}flash_attention_2\n"))["kernels.attention"] == "flash_attention_2"
     packed = "sample_packing: true\nsequence_len: 64\n"

@@ -95,7 +95,7 @@ SELECTIVE = {
 }
 
 
-def attending(attention: str, model: str, **more: Any) -> dict[str, Any]:
+def attending(attention: str, model: str | dict[str, Any], **more: Any) -> dict[str, Any]:
     kernels = {"attention": attention, "checkpointing": "none"}
     return {"model": model, "kernels": kernels, "batch": {"micro": 2, "sequence": 384}, "gpu": "h100-sxm-80gb", **more}
 
@@ -124,6 +124,15 @@ ATTENDED["flash_attention_3, grouped and binding"] = attending(
     kernels={"attention": "flash_attention_3", "loss": "fused"},
 )
 ATTENDED["flash_attention_3, windows"] = attending("flash_attention_3", "gemma-2-2b", method="lora")
+ATTENDED |= {
+    f"flash_attention_3, sinks, {name}": attending("flash_attention_3", small("gpt_oss")["model"], **more)
+    for name, more in {
+        "full": {},
+        "lora": {"method": "lora"},
+        "checkpointed": {"kernels": {"attention": "flash_attention_3"}},
+        "autocast": {"precision": "amp"},
+    }.items()
+}
 
 
 def seeing(family: str, **more: Any) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """gpt-oss and MiMo-V2-Flash: attention sinks, one learned number per head that joins the softmax like a key's score.
 
-transformers has no sdpa attention for them, and flash attention only through kernels from the Hub. This is eager
-attention.
+transformers has no sdpa attention for them. This is eager attention, and for gpt-oss a kernel from the Hub that is
+FlashAttention 3 with sinks, which get no gradient from it.
 
-Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_flash/modeling_mimo_v2_flash.py.
+Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_flash/modeling_mimo_v2_flash.py;
+kernels-community/vllm-flash-attn3 flash_attn_interface.py FlashAttnFunc.
 """
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import SCORES, cached, mask_name
+from memplan.catalogue.attention.attention import SCORES, attention, cached, mask_name
 from memplan.catalogue.decoder.attention import project_heads
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import BOTH, after, before, decoder_block, returned, runs
@@ -23,6 +24,7 @@ from memplan.models.model import ModelSpec
 
 _GPT_OSS = "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py"
 _WITH_SINK = "b a s s1"
+_SINKS = Weight("self_attn.sinks", "a", "attention")
 
 
 def sink_attention(
@@ -84,14 +86,13 @@ def sink_attention(
 
 def _append_sinks(name: str) -> tuple[Op, ...]:
     """Append the sinks to the scores. The gradients of both are views of one tensor."""
-    sinks = Weight("self_attn.sinks", "a", "attention")
     return (
         ops.view(f"{name}.scores_part", "masked", "masked.part", _WITH_SINK),
         Op(
             f"{name}.join",
             ("masked.part",),
             (Tensor("joined", _WITH_SINK),),
-            (sinks,),
+            (_SINKS,),
             gradient="same",
             source=f"{ops.DERIVATIVES}: cat",
         ),
@@ -130,6 +131,9 @@ def _attend(
     wiring: Wiring, layer: Layer, sinks: bool, grouped: bool, value: str, one_name: bool = False
 ) -> tuple[Op, ...]:
     name, mask = "self_attn.attention", mask_name(layer.sliding)
+    if wiring.backend == "flash_2":
+        kernel = attention(name, "q", "k", "v", "o", wiring, grouped, layer.sliding)
+        return (Op(f"{name}.sinks", weights=(_SINKS,), gradient="none"), *kernel)
     kernel = sink_attention(name, "o", mask, sinks, grouped, value, one_name, wiring.drops, wiring.caching)
     return cached(name, wiring, kernel, layer.sliding)
 
@@ -173,7 +177,8 @@ def _router(x: str, name: str = "mlp.router") -> tuple[Op, ...]:
 
 def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build gpt-oss: attention sinks, and experts with biases and clamped gates."""
-    wiring = wiring._replace(backend="eager", masked="eager")
+    if wiring.backend != "flash_2":
+        wiring = wiring._replace(backend="eager", masked="eager")
     mlp = (
         *_router("n2"),
         *experts.experts("n2", "mo", gate_up=(), down=(), act=experts.clamped(slices=True), biased=True),

@@ -189,8 +189,10 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
     model = model_of(config)
     # transformers lets some families run flash attention only by other names than flash_attention_2, as gpt-oss does:
     # modeling_utils.py _compatible_flash_implementations.
-    is_other_flash = is_flash(name) and name != FLASH[0] and model is not None and model.family.attention.no_flash_2
-    if kind is None or is_other_flash:
+    facts = model.family.attention if model is not None and is_flash(name) and name != FLASH[0] else None
+    if facts is not None and facts.no_flash_2:
+        kind = FLASH[1] if facts.flash_3 else None
+    if kind is None:
         config.leave(key, f"{shown(name)}: sdpa, or eager without it, is counted instead")
     else:
         config.set("kernels.attention", kind, key)

@@ -72,7 +72,7 @@ FAMILIES = {
         layers=_gpt_oss_layers,
         axes=_gpt_oss_axes,
         stack="gpt_oss",
-        attention=AttentionFacts(no_flash_2="it does not support attention sinks"),
+        attention=AttentionFacts(no_flash_2="it does not support attention sinks", flash_3=True),
         training=TrainingFacts(never_quantised=("post_attention_layernorm", "input_layernorm", "norm")),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(

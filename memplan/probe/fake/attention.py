@@ -209,8 +209,9 @@ def flash_attn_3_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
+    s_aux: Any = None,
 ) -> Any:
-    """FlashAttention 3's function, on heads whose width is a multiple of 8."""
+    """FlashAttention 3's function, on heads whose width is a multiple of 8; with sinks, the Hub's."""
     return _FlashAttention3.apply(q, k, v)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
@@ -227,6 +228,7 @@ def flash_attn_3_varlen_func(  # noqa: PLR0913, PLR0917 (the package's own signa
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
+    s_aux: Any = None,
 ) -> Any:
     """FlashAttention 3's function for packed sequences."""
     out: Any = _FlashAttention3.apply(*(t.unsqueeze(0) for t in (q, k, v)), cu_seqlens_q.shape[0] - 1)  # pyright: ignore
@@ -243,7 +245,7 @@ class _FlashAttention3(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, sequences: int = 0) -> Any:
         ctx.sequences = sequences
         batch, rows, heads, _ = q.shape
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, sums)
         return out

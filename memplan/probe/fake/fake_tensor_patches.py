@@ -163,6 +163,14 @@ def _transformers() -> None:
     for module in (flash, models):
         for n in (2, 3):
             setattr(module, f"is_flash_attn_{n}_available", lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    choose: Any = models.PreTrainedModel._check_and_adjust_attn_implementation
+
+    def _as_asked(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the attention asked for where a class names kernels of the Hub in its place, which are not loaded."""
+        type(model)._compatible_flash_implementations = None
+        return choose(model, *args, **kwargs)
+
+    models.PreTrainedModel._check_and_adjust_attn_implementation = _as_asked
     flash._get_unpad_data = _all_tokens
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     third = ModuleType("flash_attn_interface")

@@ -94,7 +94,10 @@ def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecEr
             "gradients; name other targets too",
         )
     idle = next((w for w in weights if w.idle and w.group != "adapter"), None) if ranks.world > 1 else None
-    if idle is not None and idle.group not in ("vision", "projector", "audio"):
+    # FSDP2 leaves it out of what it reduces, which was traced with gpt-oss's sinks, not with DeepSeek V4's indexers:
+    # torch 2.13 _fully_shard/_fsdp_param_group.py post_backward
+    is_left_out = idle is not None and ranks.strategy == "fsdp2" and len(idle.shape.split()) == 1
+    if idle is not None and not is_left_out and idle.group not in ("vision", "projector", "audio"):
         yield refused(
             "method.kind",
             f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
