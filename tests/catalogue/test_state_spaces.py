@@ -130,6 +130,29 @@ def test_a_note_says_that_fused_kernels_need_less(model_type: str) -> None:
     assert [package in note for note in notes if package] == [True] * (package is not None)
 
 
+def test_no_note_says_so_if_the_packages_are_installed() -> None:
+    packages = ("fla", "causal_conv1d")
+    answer = estimate(run("qwen3_next", kernels={"packages": packages}))
+    assert not [note for note in answer.notes if "causal-conv1d" in note]
+    assert answer.run.model_dump(mode="json")["kernels"]["packages"] == list(packages)
+    assert "packages" not in estimate(run("qwen3_next")).run.model_dump(mode="json")["kernels"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("llama", {}, "llama runs no kernels of fla; leave it out"),
+        ("qwen3_next", {"kernels": {"packages": ("mamba_ssm",)}}, "supported: fla, causal_conv1d"),
+        ("qwen3_next", {"task": "generate"}, "none with task generate"),
+        ("qwen3_next", {"batch": {"packing": "padding_free"}}, "packed batches"),
+    ],
+)
+def test_packages_without_kernels_for_the_run_are_refused(model_type: str, fields: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        estimate(RunSpec(model={"config": config(model_type)}, **{"kernels": {"packages": ("fla",)}, **fields}))
+    assert caught.value.field == "kernels.packages"
+
+
 @pytest.mark.parametrize("loss", ["hf", "chunked", "chunked_lm_head", "fused"])
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "nemotron_h", "qwen3_5_text"])
 def test_every_loss_finds_the_head(model_type: str, loss: str) -> None:

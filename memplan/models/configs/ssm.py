@@ -344,6 +344,7 @@ _QWEN3_NEXT = Family(
     layers=_delta_layers,
     axes=_delta_axes,
     stack="qwen3_next",
+    training=TrainingFacts(packages=("fla", "causal_conv1d")),
     generation=GenerationFacts(cache="delta"),
     checkpoint=CheckpointFacts(experts="split", gguf="qwen3next", gguf_keys=_GGUF_DELTA, gguf_modules=_POST_NORM),
     parallel=ParallelFacts(plans.MIXTURE_DELTA, experts=True),
@@ -522,5 +523,5 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(plans.LLAMA_DELTA),
         serving=ServingFacts(adapts_tables=True),
     ),
-    "qwen3_next": _QWEN3_NEXT._replace(training=TrainingFacts(fuses_experts=True)),
+    "qwen3_next": _QWEN3_NEXT._replace(training=_QWEN3_NEXT.training._replace(fuses_experts=True)),
 }
