@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,8 +34,24 @@ from tests.golden.trainer_scripts import without_launches
 PACKAGES: dict[str, tuple[str, ...]] = {
     "fla": ("fla",),
     "fla and causal-conv1d": ("fla", "causal_conv1d"),
+    "causal-conv1d": ("causal_conv1d",),
+    "mamba-ssm": ("mamba_ssm", "causal_conv1d"),
 }
-FAMILIES = {"fla": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3.5-0.8b-text", "grouped", "equal")}
+FAMILIES = {
+    "fla": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3.5-0.8b-text", "grouped", "equal"),
+    "causal_conv1d": ("nemotron_h",),
+    "mamba_ssm": (
+        "mamba2",
+        "nemotron_h",
+        "bamba",
+        "granitemoehybrid",
+        "falcon_h1",
+        "granite-4.0-h-micro",
+        "states",
+        "C",
+        "decays",
+    ),
+}
 
 
 def _wide(family: str, keys: int, values: int) -> dict[str, Any]:
@@ -44,7 +60,19 @@ def _wide(family: str, keys: int, values: int) -> dict[str, Any]:
     return {**config_of(family, 0), **heads, "linear_key_head_dim": 256, "linear_value_head_dim": 64}
 
 
-CONFIGS = {"grouped": _wide("qwen3_next", 2, 4), "equal": _wide("qwen3_5_text", 4, 4)}
+def _scanned(**sizes: int) -> dict[str, Any]:
+    """Return a config of Mamba 2 for which one moment of the scan's backward is the largest."""
+    return {**config_of("mamba2", 0), "vocab_size": 64, "num_heads": 8, "expand": 1, **sizes}
+
+
+CONFIGS = {
+    "grouped": _wide("qwen3_next", 2, 4),
+    "equal": _wide("qwen3_5_text", 4, 4),
+    "states": _scanned(head_dim=16, state_size=24, n_groups=2, chunk_size=16),
+    "C": _scanned(hidden_size=64, head_dim=8, state_size=64, n_groups=2, chunk_size=16),
+    "decays": _scanned(num_heads=32, head_dim=4, state_size=8, n_groups=1, chunk_size=128),
+}
+SIZES = {"C": (1, 128), "decays": (4, 4096)}
 EVERY: tuple[dict[str, Any], ...] = (
     *(
         {"method": {"kind": kind}, "kernels": {"checkpointing": how}}
@@ -62,7 +90,8 @@ def runs(packages: tuple[str, ...]) -> Iterator[tuple[str, RunSpec]]:
     """Yield every run of the package's families, at small widths and at those of a card."""
     for family in FAMILIES[packages[0]]:
         config = CONFIGS.get(family) or config_of(family, 4)  # the first four layers of a card
-        for micro, sequence, cases in ((4, 256, EVERY[:4] if family in CONFIGS else EVERY), (2, 130, EVERY[1:3])):
+        first = (*SIZES.get(family, (4, 256)), (*EVERY[:4], EVERY[6]) if family in CONFIGS else EVERY)
+        for micro, sequence, cases in (first, (2, 130, EVERY[1:3])):
             for options in cases:
                 kernels = {**options.get("kernels", {}), "packages": packages}
                 method = method_of(config["model_type"], options.get("method", {"kind": "full"}))
@@ -101,11 +130,13 @@ def prepare(packages: tuple[str, ...]) -> None:
         lambda *_: "A100",
     )
     cuda._exchange_device = cuda._maybe_exchange_device = lambda device: 0
+    cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=108)
     extension: Any = ModuleType("causal_conv1d_cuda")
     extension.causal_conv1d_fwd = extension.causal_conv1d_bwd = extension.causal_conv1d_update = lambda *_: None
-    sys.modules["causal_conv1d_cuda"] = extension
+    sys.modules.update({"causal_conv1d_cuda": extension, "selective_scan_cuda": ModuleType("selective_scan_cuda")})
     library("triton.runtime").driver.set_active(_Driver())
     without_launches()
+    library("triton.runtime").Autotuner.best_config = SimpleNamespace(kwargs={"BLOCK_SIZE": 64, "BLOCK_SIZE_M": 32})
     for module in ("torch._dynamo", "transformers.modeling_utils", *packages):
         library(module)  # before the patches, which these imports do not survive
 

@@ -104,9 +104,21 @@ def _packages(r: OpenRun) -> Iterator[SpecError]:
     unused = [name for name in r.kernels.packages if name not in known]
     if unused:
         instead = f"supported: {', '.join(known)}" if known else "leave it out"
-        yield refused(field, f"{r.name} runs no kernels of {unused[0]}; {instead}")
+        yield refused(field, f"kernels of {unused[0]} are not counted for {r.name}; {instead}")
+    if "mamba_ssm" in r.kernels.packages:
+        yield from _scans(r, field)
     if r.batch_facts.packed is not None or (r.trainer in GENERATING and r.rollout == "transformers"):
         yield not_yet_with(field, "packed batches, or completions that the model generates itself", "none")
+
+
+def _scans(r: OpenRun, field: str) -> Iterator[SpecError]:
+    """Yield errors for runs that mamba-ssm's function, or memplan so far, does not support."""
+    if "causal_conv1d" not in r.kernels.packages:
+        yield refused(field, "mamba_ssm calls causal_conv1d; name both")
+    if r.method.quantization is not None:
+        yield refused(field, "mamba_ssm multiplies by the weight of out_proj itself, which fails quantised; use lora")
+    if r.precision.autocast and r.precision.weights == "fp32":
+        yield not_yet_with(field, "mamba_ssm and autocast over fp32 weights", "bf16 weights, or no packages")
 
 
 def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
