@@ -807,8 +807,9 @@ KNOWN = """
 - No reading of the CUDA context was found for cards other than the T4, V100 and A100.
 - Families without a class in transformers (Baichuan, DeepSeek-MoE, InternLM 2, MiniCPM, Nemotron-NAS, Qwen 1) are
   declared from their published code; none of it was traced.
-- State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
-  causal-conv1d or flash-linear-attention installed they take less; answers say so.
+- State spaces and linear attention are counted as transformers' own torch code computes them, unless `--packages` names
+  those of mamba-ssm, causal-conv1d and flash-linear-attention that are installed. With them they take less; answers say
+  so.
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
 - Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss:

@@ -93,6 +93,7 @@ class TrainingFacts(NamedTuple):
     no_checkpoints   its class does not support gradient checkpointing
     shares_a_graph   its blocks read embeddings that train, whose graph the first reentrant checkpoint frees
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
+    packages         packages whose kernels its layers run if they are installed (`kernels.packages`)
     """
 
     never_quantised: tuple[str, ...] = ()
@@ -105,6 +106,7 @@ class TrainingFacts(NamedTuple):
     no_checkpoints: bool = False
     shares_a_graph: bool = False
     late_dropout: bool = False
+    packages: tuple[str, ...] = ()
 
 
 class GenerationFacts(NamedTuple):

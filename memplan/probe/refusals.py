@@ -231,6 +231,8 @@ def _kernels(run: RunSpec) -> None:
     k = run.kernels
     if k.fused:
         raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
+    if k.packages:
+        raise _not_run("kernels.packages", ", ".join(k.packages), "transformers' torch code")
     if k.loss == "fused_chunks":
         raise _not_run("kernels.loss", k.loss, "fused, or another loss that is not Unsloth's")
     if k.compile:

@@ -12,6 +12,7 @@ from typing import Any
 
 from memplan.catalogue.attention.efficient_workspace import efficient_workspace_bytes
 from memplan.catalogue.degrees import Degrees
+from memplan.catalogue.kernels.fused import MULTIPROCESSORS
 from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
 from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, PART_TOKENS, PART_WIDTH, TILE_TOKENS, TILE_WIDTH
@@ -268,14 +269,23 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
 
 
 _ROWS_OF_CHUNK = 512  # ms-swift 4.6.0 rlhf_trainers/gkd_loss.py jsd_loss: chunk_size
-_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned"))
+_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned", "scan_splits"))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
-    """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes."""
+    """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes.
+
+    scan_splits  parts of each group's heads that mamba-ssm sums one after the other
+    """
+    if _SCANNED.isdisjoint(run.needs):
+        return {}
     step = 256 if run.half else 128
     tokens = run.s * -(-run.b * run.fixed.get("inner", 0) // step) * step
-    return {} if _SCANNED.isdisjoint(run.needs) else {**chunked(run.fixed, run.s, run.by), "scanned": tokens}
+    axes = {**chunked(run.fixed, run.s, run.by), "scanned": tokens}
+    heads = run.fixed.get("mh", 1)
+    of_group = heads // run.fixed.get("mg", 1)
+    together = run.by.least(-(-run.b * axes["chunks"] * heads // MULTIPROCESSORS), of_group)
+    return {**axes, "scan_splits": -(-of_group // together)}
 
 
 def _experts(run: _Run) -> Iterator[tuple[str, Any]]:

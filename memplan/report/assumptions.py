@@ -51,6 +51,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         *((("between steps", "; ".join(_side_tasks(run))),) if run.also != Also() else ()),
         *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
+        *((("kernels of packages", ", ".join(run.kernels.packages)),) if run.kernels.packages else ()),
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1 or is_wrapped(run.parallelism):

@@ -69,12 +69,15 @@ def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
 _KERNELS = {"mamba": "mamba-ssm", "linear_attention": "flash-linear-attention"}
 
 
-def kernel_notes(model: ModelSpec) -> Iterator[str]:
-    """Yield notes on models whose code runs differently from what is counted."""
-    for package in sorted({_KERNELS[layer.mixer] for layer in model.layers if layer.mixer in _KERNELS}):
+def kernel_notes(model: ModelSpec, packages: tuple[str, ...], trains: bool) -> Iterator[str]:
+    """Yield notes on models whose code runs differently from what is counted, given the `packages` that are."""
+    known = ",".join(model.family.training.packages) if trains else ""
+    hint = f"; --packages {known} counts them" if known else ""
+    mixers = {_KERNELS[layer.mixer] for layer in model.layers if layer.mixer in _KERNELS and not packages}
+    for package in sorted(mixers):
         yield (
             f"{model.model_type}: layers without attention are counted with transformers' torch code; with {package} "
-            "and causal-conv1d installed, or their kernels from the Hub, their activations take less"
+            f"and causal-conv1d installed, or their kernels from the Hub, their activations take less{hint}"
         )
     note = model.family.note(model) if model.family.note is not None else ""
     if note:

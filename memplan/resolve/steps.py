@@ -46,7 +46,11 @@ def note_weights(run: OpenRun) -> None:
     """Note what is unusual about the compute dtype, the checkpoint and the model's code."""
     if run.card is not None:
         run.notes += run.card.dtype_notes(str(run.precision.compute))
-    run.notes += [*stored_notes(run.model), *run.checkpoint.notes, *kernel_notes(run.model)]
+    run.notes += [
+        *stored_notes(run.model),
+        *run.checkpoint.notes,
+        *kernel_notes(run.model, run.kernels.packages, run.trains),
+    ]
 
 
 def choose_attention(run: OpenRun) -> None:
@@ -87,6 +91,7 @@ def wire(run: OpenRun) -> None:
         scans_once=facts.scans_once,
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,
+        packages=run.kernels.packages,
         pads_image_mask=facts.has_uneven_patches,
         tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.images else "",
     )

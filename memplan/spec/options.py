@@ -144,9 +144,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("none", "full", "selective", "offload"),
             combined=True,
         ),
-        "every_n_layers": Option(
-            "kernels.every_n_layers", "With checkpointing, checkpoint only the first of every n layers."
-        ),
+        "every_n_layers": Option("kernels.every_n_layers", "Checkpoint only the first of every n layers."),
         "trainable_layers": Option("method.trainable_layers", "Last layers that --method freeze trains."),
         "offload": Option(
             "parallelism.offload",
@@ -402,6 +400,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "(Unsloth 2026), label_smoothing (transformers' Trainer). Default the profile's.",
         ),
         "fused": Option("kernels.fused", "Comma-separated fused kernels: {choices}.", parse=listed),
+        "packages": Option("kernels.packages", "Installed packages with kernels to use: {choices}.", parse=listed),
         "reentrant": Option("kernels.reentrant", "Use torch's reentrant checkpointing. Default the profile's."),
         "profile": Option(
             "profile", "Framework and version that fill in defaults (vllm: its newest); memplan profiles lists them."

@@ -264,6 +264,8 @@ class Kernels(Part):
                     chunked together with the head (LitGPT, TRL 1.6 to 1.14, Unsloth), with the head in tiles (TRL
                     1.15), or with smoothed labels (transformers' Trainer)
     fused           fused kernels to use
+    packages        packages with kernels of state spaces and linear attention that are installed, which transformers
+                    then uses instead of its torch code: fla (flash-linear-attention), causal_conv1d, mamba_ssm
     compile         torch.compile
     """
 
@@ -273,7 +275,12 @@ class Kernels(Part):
     reentrant: Flag | None = None
     loss: LossKind | None = None
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
+    packages: tuple[Literal["fla", "causal_conv1d", "mamba_ssm"], ...] = ()
     compile: Flag = False
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what few families have, unless it is set."""
+        return {k: v for k, v in values.items() if v or k != "packages"}
 
 
 class Loop(Part):

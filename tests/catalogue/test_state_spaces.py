@@ -15,6 +15,8 @@ from memplan.models.model import ModelSpec
 from memplan.program.axes import chunked
 from tests.tiny import TINY
 
+SCANS = ("mamba_ssm", "causal_conv1d")
+
 
 def config(model_type: str, **changed: Any) -> dict[str, Any]:
     return {"model_type": model_type, **TINY[model_type], **changed}
@@ -128,6 +130,40 @@ def test_a_note_says_that_fused_kernels_need_less(model_type: str) -> None:
     notes = [note for note in estimate(run(model_type)).notes if "causal-conv1d" in note]
     package = {"jamba": "mamba-ssm", "mamba2": "mamba-ssm", "qwen3_next": "flash-linear-attention"}.get(model_type)
     assert [package in note for note in notes if package] == [True] * (package is not None)
+
+
+def test_no_note_says_so_if_the_packages_are_installed() -> None:
+    packages = ("fla", "causal_conv1d")
+    answer = estimate(run("qwen3_next", kernels={"packages": packages}))
+    assert not [note for note in answer.notes if "causal-conv1d" in note]
+    assert answer.run.model_dump(mode="json")["kernels"]["packages"] == list(packages)
+    assert "packages" not in estimate(run("qwen3_next")).run.model_dump(mode="json")["kernels"]
+
+
+def test_adapters_of_a_projection_that_mamba_ssm_reads_itself_never_train() -> None:
+    method = {"kind": "lora", "targets": ["in_proj", "out_proj"]}
+    torch_code, fused = (estimate(run("bamba", method=method, kernels={"packages": p})) for p in ((), SCANS))
+    assert torch_code.parameters == fused.parameters
+    assert fused.categories["optstate"] < torch_code.categories["optstate"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("llama", {}, "kernels of fla are not counted for llama; leave it out"),
+        ("qwen3_next", {"kernels": {"packages": ("mamba_ssm",)}}, "supported: fla, causal_conv1d"),
+        ("qwen3_next", {"task": "generate"}, "none with task generate"),
+        ("mamba2", {"kernels": {"packages": ("mamba_ssm",)}}, "mamba_ssm calls causal_conv1d; name both"),
+        ("bamba", {"kernels": {"packages": SCANS}, "method": "qlora"}, "fails quantised"),
+        ("bamba", {"kernels": {"packages": SCANS}, "precision": "amp"}, "autocast over fp32 weights"),
+        ("bamba", {"kernels": {"packages": SCANS}, "also": {"evaluation": {}}}, "mamba_ssm and evaluation"),
+        ("qwen3_next", {"batch": {"packing": "padding_free"}}, "packed batches"),
+    ],
+)
+def test_packages_without_kernels_for_the_run_are_refused(model_type: str, fields: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        estimate(RunSpec(model={"config": config(model_type)}, **{"kernels": {"packages": ("fla",)}, **fields}))
+    assert caught.value.field == "kernels.packages"
 
 
 @pytest.mark.parametrize("loss", ["hf", "chunked", "chunked_lm_head", "fused"])

@@ -87,6 +87,7 @@ MISSES: list[dict[str, Any]] = [
     *rows("traced_misses.jsonl"),
     *rows("traced_experts.jsonl"),
     *rows("traced_kernels.jsonl"),
+    *rows("traced_packages.jsonl"),
 ]
 
 

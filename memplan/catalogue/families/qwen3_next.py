@@ -22,7 +22,7 @@ from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.norms import gemma_norm
 from memplan.catalogue.decoder.rotation import attend_heads_first, partly_rotated
 from memplan.catalogue.experts import experts, routers
-from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels import ops, packages
 from memplan.catalogue.kernels.positions import rotary_angles, rotary_table
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
@@ -257,14 +257,20 @@ def _scan(name: str, copied: bool) -> tuple[Op, ...]:
 
 
 def gated_norm(name: str, x: str, gate: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """Qwen3NextRMSNormGated: normalised, then multiplied by silu of the gate in fp32."""
+    """Qwen3NextRMSNormGated: normalised, then multiplied by silu of the gate in fp32. Its variances live to its end.
+
+    Liger has no kernel for it (liger-kernel 0.8.5 transformers/monkey_patch.py), so it is no unit to fuse.
+    """
+    *normalise, returns = (op._replace(unit="") for op in ops.rms_norm(name, x, f"{y}.normed", shape, axis))
+    mean, wide = returns.reads
     return (
-        *ops.rms_norm(name, x, f"{y}.normed", shape, axis),
+        *normalise,
+        returns._replace(reads=(wide,)),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate32", shape, "fp32"),
         ops.activation(f"{name}.silu", f"{y}.gate32", f"{y}.act", shape),
         ops.mul(f"{name}.product", f"{y}.normed", f"{y}.act", f"{y}.wide", shape),
         ops.cast(f"{name}.cast_back", f"{y}.wide", y, shape, f"={x}"),
-        ops.release_names(x),
+        ops.release_names(x, mean),
     )
 
 
@@ -307,6 +313,11 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
     repeats = m.config_int("linear_num_key_heads") != m.config_int("linear_num_value_heads")
     parts = (Tensor("query", "b s lk ldk"), Tensor("key", "b s lk ldk"), Tensor("value", "b s lv ldv"))
     joined = m.model_type == "qwen3_next"
+    rule = (
+        (packages.gated_delta_rule(f"{n}.rule", "core", repeats),)
+        if "fla" in wiring.packages
+        else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.has_fp32_inputs)
+    )
     return (
         *(joined_projections if joined else split_projections)(n, x),
         *causal_conv(f"{n}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
@@ -318,7 +329,7 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
         ops.add_weight(f"{n}.dt", "a32", "dt", "b s lv", Weight(f"{n}.dt_bias", "lv", "mixer"), "fp32"),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
         ops.spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
-        *(() if wiring.decodes else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.has_fp32_inputs)),
+        *(() if wiring.decodes else rule),
         *cached_state(wiring, f"{n}.state", "state", "b lv ldk ldv", "fp32", "g"),
         *(delta_step(f"{n}.rule", "core", repeats) if wiring.decodes else ()),
         *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),

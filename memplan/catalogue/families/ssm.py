@@ -23,7 +23,7 @@ from memplan.catalogue.decoder.rotation import attend_heads_first, partial_rope
 from memplan.catalogue.decoder.scaling import scaled_branch, scaled_embeddings, scaled_logits
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families.mixtures import granite_mixture, granite_mlp
-from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels import ops, packages
 from memplan.catalogue.kernels.activations import relu_squared
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
@@ -198,11 +198,21 @@ def mamba2_mixer(
     normed     the gated output is normalised
     """
     x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
+    out_bias = m.get(keys[2], False) if keys[2:] else bias
+    project = projected or (ops.linear(f"{n}.in_proj", "real", "zxbcdt", "projected", "h", "mixer", bias),)
+    if "mamba_ssm" in wiring.packages:
+        return (
+            *unpadded(wiring, x, "real", "b s h"),
+            *project,
+            *negative_exp(f"{n}.A_log", "rate", "mh"),
+            *packages.split_conv1d_scan(n, "zxbcdt", y, normed, conv_bias, out_bias),
+            ops.release_names("real", "zxbcdt", "rate", x),
+        )
     parts = (Tensor("gate.z", "b s inner"), Tensor("xbc", "b s convolved"), Tensor("dt", _STEPS))
     split = (Tensor("x.heads", _X), Tensor("B", "b s mg mn"), Tensor("C", "b s mg mn"))
     return (
         *unpadded(wiring, x, "real", "b s h"),
-        *(projected or (ops.linear(f"{n}.in_proj", "real", "zxbcdt", "projected", "h", "mixer", bias),)),
+        *project,
         *negative_exp(f"{n}.A_log", "rate", "mh"),
         ops.split(f"{n}.split", "zxbcdt", parts),
         *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias, wiring=wiring),
@@ -216,9 +226,7 @@ def mamba2_mixer(
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),
         *(gated_norm if normed else gated)(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
         ops.cast(f"{n}.cast", "normed", "normed.low", "b s inner", f"={x}"),
-        ops.linear(
-            f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", m.get(keys[2], False) if keys[2:] else bias
-        ),
+        ops.linear(f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", out_bias),
         ops.release_names("mixed.real", "scanned", "normed", "zxbcdt", "rate", x),
         *((ops.release_names("states.new"),) if wiring.caching and not wiring.decodes else ()),
     )

@@ -15,7 +15,9 @@ from memplan.core.records import NamedTuple
 
 _LIGER, _AUTOMODEL = "liger-kernel 0.5.2 ops", "nemo_automodel 0.7.0 components/models"
 _ROPE = f"{_AUTOMODEL}/llama/rope_utils.py apply_rotary_pos_emb"
-_MULTIPROCESSORS = 108  # of an A100: Liger sums the weight's gradient in one row per multiprocessor
+MULTIPROCESSORS = (
+    108  # of an A100: Liger sums the weight's gradient in one row per multiprocessor, mamba-ssm splits by them
+)
 
 
 def _rms_norm(unit: tuple[Op, ...]) -> Op:
@@ -32,7 +34,7 @@ def _rms_norm(unit: tuple[Op, ...]) -> Op:
         (y._replace(dtype=f"={x}"), rstd),
         (w,),
         (*(Keep(what, target) for target in (x, w.name) for what in (x, rstd.name)), Keep(w.name, x)),
-        scratch_back=(Scratch(Tensor("partial sums", f"{_MULTIPROCESSORS} {w.shape}", "fp32"), w.name),),
+        scratch_back=(Scratch(Tensor("partial sums", f"{MULTIPROCESSORS} {w.shape}", "fp32"), w.name),),
         gradient="same",
         source=f"{_LIGER}/rms_norm.py",
     )

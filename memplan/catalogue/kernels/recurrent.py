@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels import ops, packages
 from memplan.catalogue.kernels.recurrent_step import cached_state, convolved
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
@@ -63,6 +63,8 @@ def causal_conv(
     state = cached_state(wiring, f"{name}.state", "conv.state", f"b {axis} kernel", f"={x}", x) if wiring else ()
     if wiring and wiring.decodes:
         return (*state, *convolved(name, x, y, axis, weights, activates))
+    if wiring and "causal_conv1d" in wiring.packages:
+        return (*state, packages.causal_conv1d(name, x, y, axis, weights))
     return (
         *state,
         ops.cast(f"{name}.to_weight", x, cast_x, f"b s {axis}", f"={w.name}"),

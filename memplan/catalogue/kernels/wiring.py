@@ -28,6 +28,8 @@ class Wiring(NamedTuple):
     accumulates   Megatron-core: products add weight gradients to the main gradients, if the config lets them
     keeps_last    offloaded checkpoints leave the last block's input on the GPU
 
+    packages      installed packages whose kernels state spaces and linear attention run (`kernels.packages`)
+
     Masks and inputs
 
     padded              the batch comes with a 2-D mask that has zeros
@@ -99,6 +101,7 @@ class Wiring(NamedTuple):
     recomputes: bool = False
     accumulates: bool = False
     keeps_last: bool = False
+    packages: tuple[str, ...] = ()
     drops: bool = False
     records: bool = True
     caching: bool = False

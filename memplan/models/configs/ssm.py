@@ -344,6 +344,7 @@ _QWEN3_NEXT = Family(
     layers=_delta_layers,
     axes=_delta_axes,
     stack="qwen3_next",
+    training=TrainingFacts(packages=("fla", "causal_conv1d")),
     generation=GenerationFacts(cache="delta"),
     checkpoint=CheckpointFacts(experts="split", gguf="qwen3next", gguf_keys=_GGUF_DELTA, gguf_modules=_POST_NORM),
     parallel=ParallelFacts(plans.MIXTURE_DELTA, experts=True),
@@ -359,6 +360,7 @@ _SCAN: dict[str, Any] = {
     "mamba_chunk_size": 256,
     "mamba_conv_bias": True,
 }
+_SCANS = ("mamba_ssm", "causal_conv1d")
 _BAMBA = Family(
     {"num_key_value_heads": 8, "intermediate_size": 14336, "partial_rotary_factor": 0.5, **_SCAN},
     keys=ConfigKeys(fixed={"partial_rotary_factor": 0.5}),
@@ -366,6 +368,7 @@ _BAMBA = Family(
     axes=_bamba_axes,
     stack="ssm",
     attention=AttentionFacts(single_sequence="layers"),
+    training=TrainingFacts(packages=_SCANS),
     generation=GenerationFacts(cache="mamba-2"),
     serving=ServingFacts(is_modelled=False),
 )
@@ -375,7 +378,7 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": _BAMBA._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "mamba_d_ssm": 1024, **_SCAN},
         keys=ConfigKeys(),
-        training=TrainingFacts(fused_mixers=True),
+        training=TrainingFacts(fused_mixers=True, packages=_SCANS),
         generation=GenerationFacts(cache="side_by_side"),
     ),
     "falcon_mamba": _MAMBA_ROW,
@@ -470,7 +473,7 @@ FAMILIES: dict[str, Family] = {
         gated=False,
         stack="ssm",
         attention=AttentionFacts(rotary=False, single_sequence="layers"),
-        training=TrainingFacts(fused_mixers=True),
+        training=TrainingFacts(fused_mixers=True, packages=_SCANS),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="nemotron_h", gguf_rolls=True),
         serving=ServingFacts(adapts_tables=True, fp32_states=True),
@@ -488,6 +491,7 @@ FAMILIES: dict[str, Family] = {
         axes=_granite_axes,
         stack="ssm",
         attention=AttentionFacts(single_sequence="layers"),
+        training=TrainingFacts(packages=_SCANS),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="granitehybrid"),
         parallel=ParallelFacts(plans.EXPERTS, experts=True),
@@ -507,6 +511,7 @@ FAMILIES: dict[str, Family] = {
         axes=_mamba2_axes,
         stack="ssm",
         attention=AttentionFacts(single_sequence="layers"),
+        training=TrainingFacts(fused_mixers=True, packages=_SCANS),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="mamba2"),
     ),
@@ -522,5 +527,5 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(plans.LLAMA_DELTA),
         serving=ServingFacts(adapts_tables=True),
     ),
-    "qwen3_next": _QWEN3_NEXT._replace(training=TrainingFacts(fuses_experts=True)),
+    "qwen3_next": _QWEN3_NEXT._replace(training=_QWEN3_NEXT.training._replace(fuses_experts=True)),
 }

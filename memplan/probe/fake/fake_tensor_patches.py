@@ -148,7 +148,13 @@ def _cuda(cuda: Any) -> None:
 
 
 def _transformers() -> None:
-    """Skip the checks of values that fake tensors do not have, and make flash-attn available."""
+    """Skip the checks of values that fake tensors do not have, make flash-attn available, and hide kernel packages.
+
+    Their kernels do not run without a card.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    for name in ("fla", "causal_conv1d", "mamba_ssm"):
+        modules.setdefault(name, None)
     utils = library("transformers.utils.import_utils")
     utils.is_fake_tensor = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")

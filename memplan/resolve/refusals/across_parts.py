@@ -85,8 +85,9 @@ def training_settings(run: RunSpec) -> Iterator[SpecError]:
         yield refused("kernels.checkpointing", f"task {task} has no backward pass")
     if run.kernels.loss not in (None, library_behaviour(run.profile, "", False).defaults.kernels_loss):
         yield refused("kernels.loss", f"task {task} has no loss")
-    if run.kernels.fused:
-        yield not_yet("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
+    for field in ("fused", "packages"):
+        if getattr(run.kernels, field):
+            yield not_yet(f"kernels.{field}", ", ".join(getattr(run.kernels, field)), f"none with task {task}")
     if task == "generate" and loop.use_cache is False:
         yield not_yet("loop.use_cache", False, "true with task generate")
     for field in ("hold_outputs", "grad_scaler", "trainer"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
@@ -37,6 +38,8 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield from _selective(r)
     if kernels.every_n_layers > 1:
         yield from _every_n_layers(r)
+    if kernels.packages:
+        yield from _packages(r)
     yield from _method(method, r.storages, r.run_formats)
     if method.kind in PEFT_METHODS and r.parallelism.world > 1:
         yield not_yet_with(
@@ -93,6 +96,29 @@ def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(field, f"{'offload' if not r.kernels.reentrant else 'reentrant'} checkpointing", "1")
     if r.model.has_tower or r.parallelism.pp > 1 or r.parallelism.strategy in ("fsdp", "zero3"):
         yield not_yet_with(field, "towers, pipeline stages, fsdp or zero3", "1")
+
+
+def _packages(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for packages whose kernels the model does not run, or memplan does not count yet."""
+    field, known = "kernels.packages", r.model.family.training.packages
+    unused = [name for name in r.kernels.packages if name not in known]
+    if unused:
+        instead = f"supported: {', '.join(known)}" if known else "leave it out"
+        yield refused(field, f"kernels of {unused[0]} are not counted for {r.name}; {instead}")
+    if "mamba_ssm" in r.kernels.packages:
+        yield from _scans(r, field)
+    if r.batch_facts.packed is not None or (r.trainer in GENERATING and r.rollout == "transformers"):
+        yield not_yet_with(field, "packed batches, or completions that the model generates itself", "none")
+
+
+def _scans(r: OpenRun, field: str) -> Iterator[SpecError]:
+    """Yield errors for runs that mamba-ssm's function, or memplan so far, does not support."""
+    if "causal_conv1d" not in r.kernels.packages:
+        yield refused(field, "mamba_ssm calls causal_conv1d; name both")
+    if r.method.quantization is not None:
+        yield refused(field, "mamba_ssm multiplies by the weight of out_proj itself, which fails quantised; use lora")
+    if r.precision.autocast and r.precision.weights == "fp32":
+        yield not_yet_with(field, "mamba_ssm and autocast over fp32 weights", "bf16 weights, or no packages")
 
 
 def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
