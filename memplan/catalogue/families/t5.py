@@ -274,8 +274,8 @@ def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosse
     """The bias as torch's attention takes it: contiguous, and the least number where a mask hides a token.
 
     Heads are the innermost dimension of the bias, and of what `where` makes of it, but not of the zeros for the
-    encoder's tokens. If rows are no multiple of 8, the kernel pads them in another tensor, which it keeps instead of the
-    zeros (`pads`). Source: transformers 5.24 integrations/sdpa_attention.py create_position_bias_mask.
+    encoder's tokens. If rows are no multiple of 8, the kernel pads them in another tensor, and keeps that instead of
+    the zeros (`pads`). Source: transformers 5.24 integrations/sdpa_attention.py create_position_bias_mask.
     """
     if mask or triangle:
         hidden = f"{n}.hidden"
@@ -318,7 +318,7 @@ def _padded(n: str, bias: str) -> tuple[Op, ...]:
 
 
 def _with_bias(op: Op, padded: str, per_sequence: bool) -> tuple[Op, ...]:
-    """The kernel with a bias that trains. `padded` is its shape before the kernel pads it; empty if `o.padded` is there.
+    """The kernel with a bias that trains. `padded` is its shape before the kernel pads it; empty if it is padded.
 
     per_sequence  sequences share the bias; the kernel makes its gradient for each of them, and they are summed
     """

@@ -110,7 +110,8 @@ def _entered(w: Weight, dtype: str) -> tuple[Op, ...]:
     """Return the operations that begin the module of an adapted stack.
 
     A quantised stack is dequantised for as long as the module runs, and again to fold the adapter once as a check.
-    Gradients of A and B are accumulated when the backward of all that the module runs is over. Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, torch 2.13 torch/nn/utils/parametrize.py
+    Gradients of A and B are accumulated when the backward of all that the module runs is over.
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, torch 2.13 torch/nn/utils/parametrize.py
     register_parametrization.
     """
     begins = _casts(w, dtype) or (Op(f"{w.name}.lora", lends=w.name, gradient="none", source=_SOURCE),)
