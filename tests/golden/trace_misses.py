@@ -296,6 +296,16 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": {"micro": 3, "sequence": 90},
         "loop": {"hold_outputs": True, "trainer": True},
     },
+    "tokens of one sequence, which a product reads transposed": {
+        **small("mamba"),
+        "batch": {"sequence": 39},
+        "kernels": {"checkpointing": "none"},
+    },
+    "gradients of one sequence's tokens, which are views": {
+        **small("jamba"),
+        "method": "lora",
+        "batch": {"sequence": 81},
+    },
     "what is added to gradients of stacked experts' adapters": {
         **small("ernie4_5_moe"),
         "method": {"kind": "qlora", "quantization": {}},
