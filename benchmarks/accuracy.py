@@ -792,8 +792,6 @@ KNOWN = """
 - The backward of Kimi Linear's delta rule is counted as one operation (1.2 to 1.3 % of small models).
 - Generation from Bamba with eager attention holds a layer's probabilities until the next layer returns, which is not
   counted (3 % of a tiny model's prompt).
-- Adapters on stacked experts with gradient accumulation: what is to be added to their gradients stays to the end of
-  the layer's backward, and is counted until it is made (1.1 % of a small Ernie with QLoRA).
 - Reentrant checkpoints of T5Gemma keep the rotary tables with the graph, which is not counted (0.06 % of a tiny model).
   DeepSeek V4 on sequences shorter than a layer compresses into one token counts gradients of a compressor that gets
   none (1.1 % of a tiny model). A trace of BART alike with padding masks the decoder's own tokens too (up to 1 %), which

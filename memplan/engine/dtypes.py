@@ -242,7 +242,8 @@ class _Resolver:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
             return
         if op.only_dtype and tensors[op.reads[0]].dtype != op.only_dtype:
-            op = op._replace(keeps=(), scratch=(), scratch_back=(), view=True, gradient="same")
+            gradient = "none" if op.gradient == "none" else "same"
+            op = op._replace(reads=op.reads[:1], keeps=(), scratch=(), scratch_back=(), view=True, gradient=gradient)
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):

@@ -180,12 +180,15 @@ def _adapters(tape: LoadingTape, adapters: Iterable[Weight], dtype: str = "") ->
 def _decomposed(graph: Graph, tape: LoadingTape, adapters: Iterable[Weight]) -> dict[int, Weight]:
     """Record how peft initialises LoRA from a decomposition of each matrix, in fp32, and return the adapters.
 
-    They have the dtype of the model until all layers are adapted.
-    Source: peft 0.21.2 tuners/lora/layer.py pissa_init, olora_init, update_layer.
+    They have the dtype of the model until all layers are adapted. CorDA's pass over data leaves factors of all layers.
+    Source: peft 0.21.2 tuners/lora/layer.py pissa_init, olora_init, corda_init, update_layer.
     """
-    loaded, axes = graph.recipe.weights, operations_of(graph)[1]
+    loaded, axes, how = graph.recipe.weights, operations_of(graph)[1], graph.recipe.decomposition
     out: dict[int, Weight] = {}
     layer: list[Weight] = []
+    factors = [*_adapters(tape, adapters, "fp32")] if how == "corda" else []
+    ends = [w for w in adapters if w.name.endswith("lora_B.weight")]
+    values = [tape.alloc(dims_of(w, axes)[-1], "fp32") for w in (ends if factors else ())]
     for w in adapters:
         layer.append(w)
         if w.name.endswith("lora_B.weight"):
@@ -194,10 +197,16 @@ def _decomposed(graph: Graph, tape: LoadingTape, adapters: Iterable[Weight]) -> 
             rank = dims_of(w, axes)[-1]
             rows, columns = b // rank, a // rank
             full, kept = rows * columns, min(rows, columns)
-            factors = {"olora": (rows * kept, kept * columns, b), "pissa": (rows * kept, kept, kept * columns, full)}
-            parts = [a, b, full, *factors.get(graph.recipe.decomposition, (b, rank, a, full))]
+            made = {
+                "olora": (rows * kept, kept * columns, b),
+                "pissa": (rows * kept, kept, kept * columns, full),
+                "corda": (full,),
+            }
+            parts = [a, b, full, *made.get(how, (b, rank, a, full))]
             matrix = [full] if loaded != "fp32" else []
             tape.free(*[tape.alloc(number, "fp32") for number in (*matrix, *parts)])
+            tape.free(*factors[: len(layer)], *values[:1])
+            factors, values = factors[len(layer) :], values[1:]
             out |= _adapters(tape, layer, loaded)
             layer = []
     return _cast(tape, out | _adapters(tape, layer, loaded), loaded)

@@ -13,9 +13,12 @@ from memplan.program.stack_facts import default_stack, parameter_targets
 from memplan.spec.training import Method
 
 _BIAS = ("none", "all", "lora_only")
-# Values of init_lora_weights after which a step takes what it takes after the default. eva and corda run the model on
-# data first, eva moves ranks between layers, and mica freezes half of the adapter.
-_INITS = ("gaussian", "orthogonal", "olora", "pissa", "loftq")
+# Values of init_lora_weights after which a step takes what it takes after the default. mica freezes half an adapter.
+_INITS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "corda", "eva")
+_ON_DATA = {
+    "corda": "each adapted layer's covariance of inputs, in fp32",
+    "eva": "each adapted layer's singular vectors of inputs, after which it moves ranks between layers",
+}
 
 
 def _is_true_or_false(value: Any) -> bool:
@@ -91,7 +94,7 @@ def lora_options(m: Method) -> Iterator[SpecError]:
         yield refused("method.options.layers_pattern", "needs layers_to_transform")
     if "dora" in m.kind and o.get("bias", "none") != "none":
         yield refused("method.options.bias", f"{o['bias']} is not supported yet with {m.kind}; supported: none")
-    if m.quantization is not None and str(o.get("init_lora_weights", "")).startswith(("pissa", "loftq")):
+    if m.quantization is not None and str(o.get("init_lora_weights", "")).startswith(("pissa", "loftq", "corda")):
         yield refused(
             "method.options.init_lora_weights", f"peft has {o['init_lora_weights']} over unquantised weights only"
         )
@@ -103,8 +106,10 @@ def lora_options(m: Method) -> Iterator[SpecError]:
 
 
 def init_note(m: Method) -> list[str]:
-    """Return a note on an initialisation that decomposes the loaded weights, if what it allocates is not counted."""
+    """Return a note on an initialisation if what it allocates, or its pass over data, is not counted."""
     init = str(m.options.get("init_lora_weights", ""))
+    if init in _ON_DATA:
+        return [f"{init} first runs the model on data and holds {_ON_DATA[init]}: that pass is not counted"]
     if not init.startswith("loftq") and (init != "olora" or m.quantization is None):
         return []
     return [f"{init} decomposes each adapted matrix in fp32 while loading: its temporaries are not counted"]
@@ -113,7 +118,7 @@ def init_note(m: Method) -> list[str]:
 def decomposition(m: Method) -> str:
     """Return the initialisation that decomposes the loaded matrices, if what it allocates is counted; else ""."""
     init = str(m.options.get("init_lora_weights", "")).rstrip("0123456789").removesuffix("_")
-    return init if init in ("pissa", "pissa_niter", "olora") and m.quantization is None else ""
+    return init if init in ("pissa", "pissa_niter", "olora", "corda") and m.quantization is None else ""
 
 
 def _pattern(field: str, pattern: str) -> Iterator[SpecError]:

@@ -14,6 +14,7 @@ from memplan import RunSpec, estimate
 from memplan.catalogue import build
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import MemplanError, SpecError
+from memplan.models.configs import family
 from memplan.models.model import ModelSpec
 from tests.cases import in_groups
 from tests.sampling import sampled
@@ -116,6 +117,21 @@ def test_models_unsupported_by_flash_attention_2_are_refused(name: str) -> None:
         return
     with pytest.raises(SpecError, match="does not run with flash_attention_2"):
         estimate(asked)
+
+
+FLASHES = (
+    *("bloom", "mpt", "mamba", "mamba2", "falcon_mamba", "gemma3", "paligemma", "mllama"),  # whose classes refuse it
+    *("llama", "gpt2", "falcon", "jamba", "gemma3_text", "llava"),
+)
+
+
+@pytest.mark.parametrize("model_type", FLASHES)
+def test_flash_attention_2_is_refused_if_the_class_does_not_support_it(model_type: str) -> None:
+    auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    maps = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    configs = pytest.importorskip("transformers").CONFIG_MAPPING
+    built = next(m[configs[model_type]] for m in maps if configs[model_type] in m)
+    assert bool(family(model_type).attention.no_flash_2) == (not built._supports_flash_attn)
 
 
 def test_layers_that_gemma_3n_clamps_are_left_unquantised() -> None:

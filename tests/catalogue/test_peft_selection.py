@@ -104,7 +104,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"targets": QV, "options": {"exclude_modules": QV}}, "exclude_modules: leaves no module to adapt"),
     ({"options": {"bias": "boft_only"}}, "method.options.bias: must be none or all or lora_only"),
     ({"options": {"rank_patern": {}}}, "did you mean rank_pattern?"),
-    ({"options": {"init_lora_weights": "eva"}}, "init_lora_weights: must be true, false, gaussian"),
+    ({"options": {"init_lora_weights": "mica"}}, "init_lora_weights: must be true, false, gaussian"),
+    ({"kind": "qlora", "options": {"init_lora_weights": "corda"}}, "peft has corda over unquantised weights only"),
     ({"kind": "qlora", "options": {"init_lora_weights": "pissa"}}, "peft has pissa over unquantised weights only"),
     ({"kind": "dora", "options": {"bias": "all"}}, "all is not supported yet with dora"),
 ]

@@ -181,14 +181,21 @@ def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     assert mean(c.peak for c in compared) < 1e-3
 
 
-# Traced peaks of loading: trace_peft.one("lora", rank=16, targets="all-linear", options={"init_lora_weights": ...}).
-DECOMPOSED = [("pissa", 33_439_744), ("olora", 30_586_880), ("pissa_niter_4", 29_628_928)]
+# Traced peaks of loading: trace_peft.one("lora", rank=16, targets=..., options={"init_lora_weights": ...}).
+DECOMPOSED: list[tuple[str, str | list[str], int]] = [
+    ("pissa", "all-linear", 33_439_744),
+    ("olora", "all-linear", 30_586_880),
+    ("pissa_niter_4", "all-linear", 29_628_928),
+    ("corda", ["q_proj", "v_proj", "down_proj"], 29_388_800),
+]
 
 
-@pytest.mark.parametrize(("init", "traced"), DECOMPOSED)
-def test_an_initialisation_that_decomposes_matrices_is_counted_while_loading(init: str, traced: int) -> None:
-    _, run = trace_peft.one("lora", rank=16, targets="all-linear", options={"init_lora_weights": init})
-    _, plain = trace_peft.one("lora", rank=16, targets="all-linear")
+@pytest.mark.parametrize(("init", "targets", "traced"), DECOMPOSED, ids=str)
+def test_an_initialisation_that_decomposes_matrices_is_counted_while_loading(
+    init: str, targets: str | list[str], traced: int
+) -> None:
+    _, run = trace_peft.one("lora", rank=16, targets=targets, options={"init_lora_weights": init})
+    _, plain = trace_peft.one("lora", rank=16, targets=targets)
     assert estimate(run).phases[0].peak == traced
     assert without_workspaces(estimate(run)) == without_workspaces(estimate(plain))
     on_host = RunSpec.model_validate({**run.model_dump(), "loop": {"trainer": True}})  # which moves the adapted model

@@ -279,6 +279,40 @@ CASES: dict[str, dict[str, Any]] = {
         **small("glm_moe_dsa", {"glm_moe_dsa": {**DECODERS["glm_moe_dsa"], "num_hidden_layers": 9, **SELECTING}}),
         "batch": {"micro": 3, "sequence": 35},
     },
+    "zeros for encoded tokens, of which a kernel keeps a padded copy": {
+        **small("t5", SMALL),
+        "optimizer": "sgd",
+        "batch": {"sequence": 82},
+        "kernels": {"checkpointing": "full"},
+    },
+    "a clamp in fp16 alone adds no gradient": {
+        **small("mt5", SMALL),
+        "batch": {"micro": 2, "sequence": 63},
+        "kernels": {"checkpointing": "full", "reentrant": True},
+    },
+    "the encoder's dropout mask, which outputs do not hold": {
+        **small("flan-t5", SMALL),
+        "precision": AMP,
+        "batch": {"micro": 3, "sequence": 90},
+        "loop": {"hold_outputs": True, "trainer": True},
+    },
+    "tokens of one sequence, which a product reads transposed": {
+        **small("mamba"),
+        "batch": {"sequence": 39},
+        "kernels": {"checkpointing": "none"},
+    },
+    "gradients of one sequence's tokens, which are views": {
+        **small("jamba"),
+        "method": "lora",
+        "batch": {"sequence": 81},
+    },
+    "what is added to gradients of stacked experts' adapters": {
+        **small("ernie4_5_moe"),
+        "method": {"kind": "qlora", "quantization": {}},
+        "batch": {"sequence": 21, "accumulation": 3},
+        "kernels": {"attention": "eager", "reentrant": True},
+        "loop": {"trainer": True},
+    },
 }
 
 

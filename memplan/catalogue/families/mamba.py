@@ -64,7 +64,7 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
+def selective_scan(name: str, x: str, y: str, is_single: bool) -> tuple[Op, ...]:
     """mamba_selective_scan: from `x`, `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the output.
 
     The loop keeps every token's state, and a copy of it in the dtype of x. Backward is largest at the token before the
@@ -113,7 +113,7 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
             gradient="own",
             source=f"{_SOURCE} mamba_selective_scan",
         ),
-        ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS)._replace(
+        ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS, "part" if is_single else "same")._replace(
             keeps=tuple(Keep(what, "scanned.tokens") for what in late)
         ),
         ops.release_names(*states, *late)._replace(needs_recording=True),
@@ -150,6 +150,7 @@ def mamba_mixer(
     norms  of time step, B and C: `weightless`, `weighed`, or empty for none
     """
     x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
+    by_token = ops.view if wiring.is_single_sequence else ops.copy  # a product reads one transposed sequence as it is
     norm = weightless_norm if norms == "weightless" else ops.rms_norm
     names = {t: f"{t}.scan" if norms else t for t in _PARTS}
     parts = tuple(Tensor(t, shape) for t, shape in _PARTS.items())
@@ -161,7 +162,7 @@ def mamba_mixer(
         ops.split(f"{n}.chunk", "xz", (Tensor("x.part", "b s inner"), Tensor("gate.z", _ROWS))),
         *causal_conv(f"{n}.conv1d", "x.part", "mixed", "inner", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", _ROWS),
-        ops.copy(f"{n}.by_token", "mixed.real", "mixed.tokens", "b s inner", gradient="same"),
+        by_token(f"{n}.by_token", "mixed.real", "mixed.tokens", "b s inner"),
         ops.linear(f"{n}.x_proj", "mixed.tokens", "dbc", "dbc", "inner", "mixer"),
         ops.release_names("mixed.tokens"),
         ops.split(f"{n}.split", "dbc", parts),
@@ -173,13 +174,13 @@ def mamba_mixer(
         ),
         *_time_steps(n, names["dt"], "dt.plus"),
         *(ops.view(f"{n}.{t}", t, f"{t}.scan", _PARTS[t]) for t in "BC" if not norms),
-        *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated")),
+        *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated", wiring.is_single_sequence)),
         *cached_state(
             wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"
         ),
         *(selective_state_update(n, "gated") if wiring.decodes else ()),
         ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
-        ops.copy(f"{n}.rows", "gated.low", "gated.rows", "b s inner", gradient="same"),
+        by_token(f"{n}.rows", "gated.low", "gated.rows", "b s inner"),
         ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
         ops.release_names(
             "gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "B.scan", "C.scan", "bias32"

@@ -87,7 +87,7 @@ def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
 
 def _cross_biases(wiring: Wiring, cross_wiring: Wiring) -> tuple[str, ...]:
     """Names of the biases for the encoder's tokens. A kernel that pads rows keeps its padded copy, not the bias."""
-    is_kept = wiring.records and not wiring.checkpoints and wiring.backend != "eager" and not cross_wiring.has_mask()
+    is_kept = wiring.records and wiring.backend != "eager" and not cross_wiring.has_mask()
     return ("cross_bias", "cross_bias.uneven") if is_kept else ("cross_bias",)
 
 
@@ -164,12 +164,11 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
 
 def _encoder_output(m: ModelSpec, wiring: Wiring, bias: tuple[str, ...]) -> tuple[Op, ...]:
     """The encoder's last norm. The model also returns its output."""
-    *before, last = dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drops(m, "dropout_rate"))
     return (
         *norm("encoder.final_layer_norm", "x", "encoded.normed"),
         ops.release_names("x"),
-        *before,
-        last._replace(holds="forward"),
+        *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drops(m, "dropout_rate")),
+        ops.view("encoder.last_hidden_state", "encoded", "last_hidden_state", "b s h")._replace(holds="forward"),
         ops.release_names("tokens", *bias, *_masks(wiring, "encoder_mask")),
     )
 
@@ -224,9 +223,10 @@ def _attention(
     else:  # flash attention takes no bias
         plain = wiring._replace(backend="efficient", masked="efficient", padded=True, drops=drop)
         rows = "b a s" if wiring.padded else "a s"
-        padded = f"{rows} s_uneven{8 * (crosses and not masked) or ''}"  # of two shapes, the one not kept
+        padded = f"{rows} s_uneven"  # before the kernel pads it
         triangle = wiring.causal and not (masked or wiring.decodes)
-        added_ops = _bias_to_add(n, bias, mask if masked else "", f"{rows} s", triangle, crosses)
+        pads = crosses and wiring.records and not masked  # layers share the bias; each keeps its own padded copy
+        added_ops = _bias_to_add(n, bias, mask if masked else "", f"{rows} s", triangle, crosses, pads)
         per_sequence = not (
             wiring.is_single_sequence or wiring.padded
         )  # without masks, several sequences share one bias
@@ -236,7 +236,7 @@ def _attention(
             for new in (
                 added_ops
                 if op.name == f"{n}.mask"
-                else (_with_bias(op, padded, per_sequence, crosses and not masked) if op.name == n else (op,))
+                else (_with_bias(op, "" if pads else padded, per_sequence) if op.name == n else (op,))
             )
         )
         kernel = (*kernel, ops.release_names("bias.added"))  # which autocast has copied
@@ -270,12 +270,12 @@ def _read_states(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ..
     return tuple(k._replace(what=states if k.what == x else k.what, of=states if k.of == x else k.of) for k in keeps)
 
 
-def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
+def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosses: bool, pads: bool) -> tuple[Op, ...]:
     """The bias as torch's attention takes it: contiguous, and the least number where a mask hides a token.
 
     Heads are the innermost dimension of the bias, and of what `where` makes of it, but not of the zeros for the
-    encoder's tokens. If rows are no multiple of 8, the kernel pads them in another tensor. Source: transformers 5.24
-    integrations/sdpa_attention.py create_position_bias_mask.
+    encoder's tokens. If rows are no multiple of 8, the kernel pads them in another tensor, and keeps that instead of
+    the zeros (`pads`). Source: transformers 5.24 integrations/sdpa_attention.py create_position_bias_mask.
     """
     if mask or triangle:
         hidden = f"{n}.hidden"
@@ -296,7 +296,8 @@ def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosse
         returns = () if mask else (ops.release_names(hidden),)  # the function that makes the triangle holds it
     else:
         copied = () if crosses else (ops.copy(f"{n}.contiguous_bias", bias, "bias.added", "a s s8"),)
-        operations, returns = copied or (ops.view(f"{n}.added", bias, "bias.added", "a s s8"),), ()
+        shape = "a s s_even" if pads else "a s s8"
+        operations, returns = copied or (ops.view(f"{n}.added", bias, "bias.added", shape),), ()
     lowered = Op(
         f"{n}.bias.autocast",
         ("bias.added",),
@@ -304,26 +305,36 @@ def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosse
         cast=True,
         autocast="lower",
     )
-    return (*operations, *returns, lowered)
+    return (*operations, *returns, lowered, *(_padded(n, f"{bias}.uneven") if pads else ()))
 
 
-def _with_bias(op: Op, padded: str, per_sequence: bool, shared: bool) -> tuple[Op, ...]:
-    """The kernel with a bias that trains. `padded` is the shape of the bias before or after the kernel pads it.
+def _padded(n: str, bias: str) -> tuple[Op, ...]:
+    """Pad the zeros' rows if they are no multiple of 8. Source: torch 2.13 attention.cpp pad_bias."""
+    return (
+        ops.lowered(f"{n}.uneven", bias, "o.uneven", "a s s_uneven"),
+        ops.copy(f"{n}.pad_bias", "o.uneven", "o.padded", "a s s_uneven8", "new"),
+        ops.release_names("o.uneven"),
+    )
+
+
+def _with_bias(op: Op, padded: str, per_sequence: bool) -> tuple[Op, ...]:
+    """The kernel with a bias that trains. `padded` is its shape before the kernel pads it; empty if it is padded.
 
     per_sequence  sequences share the bias; the kernel makes its gradient for each of them, and they are summed
-    shared        layers share the bias; the kernel keeps its own padded copy
     """
-    bias = "o.bias.each" if per_sequence else "o.bias"
-    expand = (ops.view(f"{op.name}.expand_bias", "o.bias", bias, "b a s s8", gradient="new"),) if per_sequence else ()
-    reads = tuple(bias if name == "o.bias" else name for name in op.reads)
-    keeps = tuple(k._replace(what=bias) if k.what == "o.bias" else k for k in op.keeps)
-    kept = tuple(k._replace(of=bias) for k in keeps if k.of == op.reads[0])
-    other = Tensor("bias.padded", padded, "=o.bias")
-    op = op._replace(reads=reads, keeps=(*keeps, *kept))
-    if not shared:
-        return (*expand, op._replace(scratch=(other,)))
-    own = tuple(k._replace(what=other.name, seen="") for k in op.keeps if k.what == bias)
-    return (*expand, op._replace(writes=(*op.writes, other), keeps=(*op.keeps, *own), scratch=()))
+    shapes = {"o.bias": "a s s8"} if padded else {"o.bias": "a s s_even", "o.padded": "a s s_uneven8"}
+    each = {name: f"{name}.each" if per_sequence else name for name in shapes}
+    expand = (
+        ops.view(f"{op.name}.expand_{name}", name, each[name], f"b {shape}", gradient="new")
+        for name, shape in shapes.items()
+        if per_sequence
+    )
+    reads = (*(name for name in op.reads if name != "o.bias"), *each.values())
+    kept = [what for what in dict.fromkeys(k.what for k in op.keeps) if what != "o.bias"]
+    targets = dict.fromkeys(k.of for k in op.keeps)
+    keeps = tuple(Keep(what, of) for of in (*targets, *each.values()) for what in (*kept, *each.values()))
+    scratch = (Tensor("bias.padded", padded, "=o.bias"),) if padded else ()
+    return (*expand, op._replace(reads=reads, keeps=keeps, scratch=scratch))
 
 
 def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:

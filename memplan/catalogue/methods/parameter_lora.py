@@ -110,15 +110,17 @@ def _entered(w: Weight, dtype: str) -> tuple[Op, ...]:
     """Return the operations that begin the module of an adapted stack.
 
     A quantised stack is dequantised for as long as the module runs, and again to fold the adapter once as a check.
+    Gradients of A and B are accumulated when the backward of all that the module runs is over.
     Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, torch 2.13 torch/nn/utils/parametrize.py
     register_parametrization.
     """
+    begins = _casts(w, dtype) or (Op(f"{w.name}.lora", lends=w.name, gradient="none", source=_SOURCE),)
     if not w.stored:
-        return _casts(w, dtype)
+        return begins
     matrix = Tensor(f"{w.name}.param", w.shape, w.dtype)
     check = Op(f"{w.name}.register", scratch=(matrix, matrix._replace(name=f"{w.name}.check")), gradient="none")
     held = dequantise(w, f"{w.name}.get_param", matrix.name, w.shape)._replace(gradient="none")
-    return (held, *_casts(w, dtype), check)
+    return (held, *begins, check)
 
 
 def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:

@@ -89,7 +89,8 @@ def around(model_type: str, wrapped: str) -> Family:
         objectives=row.objectives,
         stack=row.stack,
         attention=decoder.attention._replace(
-            single_sequence=decoder.attention.single_sequence or row.attention.single_sequence
+            no_flash_2=decoder.attention.no_flash_2 or row.attention.no_flash_2,
+            single_sequence=decoder.attention.single_sequence or row.attention.single_sequence,
         ),
         checkpoint=row.checkpoint,
         parallel=row.parallel,

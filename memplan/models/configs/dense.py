@@ -80,7 +80,7 @@ _BLOOM = _GPT_LIKE._replace(
     defaults={"tie_word_embeddings": True},
     keys=ConfigKeys(_BLOOM_NAMES),
     stack="bloom_mpt",
-    attention=AttentionFacts(rotary=False, single_sequence="views"),
+    attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="views"),
     checkpoint=CheckpointFacts(gguf="bloom"),
 )
 _LAYER_NORM = Family({}, objectives=CLASSIFIER, stack="neox", gated=False)

@@ -22,6 +22,7 @@ from memplan.models.layers import Layer, as_json
 
 # Mixers of layers that compute keys and values for themselves, compute them for later layers too, or reuse them.
 OWN, STORED, REUSED = "attention", "attention, shares its keys", "attention, shared keys"
+MASKS_IMAGES = AttentionFacts(no_flash_2="it drops the mask over image tokens")
 SPARSE = "sparse"  # an FFN with sparse activation: only its largest gates are kept
 
 
@@ -183,14 +184,14 @@ FAMILIES = {
     "gemma4": _GEMMA4._replace(
         keys=_GEMMA4.keys._replace(decoder="text_config"),
         axes=_gemma4_axes_with_towers,
-        attention=AttentionFacts(no_flash_2="it drops the mask over image tokens"),
+        attention=MASKS_IMAGES,
         parallel=ParallelFacts(wrapped_stem="model.vision_tower.patch_embedder."),
         images=ImageFacts(is_called=False),
     ),
     "gemma4_unified": _UNIFIED._replace(
         keys=_UNIFIED.keys._replace(decoder="text_config"),
         axes=_unified_axes,
-        attention=AttentionFacts(no_flash_2="it drops the mask over image tokens"),
+        attention=MASKS_IMAGES,
         images=ImageFacts(is_called=False),
     ),
     "gemma4_unified_text": _UNIFIED,

@@ -10,6 +10,7 @@ from typing import Any, cast
 from memplan.core.errors import ConfigError
 from memplan.models.configs import images, towers
 from memplan.models.configs.dense import FAMILIES as DENSE
+from memplan.models.configs.gemma import MASKS_IMAGES
 from memplan.models.configs.moe import expert_axes, sparse_step_layers
 from memplan.models.configs.ssm import FAMILIES as SSM
 from memplan.models.configs.windows import windows_after
@@ -93,6 +94,7 @@ FAMILIES: dict[str, Family] = {
         axes=towers.gemma3,
         objectives=("causal_lm",),
         stack="gemma3_vision",
+        attention=MASKS_IMAGES,
         parallel=ParallelFacts(wrapped_stem="vision_tower.embeddings."),
         images=images.GEMMA3,
     ),
@@ -137,6 +139,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"vocab_size": 257152},
         axes=towers.gemma3,
         wraps="gemma",
+        attention=MASKS_IMAGES,
         images=images.PALIGEMMA,
     ),
     "qwen2_vl": _QWEN2,

@@ -288,6 +288,8 @@ def _adapt(model: Any, run: RunSpec) -> Any:
     dtype = method.adapter_dtype or "fp32"
     if method.kind == "xlora":
         load_no_adapters(model, config)
+    if method.options.get("init_lora_weights") == "corda":
+        _add_eigens(model, config)
     try:
         adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
     except ValueError as error:  # targets that are missing, or that peft cannot adapt
@@ -303,6 +305,15 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         if is_adapter and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted
+
+
+def _add_eigens(model: Any, config: Any) -> None:
+    """Give each adapted layer the factors that CorDA's pass over data leaves there: preprocess_corda."""
+    corda = library("peft.tuners.lora.corda")
+    for _, layer in corda.target_modules(model, config):
+        sizes = (layer.nf, layer.nx) if hasattr(layer, "nf") else (layer.out_features, layer.in_features)
+        u, v = (torch.ones(size, config.r, device=layer.weight.device) for size in sizes)
+        layer.eigens = corda.CordaEigens(S_WC=torch.ones(config.r, device=u.device), U_WC=u, V_WC=v)
 
 
 def load_no_adapters(model: Any, config: Any) -> None:
