@@ -6,6 +6,7 @@ python tests/golden/trace_vision.py --images 1 --size 1120 --sequence 1608 qwen2
 python tests/golden/trace_vision.py --frames 4 --size 224x160 qwen3_vl internvl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --attention eager qwen2_vl mllama >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --attention eager --size 560x700 --sequence 1010 qwen2_vl  # appended as well
 
 A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
 without checkpointing, on text alone and with images, and with images a frozen tower. With another attention
