@@ -175,7 +175,8 @@ class Op(NamedTuple):
     returns            path of the module that ends here and began with the operation that `lends` its weights, or
                        `MODEL` if the model itself ends before the loss
     skipped            not run: only its weights exist
-    needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint
+    needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint; and if it `keeps`
+                       anything, only if a gradient needs that
     unit               operations that one fused kernel may replace: the kernel's name, and a name of the unit
     product            kind of matrix product, empty for an elementwise operation: matrix           a read times the
                        weights, or times another read grouped          each row of a read times one of several matrices

@@ -187,7 +187,8 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if offloads and node.pins:
                 self._offload_saved(frame, node, outputs=False)
-            if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
+            unrecorded = op.needs_recording and not (keep and (node.pins or not op.keeps))
+            if not unrecorded and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
             if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)

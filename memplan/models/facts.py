@@ -83,7 +83,6 @@ class ImageFacts(NamedTuple):
     is_called        images can be read; else only the tower's weights are loaded
     is_fixed         its processor resizes every image to the same size
     is_packed        the tower reads all images as one packed sequence, which is split only for sdpa
-    has_eager        what its eager attention takes was traced
     has_masks        the tower's layers take masks, which offloading checkpoints would also move
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
     pictures         how many pictures the tower reads of a video's frames of a height and width, and one of them; None
@@ -102,7 +101,6 @@ class ImageFacts(NamedTuple):
     is_called: bool = True
     is_fixed: bool = False
     is_packed: bool = False
-    has_eager: bool = False
     has_masks: bool = False
     by_keyword: bool = False
     pictures: Callable[[ModelFacts, int, int, int], tuple[int, Picture]] | None = None

@@ -54,6 +54,7 @@ class AttentionFacts(NamedTuple):
     unsupported      attention implementations that its classes do not support
     no_flash_2       why it does not run with flash_attention_2; "" if it does
     flash_3          a kernel of the Hub, named for FlashAttention 3, runs it nevertheless
+    flex             its steps with flex_attention were traced
     rotary           queries and keys are rotated in a serving engine
     single_sequence  what a batch of one sequence changes: views, if a view of the heads takes the place of a copy with
                      every kernel, as with eager attention and the reference kernel; or layers, for its own layers
@@ -62,6 +63,7 @@ class AttentionFacts(NamedTuple):
     unsupported: tuple[str, ...] = ()
     no_flash_2: str = ""
     flash_3: bool = False
+    flex: bool = False
     rotary: bool = True
     single_sequence: Literal["", "views", "layers"] = ""
 

@@ -367,9 +367,16 @@ def _compressed_keys(run: _Run) -> Mapping[str, Any]:
     }
 
 
+def _flex_blocks(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Numbers in a mask of blocks of 128 tokens: four of each row of blocks and four of each block, each tensor rounded
+    to 512 bytes."""
+    blocks = -(-run.s // 128)
+    yield "block_mask", 4 * sum(-(-run.b * n // 128) * 128 for n in (blocks, blocks * blocks))
+
+
 def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Axes of attention in a vision tower: workspaces of memory-efficient attention, and the rows of all images packed
-    into one sequence."""
+    """Axes of attention in a vision tower: workspaces of memory-efficient attention, the rows of all images packed into
+    one sequence, and the rows and pairs of rows of all calls but one."""
     axes = run.axes
     if "tower_half" not in axes:
         return
@@ -378,6 +385,12 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     for rounded in (8, 32, 128):
         yield f"packed{rounded}", -(-rows // rounded) * rounded
     yield "tower_fp32", 0 if half else d + 1
+    calls = {"grid": (run.b * axes["patches"], run.b * axes["images"] * axes["grid"] ** 2)}
+    if "window" in axes:
+        calls["window"] = (run.b * axes["patches"], run.b * axes["window_pairs"])
+    for name, (rows_of_all, pairs_of_all) in calls.items():
+        yield f"{name}_earlier", rows_of_all - axes[name]
+        yield f"{name}_earlier_pairs", pairs_of_all - axes[name] ** 2
     for name, queries, pairs in (
         ("grid", axes["grid"], heads),
         ("window", axes.get("window", 0), heads),
@@ -489,6 +502,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("chosen_keys", "several"), _chosen_keys),
     (("wc", "uc", "kc", "rc_kept", "wh", "uh", "kh", "tk"), _compressed_keys),
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
+    (("block_mask",), _flex_blocks),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
     (_OF_LOSSES, _losses),

@@ -202,15 +202,17 @@ def _choose_recipe(r: OpenInference) -> None:
 def _read_batch(r: OpenInference) -> None:
     """Fill in the lengths of the batch, and what the wiring depends on of it."""
     run, model = r.asked, r.model
+    is_single = run.batch.micro * run.generation.num_beams == 1
     returns_cache = r.generates or r.code == "transformers"  # LitGPT's forward only has a cache when told to
     r.uses_cache = bool(run.loop.use_cache) and returns_cache and model.objective in ("causal_lm", "seq2seq_lm")
     r.pictures = image_axes(model, run.batch, run.profile)
     r.batch = with_lengths(run.batch, model, r.generates)
     r.batch_facts = BatchFacts(
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
-        is_single_sequence=r.batch.micro * run.generation.num_beams == 1,
+        is_single_sequence=is_single,
         scans_once=_chunk(r) <= model.scan_chunk,
         images=r.batch.sees,
+        is_one_image=is_single and dict(r.pictures).get("images") == 1,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
     )
 

@@ -17,6 +17,7 @@ from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.training import Kernels, Method
 
 _LONGEST_VARLEN_HEAD = 256
+_TOWER_KERNELS = {"eager": "eager", "flash_attention_2": "flash_2"}
 FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
 
 
@@ -84,7 +85,7 @@ def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: st
     """Return the wiring with what the profile says about the code around attention."""
     around = library.attention
     return wiring._replace(
-        copies=around.flash_2_copies if attention in FLASH_PACKAGES else around.sdpa_copies,
+        copies=wiring.copies or (around.flash_2_copies if attention in FLASH_PACKAGES else around.sdpa_copies),
         causal_buffers=around.causal_buffers,
         tables=around.rotary_tables,
         half_math=around.half_math,
@@ -150,6 +151,9 @@ def attention_wiring(
         return Wiring("flash_2", "flash_2", padded, windowed, target, FLASH_PACKAGES[attention])
     if attention == "sdpa_cudnn":
         return _cudnn(half, widths, capability, padded, windowed)
+    if attention == "flex_attention":
+        heads = model.num_attention_heads  # repeated if they are no power of two: transformers' flex_attention_forward
+        return Wiring("flex", "flex", padded, windowed, copies="heads" if heads & (heads - 1) else "")
     flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 
@@ -175,8 +179,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
     """Return the attention kernel of the vision tower, by the same rules as `attention_wiring`."""
     images = model.family.images
     assert images is not None
-    other = ("flash_attention_2",) if images.is_packed else ("eager",) if images.has_eager else ()
-    known = ("sdpa", "sdpa_efficient", *other)
+    known = ("sdpa", "sdpa_efficient", "eager", *(("flash_attention_2",) if images.is_packed else ()))
     if kernels.attention not in known:
         raise refused(
             "kernels.attention",
@@ -203,8 +206,8 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
             f"{model.model_type}'s processor returns bf16 pixels, which a vision tower in {recipe.weights} rejects; "
             "supported: bf16, or autocast",
         )
-    if kernels.attention in ("flash_attention_2", "eager"):
-        return "flash_2" if images.is_packed else "eager"
+    if kernels.attention in _TOWER_KERNELS:
+        return _TOWER_KERNELS[kernels.attention]
     d = model.axes()["vd"]
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):

@@ -21,6 +21,7 @@ from memplan.resolve.kernels import (
 from memplan.resolve.notes import SAMPLES_NOTE, kernel_notes, unknown_note, unmasked_note, unseparated_note
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals import training as refusals
+from memplan.resolve.refusals.models import flex_attention
 from memplan.resolve.refusals.refuse import refuse
 
 
@@ -71,6 +72,8 @@ def wire(run: OpenRun) -> None:
     if run.loop.padded and not passes_mask:
         run.notes.append(unmasked_note(run.profile))
     padded = run.loop.padded and passes_mask
+    if run.attention == "flex_attention":
+        refuse(flex_attention(run))
     args = run.attention_dtype, run.recipe, run.capability, padded, facts.windowed
     wiring = with_profile_wiring(attention_wiring(run.model, run.attention, *args), library, run.attention)
     packed = facts.packed
@@ -92,6 +95,7 @@ def wire(run: OpenRun) -> None:
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,
         packages=run.kernels.packages,
+        is_one_image=facts.is_one_image,
         pads_image_mask=facts.has_uneven_patches,
         tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.images else "",
     )

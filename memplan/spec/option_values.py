@@ -127,7 +127,7 @@ INSTEAD = {
 MEANT = {
     **dict.fromkeys(("fa2", "flash", "flash_attn", "flash_attention"), "flash_attention_2"),
     **dict.fromkeys(("fa3", "flash_attn_3"), "flash_attention_3"),
-    **dict.fromkeys(("flex", "flex_attention"), "sdpa (flex attention is not supported yet)"),
+    "flex": "flex_attention",
     **{
         name: f"lora --peft-options init_lora_weights={name}"
         for name in ("pissa", "olora", "corda", "eva", "orthogonal")

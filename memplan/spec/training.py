@@ -64,7 +64,14 @@ MethodKind = Literal[
 ]
 
 Attention = Literal[
-    "sdpa", "flash_attention_2", "flash_attention_3", "eager", "sdpa_math", "sdpa_efficient", "sdpa_cudnn"
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "eager",
+    "sdpa_math",
+    "sdpa_efficient",
+    "sdpa_cudnn",
 ]
 _ChunkedLoss = Literal["chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"]
 LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]

@@ -40,7 +40,8 @@ def label(case: dict[str, Any]) -> str:
     batch = asked.get("batch", {})
     images = f"{batch['frames']} frames" if "frames" in batch else batch.get("images", 0)
     frozen = "".join(asked.get("method", {}).get("frozen", ()))
-    return f"{case['name']}-{asked.get('kernels', {}).get('checkpointing', 'full')}-{images}-{frozen}"
+    kernels = asked.get("kernels", {})
+    return f"{case['name']}-{kernels.get('checkpointing', 'full')}-{images}-{frozen}{kernels.get('attention', '')}"
 
 
 @in_groups(sampled(ROWS), label)
@@ -294,9 +295,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"batch": {"images": 3, "image_size": 280, "sequence": 128}},
         "batch.images: 3 images of 100 tokens each do not fit batch.sequence 128, which must be at least 300",
     ),
-    "eager": (
-        {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "eager"}},
-        "kernels.attention: eager is not supported yet with images of qwen2_vl; supported: sdpa, sdpa_efficient, flash",
+    "sdpa_math": (
+        {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "sdpa_math"}},
+        "kernels.attention: sdpa_math is not supported yet with images of qwen2_vl; supported: sdpa, sdpa_efficient, ",
     ),
     "a mask on the host": (
         {

@@ -123,6 +123,8 @@ ATTENDED["flash_attention_3, grouped and binding"] = attending(
     batch={"sequence": 1024},
     kernels={"attention": "flash_attention_3", "loss": "fused"},
 )
+# One for each way in which heads reach the kernel.
+FLEXIBLE = ("llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "granite", "olmo2", "cohere2", "glm4")
 ATTENDED["flash_attention_3, windows"] = attending("flash_attention_3", "gemma-2-2b", method="lora")
 ATTENDED |= {
     f"flash_attention_3, sinks, {name}": attending("flash_attention_3", small("gpt_oss")["model"], **more)
@@ -135,6 +137,27 @@ ATTENDED |= {
 }
 
 
+FLEX = {
+    f"flex_attention, {family}, {kind}": {
+        **small(family),
+        "method": method,
+        "kernels": {"attention": "flex_attention", "checkpointing": checkpointing},
+        "batch": {"micro": 2, "sequence": 1000},
+    }
+    for family in FLEXIBLE
+    for kind, method, checkpointing in (
+        ("full", "full", "none"),
+        ("lora", "lora", "full"),
+        ("qlora", "qlora", "none"),
+    )
+}
+FLEX["flex_attention, heads repeated"] = attending("flex_attention", "qwen2-0.5b", method="lora")
+FLEX["flex_attention, autocast"] = attending("flex_attention", "smollm-135m", precision="amp")
+FLEX["flex_attention, binding"] = attending(
+    "flex_attention", **{**BINDING, "kernels": {"attention": "flex_attention", "loss": "fused"}}
+)
+
+
 def seeing(family: str, **more: Any) -> dict[str, Any]:
     config = {"model_type": family, **SEEING[family]}
     kernels = {"attention": "eager", "checkpointing": "none"}
@@ -145,7 +168,7 @@ def seeing(family: str, **more: Any) -> dict[str, Any]:
 FAMILIES = ("gemma3", "llava", "paligemma", "internvl")
 SEEN = {f"eager attention with images, {family}": seeing(family) for family in FAMILIES}
 SEEN["eager attention with images, lora"] = seeing("gemma3", method="lora")
-CASES: dict[str, dict[str, Any]] = {**SMOOTHED, **STORED, **SPACED, **SELECTIVE, **ATTENDED, **SEEN}
+CASES: dict[str, dict[str, Any]] = {**SMOOTHED, **STORED, **SPACED, **SELECTIVE, **ATTENDED, **FLEX, **SEEN}
 
 
 def main() -> None:

@@ -5,9 +5,12 @@ python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/gol
 python tests/golden/trace_vision.py --images 1 --size 1120 --sequence 1608 qwen2_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --frames 4 --size 224x160 qwen3_vl internvl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --attention eager qwen2_vl mllama >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --attention eager --size 560x700 --sequence 1010 qwen2_vl  # appended as well
 
 A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
-without checkpointing, on text alone and with images, and with images a frozen tower.
+without checkpointing, on text alone and with images, and with images a frozen tower. With another attention
+than sdpa there are only full and LoRA, with images.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def method(name: str, kind: str) -> dict[str, Any]:
     return {"kind": kind, **({"targets": LLAMA4} if named else {})}
 
 
-def runs(names: list[str], images: int, size: Any, sequence: int = 0, frames: int = 0) -> Iterator[tuple[str, RunSpec]]:
+def runs(
+    names: list[str], images: int, size: Any, sequence: int = 0, frames: int = 0, attention: str = "sdpa"
+) -> Iterator[tuple[str, RunSpec]]:
     """Yield runs; with a video, or a `sequence` as short as the images, whose peak is then in the tower, only full and
     LoRA."""
     for name in names:
@@ -57,7 +62,10 @@ def runs(names: list[str], images: int, size: Any, sequence: int = 0, frames: in
         seen = {"frames": frames} if frames else {"images": images}
         seen = {**seen, **({"image_size": size} if size else {})}
         ways = [(kind, checkpointing, {}, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
-        if sequence or frames:
+        if attention != "sdpa":
+            ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
+            ways += [("lora", checkpointing, seen, ("vision",)) for checkpointing in ("none", "full")]
+        elif sequence or frames:
             ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
         elif images:
             ways += [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
@@ -71,7 +79,7 @@ def runs(names: list[str], images: int, size: Any, sequence: int = 0, frames: in
                     model=model,
                     method={**method(name, kind), "frozen": frozen},
                     batch={"micro": 2 if name in TINY else 1, "sequence": length, **batch},
-                    kernels={"checkpointing": checkpointing},
+                    kernels={"checkpointing": checkpointing, "attention": attention},
                     gpu="a100-sxm-80gb",
                 ),
             )
@@ -84,10 +92,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=0, help="of a video, instead of images")
     parser.add_argument("--size", default="300x420", help="pixels: a side, or height x width; empty for the tower's")
     parser.add_argument("--sequence", type=int, default=0, help="tokens, where only the images matter")
+    parser.add_argument("--attention", default="sdpa")
     asked = parser.parse_args()
     sides = [int(side) for side in asked.size.split("x") if side]
     size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
-    wanted = list(runs(asked.names, asked.images, size, asked.sequence, asked.frames))
+    wanted = list(runs(asked.names, asked.images, size, asked.sequence, asked.frames, asked.attention))
     write(wanted)
 
 

@@ -12,6 +12,9 @@ from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import LATER_METHODS, Loop, Method, Optimizer, Precision
 from tests.cases import each
 from tests.encoders import SMALL
+from tests.tiny import TINY
+
+QWEN2: dict[str, Any] = {"model_type": "qwen2", **TINY["qwen2"]}
 
 
 def refused(**fields: Any) -> MemplanError:
@@ -79,6 +82,30 @@ def test_a_format_that_nothing_trains_over_says_why(format: str, more: dict[str,
     assert refused(
         model="gpt2", method={"kind": "qlora", "targets": ["c_attn"], "quantization": {"format": "torchao-int8"}}
     ).field == ("method.quantization.format")
+
+
+NO_FLEX: dict[str, tuple[dict[str, Any], str]] = {
+    "dropout": ({"model": {"config": {**QWEN2, "attention_dropout": 0.1}}}, "flex_attention rejects attention_dropout"),
+    "narrow heads": ({"model": {"config": {**QWEN2, "num_attention_heads": 16}}}, "needs heads at least 16 wide"),
+    "an old card": ({"gpu": "p100"}, "needs compute capability 7.0"),
+    "another class": ({"model": "opt-125m"}, "is not supported yet for opt"),
+    "generating": ({"task": "generate"}, "is only supported yet in sft with profile transformers-5"),
+    "a profile": ({"profile": "trl"}, "is only supported yet in sft with profile transformers-5"),
+    "a trainer": ({"trainer": "dpo", "method": "lora"}, "is only supported yet in sft with profile transformers-5"),
+    "padding": ({"loop": {"padded": True}}, "is not supported yet with loop.padded"),
+    "ranks": ({"parallelism": {"world": 2, "tp": 2}}, "is not supported yet with parallelism.tp"),
+    "images": (
+        {"model": "gemma-3-4b", "batch": {"images": 1}},
+        "flex_attention is not supported yet with images of gemma3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), NO_FLEX.values(), ids=NO_FLEX)
+def test_flex_attention_is_refused_where_it_fails_or_was_not_traced(fields: dict[str, Any], words: str) -> None:
+    error = refused(kernels={"attention": "flex_attention"}, **fields)
+    assert error.field == "kernels.attention"
+    assert words in str(error)
 
 
 def test_checkpointing_of_some_layers_needs_checkpointing() -> None:

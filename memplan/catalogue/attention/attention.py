@@ -6,6 +6,7 @@ Every variant reads q (`b s a d`), k and v (`b s k d`) and writes the heads' out
 from __future__ import annotations
 
 from memplan.catalogue.attention.flash_attention import flash, flash_2, padded_flash_2, varlen
+from memplan.catalogue.attention.flex_attention import flex
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor
@@ -16,9 +17,11 @@ FLATTENING = ("eager", "math")  # kernels that multiply batches of matrices, eac
 _ATEN = "torch 2.13 aten/src/ATen/native/transformers"
 
 
-def flattened(op: Op) -> Op:
-    """Return attention's copy of its heads as a view, which suffices for a single sequence; leave other operations."""
-    return op._replace(view=True) if op.name.endswith("_flat") and not op.view else op
+def flattened(op: Op, of_tower: bool = False) -> Op:
+    """Return attention's copy of its heads as a view, which suffices for a single sequence, or `of_tower` for a single
+    image; leave other operations."""
+    is_copy = op.name.endswith("_flat") and not op.view and ("va" in op.writes[0].shape.split()) == of_tower
+    return op._replace(view=True) if is_copy else op
 
 
 def attention(
@@ -112,7 +115,7 @@ def _attention(
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
         plain = wiring._replace(copies="")
-        every = wiring.copies == "all" or masked
+        every = wiring.copies == "all" or (masked and backend != "flex")
         return (
             *_copied(name, q, k, v, grouped, every),
             *laid_out_as(
@@ -146,9 +149,13 @@ def _attention(
             kernel = _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
             given = ops.lowered(f"{name}.mask", mask, "bias", "b s s")
             return tuple(given if floats and op.name == f"{name}.mask" else op for op in kernel)
-        case "eager":
+        case "flex" | "eager":
             laid = wiring.is_head_major
-            return eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
+            return (
+                flex(name, q, k, v, y, grouped, mask, width)
+                if backend == "flex"
+                else eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
+            )
         case other:
             raise AssertionError(other)
 
@@ -308,9 +315,10 @@ def _with_float_mask(name: str, y: str, mask: str, kernel: tuple[Op, ...]) -> tu
 
 
 def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
-    """Attend from q to k and v of images (`b seen k d`) with a float mask, `b s seen`, in the memory-efficient kernel.
+    """Attend from q to k and v of images (`b seen k d`) with a float mask, `b s seen`, in the memory-efficient kernel
+    or in transformers' eager products.
 
-    Every layer pads a mask whose rows are no multiple of 8.
+    For the kernel, every layer pads a mask whose rows are no multiple of 8.
 
     Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
     """
@@ -322,18 +330,24 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
         else ops.view(f"{name}.mask_same", cast_mask, bias, "b s seen"),
     )
 
+    kernel = (
+        eager(name, "q", "k", "v", y, grouped, mask, "d", wiring.drops, wiring.caching)
+        if wiring.backend == "eager"
+        else _efficient(name, "q", "k", "v", y, grouped and not wiring.decodes, mask, "d", converts=False)
+    )
+
     def seen(t: Tensor) -> Tensor:
         is_key = t.name[:1] in ("k", "v")
-        shape = t.shape.replace("efficient_workspace", "seen_workspace")
+        shape = t.shape.replace("efficient_workspace", "seen_workspace").replace(SCORES, "b a s seen")
         return t._replace(shape=" ".join("seen" if is_key and axis == "s" else axis for axis in shape.split()))
 
     return tuple(
         out._replace(
             writes=tuple(map(seen, out.writes)),
             scratch_back=tuple(s._replace(tensor=seen(s.tensor)) for s in out.scratch_back),
-            product="whole attention over seen" if out.product else "",
+            product="whole attention over seen" if out.product == "attention" else out.product,
         )
-        for op in _efficient(name, "q", "k", "v", y, grouped, mask, "d", converts=False)
+        for op in kernel
         for out in (masked if op.name == f"{name}.mask" else (op,))
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.catalogue.attention.attention import mask, mask_name
+from memplan.catalogue.attention.flex_attention import block_mask
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import given_positions, positions, rotary_table
 from memplan.catalogue.kernels.rewriting import renamed
@@ -58,6 +59,8 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> Ops:
     name = mask_name(sliding)
     if not wiring.has_mask(sliding):
         return ()
+    if wiring.backend == "flex":
+        return block_mask(name)
     if wiring.packed is not None and wiring.packed.mask == "given":
         return (ops.view(name, "pairs_mask", name, "b s s"),)
     if wiring.backend == "eager" or wiring.masks_rows:
@@ -145,7 +148,7 @@ def after(  # noqa: PLR0913 (each is a way in which families differ)
 
 def returned(wiring: Wiring) -> tuple[str, ...]:
     """Return what an attention module returns besides its output; the block holds it without using it."""
-    return ("probs",) if wiring.backend == "eager" else ()
+    return ("probs",) if wiring.backend in ("eager", "flex") else ()
 
 
 def decoder_block(

@@ -143,11 +143,11 @@ def heads_first(
 ) -> tuple[Op, ...]:
     """Attend with q and k contiguous head by head.
 
-    Flash attention then writes its output in that layout too, which takes a copy. Eager attention and torch's math
-    kernel need no copies of q and k.
+    Flash and flex attention then write their output in that layout too, which takes a copy. Eager attention and torch's
+    math kernel need no copies of q and k.
     """
     match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
-        case "flash" | "flash_2":
+        case "flash" | "flash_2" | "flex":
             if wiring.packed is not None and wiring.packed.flattens:
                 shapes = {q: QUERIES, k: KEYS, v: KEYS}
                 copies = (ops.copy(f"{name}.{x}_given", x, f"{x}.given", shape) for x, shape in shapes.items())

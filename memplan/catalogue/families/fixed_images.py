@@ -80,7 +80,7 @@ def llava(m: ModelSpec, wiring: Wiring, is_next: bool = False) -> Stack:
         *t.norm(f"{n}.pre_layrnorm", "v.embedded", "embeds", _SHAPE, "vh"),
         ops.release_names("v.embedded"),
     )
-    block = t.encoder_block(f"{n}.encoder.layers", _vision(m, "hidden_act", "quick_gelu"), wiring.tower)
+    block = t.encoder_block(f"{n}.encoder.layers", _vision(m, "hidden_act", "quick_gelu"), wiring)
     chosen = (ops.view("v.choose", "x", "v.chosen", _SHAPE), ops.view("v.go_on", "x", "stream", _SHAPE))
     has_unread = "vL2" in m.axes()
     runs = (Run((block,), "vL1"), *((Run((block._replace(unread=True),), "vL2", chosen),) if has_unread else ()))
@@ -147,7 +147,7 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
             "vision_feature_layer",
         )
     act = _vision(m, "hidden_act", "gelu_pytorch_tanh")
-    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring, t.strided_norm)
     before = (
         ops.copy("pixel_values.cat", "pixel_values", "v.tiles", f"{t.P} vin"),
         *renamed(t.embedded_patches(f"{n}.embeddings", _SHAPE), {"pixel_values": "v.tiles"}),
@@ -179,7 +179,7 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
 def paligemma(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build PaliGemma with SigLIP's tower."""
     n, act = "vision_tower", _vision(m, "hidden_act", "gelu_pytorch_tanh")
-    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring, t.strided_norm)
     after = (
         *t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh"),
         ops.release_names("x", "embeds"),
@@ -212,14 +212,15 @@ def _scaled_block(m: ModelSpec, wiring: Wiring) -> Block:
 
     heads = (
         *(op for x in ("q", "k", "v") for op in projected(x)),
-        *t.batched_attention("attention", "v.q", "v.k", "v.v", "v.o", wiring.tower, softmax=""),  # in eager's dtype
+        *t.joint_attention("attention", "v.q", "v.k", "v.v", "v.o", wiring, softmax=""),  # in eager's dtype
         t.linear("attention.projection_layer", "v.o", "v.ao.raw", "vh", "va vd", lead=_LEAD, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
         *scaled("lambda_1", "v.ao.raw", "v.ao"),
     )
     feed = t.mlp("mlp", "v.n2", "v.mo.raw", _vision(m, "hidden_act", "gelu"), lead=_LEAD, flat=False)
     feeds = (*feed, *scaled("lambda_2", "v.mo.raw", "v.mo"))
-    return t.block("vision_tower.encoder.layer", heads, feeds, norm, ("layernorm_before", "layernorm_after"), _LEAD)
+    norms = ("layernorm_before", "layernorm_after")
+    return t.block("vision_tower.encoder.layer", heads, feeds, norm, norms, _LEAD, t.returned(wiring))
 
 
 def internvl(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -255,7 +256,7 @@ def smolvlm(m: ModelSpec, wiring: Wiring) -> Stack:
     n, merged = "vision_model", f"{_MERGED} vm"
     table = Weight(f"{n}.embeddings.position_embedding.weight", "vpositions vh", "vision", rows=1)
     block = t.encoder_block(
-        f"{n}.encoder.layers", _vision(m, "hidden_act", "gelu_pytorch_tanh"), wiring.tower, t.strided_norm
+        f"{n}.encoder.layers", _vision(m, "hidden_act", "gelu_pytorch_tanh"), wiring, t.strided_norm
     )
     before = (
         *t.convolution(f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", _SHAPE, True, asks=False),

@@ -84,10 +84,10 @@ def gemma(m: ModelSpec, wiring: Wiring) -> Stack:
 def gemma2(m: ModelSpec, wiring: Wiring, *, row: Decoder = _GEMMA_2) -> Stack:
     """Build Gemma 2, with soft-capped scores and logits.
 
-    Of the kernels only flash attention 2 caps inside. Otherwise attention is eager, except in versions of transformers
-    whose sdpa attention does not cap (`Wiring.uncapped`).
+    Of the kernels only flash attention 2 and flex attention cap inside. Otherwise attention is eager, except in
+    versions of transformers whose sdpa attention does not cap (`Wiring.uncapped`).
     """
-    inside = wiring.backend == "flash_2" or (wiring.uncapped and wiring.backend != "eager")
+    inside = wiring.backend in ("flash_2", "flex") or (wiring.uncapped and wiring.backend != "eager")
     wiring = wiring if inside else wiring._replace(backend="eager", masked="eager")
     capped = not inside and m.get("attn_logit_softcapping", 0.0) > 0
     row = _capped(m, row._replace(attend=capped_attention if capped else attention))

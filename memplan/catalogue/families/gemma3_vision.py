@@ -24,7 +24,7 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
     lead = "b images grid"
     shape = f"{lead} vh"
     act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
-    block = t.encoder_block("vision_tower.encoder.layers", act, wiring.tower, t.strided_norm)
+    block = t.encoder_block("vision_tower.encoder.layers", act, wiring, t.strided_norm)
     before = t.embedded_patches("vision_tower.embeddings", shape)
     n = "multi_modal_projector"
     weight = Weight(f"{n}.mm_input_projection_weight", "vh h", "projector", rows=1)

@@ -70,13 +70,15 @@ def _block(wiring: Wiring) -> Run:
             for x, y in (("q", "v.q0"), ("k", "v.k0"), ("v", "v.v"))
         ),
         *rotate_complex(f"{name}.rope", ("v.q0", "v.q", _HEADS), ("v.k0", "v.k", _HEADS), (), _TURNS),
-        t.attention(name, "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
+        *t.joint_attention(name, "v.q", "v.k", "v.v", "v.o", wiring, softmax=""),
         t.linear(f"{name}.o_proj", "v.o", "v.ao", "vh", "va vd", lead=_LEAD, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
     feed = t.mlp("mlp", "v.n2", "v.mo", "gelu", lead=_LEAD, flat=False)
     norms = ("input_layernorm", "post_attention_layernorm")
-    return Run((t.block(f"{_NAME}.model.layers", heads, feed, norms=norms, lead=_LEAD),), "vL1")
+    return Run(
+        (t.block(f"{_NAME}.model.layers", heads, feed, norms=norms, lead=_LEAD, held=t.returned(wiring)),), "vL1"
+    )
 
 
 def _adapter(m: ModelSpec) -> tuple[Op, ...]:

@@ -30,7 +30,7 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         *(op for n in "qk" for op in t.rotated(f"attention.rope_{n}", f"v.{n}1", f"v.{n}", heads, half)),
         ops.release_names("v.q1", "v.k1"),
-        t.attention("attention", "v.q", "v.k", "v.v1", "v.o", "efficient", t.PACKED, "v.mask"),
+        *t.joint_attention("attention", "v.q", "v.k", "v.v1", "v.o", wiring, t.PACKED, "v.mask"),
         t.linear("attention.o_proj", "v.o", "v.ao", "vh", "va vd", bias=False, flat=False),
         ops.release_names("v.q", "v.k", "v.v1", "v.o", "v.n1"),
     )
@@ -40,6 +40,7 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
         t.gated_mlp("feed_forward", "v.n2", "v.mo", bias=False, flat=False),
         t.rms_norm,
         ("attention_norm", "ffn_norm"),
+        held=t.returned(wiring),
     )
     before = (
         *t.convolution("vision_tower.patch_conv", "pixel_values", "v.patches", shape, False, asks=True),

@@ -32,7 +32,9 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
     The tower runs before the token embeddings, and its blocks are never checkpointed.
     """
     attend = llama_attention(m, wiring, "n1", "ao")
-    plain = decoder_block(attend, gated_mlp("n2", "mo"), held=returned(wiring))
+    sees = wiring.images and not wiring.has_cross_cache
+    given = ("features", "cross_mask", "rows_seen") if sees else ()  # to every layer, whose checkpoint references it
+    plain = decoder_block(attend, gated_mlp("n2", "mo"), held=(*returned(wiring), *given))
     cross_ops = _cross_attention(m.num_key_value_heads != m.num_attention_heads, wiring)
     if not (wiring.images or wiring.has_cross_cache):
         cross_ops = (ops.view("skip", "x", "y", "b s h"), *skipped(cross_ops))
@@ -46,7 +48,7 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.embedding("model.embed_tokens", "ids", "embeds", "v8", "h") if op.name == "model.embed_tokens" else op
         for op in text.before
     )
-    text, tower = text._replace(before=before, runs=runs), _mllama_tower(m)
+    text, tower = text._replace(before=before, runs=runs), _mllama_tower(m, wiring)
     if not (wiring.images or wiring.has_cross_cache):
         return text_with_tower(wiring, text, tower)
     inputs, *rest = before
@@ -102,7 +104,7 @@ def _cross_attention(grouped: bool, wiring: Wiring) -> tuple[Op, ...]:
         *ops.rms_norm(f"{name}.q_norm", "q1", "q", q, "d"),
         *(skipped(key_value_ops) if wiring.has_cross_cache else key_value_ops),
         *cache,
-        *to_images(f"{name}.attention", "o", wiring, grouped and not wiring.decodes, "cross_mask"),
+        *to_images(f"{name}.attention", "o", wiring, grouped, "cross_mask"),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", g),
         ops.release_names("q", "k", "v", "o", "n1", "q1"),
         *_gated("cross_attn_attn_gate", "ao", "ao.gated", shape, g),
@@ -187,7 +189,7 @@ def _by_ratio(name: str, y: str, shape: str, w: Weight) -> Op:
     return ops.lookup(name, "aspect_ratio_ids", y, f"b images {shape}", w)
 
 
-def _mllama_tower(m: ModelSpec) -> Tower:
+def _mllama_tower(m: ModelSpec, wiring: Wiring) -> Tower:
     """The tower. The tiles of an image are one padded sequence; some local layers' outputs are also returned.
 
     Global layers, whose branches are gated, follow the local ones.
@@ -233,7 +235,8 @@ def _mllama_tower(m: ModelSpec) -> Tower:
             source=f"{_MLLAMA} _prepare_aspect_ratio_attention_mask",
         ),
     )
-    local, last = _mllama_layer("transformer", ()), _mllama_layer("global_transformer", ("gate_attn", "gate_ffn"))
+    local = _mllama_layer("transformer", (), wiring)
+    last = _mllama_layer("global_transformer", ("gate_attn", "gate_ffn"), wiring)
     count = len(tuple(run_lengths(size(m, "num_hidden_layers"), inner)))
     states = tuple(f"v.state{i}" for i in range(len(inner)))
     # each view is declared in the shape of the tensor that its gradient is a view of
@@ -275,7 +278,7 @@ def _mllama_tower(m: ModelSpec) -> Tower:
     return Tower(inputs, before, tuple(runs), after)
 
 
-def _mllama_layer(name: str, gates: tuple[str, ...]) -> Block:
+def _mllama_layer(name: str, gates: tuple[str, ...], wiring: Wiring) -> Block:
     """A layer of the tower, which holds all layers' outputs to its end. `gates` has one per branch, or none."""
     lead = "b images grid"
     attend = (
@@ -283,7 +286,7 @@ def _mllama_layer(name: str, gates: tuple[str, ...]) -> Block:
             t.linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, bias=False, flat=False)
             for n in ("q", "k", "v")
         ),
-        t.attention("self_attn", "v.q", "v.k", "v.v", "v.o", "efficient", t.BATCH, "v.mask"),
+        *t.joint_attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring, mask="v.mask"),
         t.linear("self_attn.o_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, bias=False, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
@@ -293,6 +296,7 @@ def _mllama_layer(name: str, gates: tuple[str, ...]) -> Block:
         t.mlp("mlp", "v.n2", "v.mo", "gelu", lead=lead, flat=False),
         norms=("input_layernorm", "post_attention_layernorm"),
         lead=lead,
+        held=t.returned(wiring),
     )
     branches = {"residual_1": (gates[0], "v.ao"), "residual_2": (gates[1], "v.mo")} if gates else {}
     operations = tuple(

@@ -13,7 +13,7 @@ class Wiring(NamedTuple):
 
     It has more than 20 fields because each is a choice that some family's code reads by itself.
 
-    Attention kernels: flash, flash_2, efficient, math or eager
+    Attention kernels: flash, flash_2, efficient, math, flex or eager
 
     backend       kernel of layers without a mask
     masked        kernel of layers with a mask
@@ -41,6 +41,7 @@ class Wiring(NamedTuple):
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
     images              the batch contains images
+    is_one_image        they are one image, or one tile
     is_single_sequence  the batch is a single sequence; set if `single_sequence` of its family or its kernel tells
     scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     has_fp32_inputs     the inputs of attention are fp32
@@ -93,6 +94,7 @@ class Wiring(NamedTuple):
     scans_once: bool = False
     has_fp32_inputs: bool = False
     images: bool = False
+    is_one_image: bool = False
     tower: str = "flash"
     causal: bool = True
     checkpoints: bool = False
@@ -142,11 +144,11 @@ class Wiring(NamedTuple):
     def has_mask(self, sliding: bool = False) -> bool:
         """Return whether transformers passes the layer's attention a mask.
 
-        Eager always gets a causal one; sdpa gets one for padding, for packing and for sliding windows.
+        Eager and flex attention always get a causal one; sdpa gets one for padding, packing and sliding windows.
         """
         if self.backend == "flash_2" or self.is_varlen:
             return False
-        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes) or self.prefixed)
+        causal = self.causal and (self.backend in ("eager", "flex") or (self.static and self.decodes) or self.prefixed)
         return causal or self.masks_rows or (sliding and self.windowed)
 
 

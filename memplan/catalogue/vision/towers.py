@@ -207,8 +207,12 @@ def block(
     normalise: Callable[[str, str, str, str, str], tuple[Op, ...]] = norm,
     norms: tuple[str, str] = ("norm1", "norm2"),
     lead: str = P,
+    held: tuple[str, ...] = (),
 ) -> Block:
-    """Return a block: norm, attention from `v.n1` to `v.ao`, residual; norm, MLP from `v.n2` to `v.mo`, residual."""
+    """Return a block: norm, attention from `v.n1` to `v.ao`, residual; norm, MLP from `v.n2` to `v.mo`, residual.
+
+    held  what its frame holds of its attention's results
+    """
     shape = f"{lead} vh"
     return Block(
         name,
@@ -219,14 +223,20 @@ def block(
             *normalise(norms[1], "v.x1", "v.n2", shape, "vh"),
             *feed,
             ops.add("residual_2", "v.x1", "v.mo", "y", shape),
+            *((ops.release_names(*held),) if held else ()),
         ),
     )
+
+
+def returned(wiring: Wiring) -> tuple[str, ...]:
+    """Return what a block gets of its attention and does not use: eager attention's probabilities."""
+    return ("probs",) if wiring.tower == "eager" else ()
 
 
 def encoder_block(
     name: str,
     act: str,
-    kernel: str,
+    wiring: Wiring,
     normalise: Callable[[str, str, str, str, str], tuple[Op, ...]] = norm,
     lead: str = "b images grid",
 ) -> Block:
@@ -236,12 +246,12 @@ def encoder_block(
             linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, flat=False)
             for n in ("q", "k", "v")
         ),
-        *batched_attention("self_attn", "v.q", "v.k", "v.v", "v.o", kernel),
+        *joint_attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring),
         linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
     feed = mlp("mlp", "v.n2", "v.mo", act, lead=lead, flat=False)
-    return block(name, heads, feed, normalise, ("layer_norm1", "layer_norm2"), lead)
+    return block(name, heads, feed, normalise, ("layer_norm1", "layer_norm2"), lead, returned(wiring))
 
 
 def embedded_patches(name: str, shape: str) -> tuple[Op, ...]:
@@ -329,12 +339,41 @@ def attention(
     )
 
 
-def batched_attention(name: str, q: str, k: str, v: str, y: str, kernel: str, softmax: str = "fp32") -> tuple[Op, ...]:
-    """Return attention over all images of a batch in one call, by a fused kernel or transformers' eager products."""
-    if kernel != "eager":
-        return (attention(name, q, k, v, y, kernel, BATCH),)
-    axes = {"b": "b images", "s": "grid", "a": "va", "k": "va", "d": "vd"}
-    return ops.with_axes(text_attention.eager(name, q, k, v, y, False, "", "d", False, softmax=softmax), axes)
+def joint_attention(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    wiring: Wiring,
+    over: TowerAttention = BATCH,
+    mask: str = "",
+    softmax: str = "fp32",
+) -> tuple[Op, ...]:
+    """Return attention over all images of a batch in one call, by a fused kernel or transformers' eager products.
+
+    Only the memory-efficient kernel takes a `mask`.
+    """
+    if wiring.tower == "eager":
+        return eager(name, q, k, v, y, over, mask, softmax, wiring.is_one_image)
+    return (attention(name, q, k, v, y, "efficient" if mask else wiring.tower, over, mask),)
+
+
+def eager(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    over: TowerAttention,
+    mask: str = "",
+    softmax: str = "fp32",
+    one: bool = False,
+) -> tuple[Op, ...]:
+    """Return transformers' eager products. The heads of a single image are not copied (`one`, or without a batch)."""
+    axes = {"b": over.batch, "s": P if over.rows == "packed" else over.rows, "a": "va", "k": "va", "d": "vd"}
+    products = ops.with_axes(text_attention.eager(name, q, k, v, y, False, mask, "d", False, softmax=softmax), axes)
+    return tuple(text_attention.flattened(op, of_tower=True) for op in products) if one or not over.batch else products
 
 
 def _packed(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:
@@ -357,12 +396,53 @@ def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: Tow
     """
     if wiring.tower == "flash_2":
         return _packed(name, q, k, v, y, wiring.target, over.rows)
+    if wiring.tower == "eager":
+        return _eager_parts(name, q, k, v, y, over.rows)
     parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", over.q, gradient="new") for t in (q, k, v))
     return (
         *parts,
         attention(name, f"{q}.parts", f"{k}.parts", f"{v}.parts", f"{y}.parts", wiring.tower, over),
         ops.copy(f"{name}.cat", f"{y}.parts", y, over.q),
         ops.release_names(f"{y}.parts", q, k, v),
+    )
+
+
+def _eager_parts(name: str, q: str, k: str, v: str, y: str, rows: str) -> tuple[Op, ...]:
+    """Return eager attention part by part, of `rows` at most.
+
+    The last call, a full part, has the largest temporaries; of the earlier ones there is what they keep, and their
+    outputs. Their backward, after that of the last, frees what they keep before it makes gradients of the heads.
+    """
+    earlier, last = (f"{rows}_earlier", "earlier"), (rows, "last")
+    heads = {t: tuple(Tensor(f"{t}.{part}", f"{n} va vd") for n, part in (earlier, last)) for t in (q, k, v)}
+    q1, k1, v1, y1 = (f"{t}.earlier" for t in (q, k, v, y))
+    n, softmax, probs, pairs = f"{name}.earlier", f"{y1}.softmax", f"{y1}.probs", f"{rows}_earlier_pairs va"
+    return (
+        *(ops.split(f"{name}.split_{t}", t, parts) for t, parts in heads.items()),
+        Op(
+            n,
+            (q1, k1, v1),
+            (Tensor(y1, f"{rows}_earlier va vd", f"={q1}"),),
+            (),
+            (Keep(k1, q1), Keep(v1, q1), Keep(q1, k1)),
+            product=f"whole attention over {rows}",
+            source=f"{ops.DERIVATIVES}: bmm",
+        ),
+        Op(
+            f"{n}.softmax",
+            (y1,),
+            (Tensor(softmax, pairs, "fp32"),),
+            (),
+            (Keep(softmax, y1),),
+            needs_recording=True,
+            source=f"{ops.DERIVATIVES}: _softmax",
+        ),
+        ops.cast(f"{n}.cast", softmax, probs, pairs, f"={q1}")._replace(
+            keeps=(Keep(probs, softmax),), needs_recording=True
+        ),
+        *eager(name, f"{q}.last", f"{k}.last", f"{v}.last", f"{y}.last", TowerAttention("", "", rows, "")),
+        ops.cat(f"{name}.cat", (y1, f"{y}.last"), y, f"{P} va vd", gradient="part"),
+        ops.release_names(y1, f"{y}.last", q, k, v),
     )
 
 

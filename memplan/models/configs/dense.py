@@ -97,7 +97,13 @@ _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"}
 _POST_NORM = {"post_attention_layernorm": "post_attention_norm"}
 
 # A decoder whose attention is one call on the heads of q_proj, k_proj and v_proj.
-_DENSE = Family(_LLAMA, objectives=CLASSIFIER, stack="dense", parallel=ParallelFacts(plans.LLAMA, context=True))
+_DENSE = Family(
+    _LLAMA,
+    objectives=CLASSIFIER,
+    stack="dense",
+    attention=AttentionFacts(flex=True),
+    parallel=ParallelFacts(plans.LLAMA, context=True),
+)
 # Families whose class ignores `mlp_bias`; in the others it adds biases to the MLP's linear layers.
 _NO_MLP_BIAS = _DENSE._replace(keys=ConfigKeys(fixed={"mlp_bias": False}))
 _LLAMA_ROW = _DENSE._replace(
@@ -359,7 +365,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": _LLAMA_ROW,
     "mimo": _NO_MLP_BIAS._replace(
-        defaults=_QWEN2, checkpoint=CheckpointFacts(gguf="qwen2"), objectives=("causal_lm",), parallel=ParallelFacts()
+        defaults=_QWEN2,
+        attention=AttentionFacts(),
+        checkpoint=CheckpointFacts(gguf="qwen2"),
+        objectives=("causal_lm",),
+        parallel=ParallelFacts(),
     ),
     "minicpm": Family(
         {"tie_word_embeddings": True, "intermediate_size": 11008},

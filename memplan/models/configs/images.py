@@ -379,11 +379,14 @@ def _rounded(name: str, rows: int) -> dict[str, int]:
 
 
 def _windowed(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
-    """Return the axes of Qwen2.5-VL's images and attention windows: their number, and the patches of a full window."""
+    """Return the axes of Qwen2.5-VL's images and attention windows: their number, the patches of a full window,
+    and the pairs of patches of all windows."""
     merge, rows, columns = picture.merge, picture.rows // picture.merge, picture.columns // picture.merge
     side = max(1, size(m, "window_size") // merge // size(m, "patch_size"))
+    squares = [n // side * side**2 + (n % side) ** 2 for n in (rows, columns)]
     return {
         **_axes(images, picture),
+        "window_pairs": images * picture.tiles * squares[0] * squares[1] * merge**4,
         "windows": images * picture.tiles * -(-rows // side) * -(-columns // side),
         **_rounded("window", min(side, rows) * min(side, columns) * merge**2),
     }
@@ -473,7 +476,6 @@ GEMMA3 = ImageFacts(
     },
     _gemma3,
     is_fixed=True,
-    has_eager=True,
     boundary_tokens=4,  # transformers processing_gemma3.py full_image_sequence
     is_rotated=False,
 )
@@ -539,7 +541,6 @@ CLIP = ImageFacts(
     },
     _llava,
     is_fixed=True,
-    has_eager=True,
     is_rotated=False,
 )
 LLAVA_NEXT = CLIP._replace(picture=_llava_next, is_fixed=False, axes=_lined)
@@ -558,7 +559,7 @@ SIGLIP = CLIP._replace(
     picture=None,
     is_called=False,
 )
-ONEVISION = SIGLIP._replace(picture=_llava_onevision, is_called=True, is_fixed=False, has_eager=False, axes=_only_image)
+ONEVISION = SIGLIP._replace(picture=_llava_onevision, is_called=True, is_fixed=False, axes=_only_image)
 COHERE2 = SIGLIP._replace(
     defaults={
         **SIGLIP.defaults,
@@ -580,6 +581,5 @@ IDEFICS3 = CLIP._replace(
         "image_size": 224,
     },
     picture=_smolvlm,
-    has_eager=False,
 )
 SMOLVLM = IDEFICS3._replace(pictures=_frames)

@@ -15,6 +15,7 @@ from memplan.models.configs.layer_lists import SLIDING, kinds
 from memplan.models.configs.windows import all_but_every, windows_after
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
+    AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
     GenerationFacts,
@@ -250,6 +251,7 @@ _MOE = Family(
     layers=every_layer,
     axes=_LOCAL_EXPERTS,
     stack="mixtures",
+    attention=AttentionFacts(flex=True),
     checkpoint=CheckpointFacts(experts="split"),
     parallel=ParallelFacts(plans.MIXTURE, experts=True, context=True),
 )
@@ -488,6 +490,7 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(adapts_tables=True),
     ),
     "olmoe": _MOE._replace(
+        attention=AttentionFacts(),
         defaults={"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
         keys=ConfigKeys({"head_dim": ()}),
         axes=expert_axes(width="intermediate_size"),

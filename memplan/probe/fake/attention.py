@@ -153,6 +153,52 @@ def _repeated(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any
     return key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
 
 
+# Flex attention
+
+
+def flex_attention(query: Any, key: Any, value: Any, training: bool = False, **options: Any) -> tuple[Any, Any]:
+    """transformers' compile_friendly_flex_attention: the output, and row sums as `aux.lse`."""
+    tensors = (part for part in options["block_mask"].as_tuple() if isinstance(part, torch.Tensor))
+    apply: Any = _FlexAttention.apply  # pyright: ignore
+    out, sums = apply(*(_autocast(t) for t in (query, key, value)), *tensors)
+    return out, library("torch.nn.attention.flex_attention").AuxOutput(lse=sums)
+
+
+def create_block_mask(**options: Any) -> Any:
+    """torch's create_block_mask, compiled: without a mask of single tokens."""
+    batch, (queries, keys) = options["B"], (options["Q_LEN"], options["KV_LEN"])
+    rows, columns = -(-queries // 128), -(-keys // 128)
+    shapes = [(batch, 1, rows), (batch, 1, rows, columns)] * 2 + [(batch, 1, columns), (batch, 1, columns, rows)] * 2
+    tensors = (torch.empty(shape, dtype=torch.int32, device=options["device"]) for shape in shapes)
+    mask: Any = library("torch.nn.attention.flex_attention").BlockMask
+    return mask((queries, keys), *tensors, (128, 128), options["mask_mod"])
+
+
+class _FlexAttention(torch.autograd.Function):
+    """Allocates and saves what torch's compiled flex attention does.
+
+    Source: torch 2.13 _higher_order_ops/flex_attention.py FlexAttentionAutogradOp, nn/attention/flex_attention.py
+    _finalize_outputs, _inductor/kernel/flex/flex_attention.py.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, *mask: Any) -> Any:
+        sums, scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+        out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else torch.empty_like(q[..., : v.shape[-1]])
+        del scores
+        scaled = torch.empty_like(sums)
+        ctx.save_for_backward(q, k, v, out, sums, *mask)
+        return out, scaled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any, of_sums: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, _out, sums, *mask = ctx.saved_tensors  # to the end: see _FlashAttention3
+        delta = torch.empty_like(sums)
+        gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+        del delta
+        return *gradients, *(None for _ in mask)
+
+
 # The flash-attn package
 
 

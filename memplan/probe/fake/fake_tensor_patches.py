@@ -158,6 +158,9 @@ def _transformers() -> None:
     utils = library("transformers.utils.import_utils")
     utils.is_fake_tensor = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
+    if utils.is_torch_greater_or_equal("2.9"):
+        library("transformers.integrations.flex_attention").compile_friendly_flex_attention = attention.flex_attention
+        library("transformers.masking_utils").create_block_mask = attention.create_block_mask
     if not hasattr(flash, "_lazy_imports"):
         older.flash_attention()
         return

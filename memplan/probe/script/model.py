@@ -83,7 +83,7 @@ def empty_model(run: RunSpec) -> Any:
         build = partial(getattr(transformers, auto).from_config, trust_remote_code=False)
     model_fields = {key: _plain(value) for key, value in fields.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights]}
-    if run.kernels.attention in ("eager", "flash_attention_2", "flash_attention_3"):
+    if not run.kernels.attention.startswith("sdpa"):
         options["attn_implementation"] = run.kernels.attention  # else sdpa, or eager if the class supports nothing else
     config: Any
     try:

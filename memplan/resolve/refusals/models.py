@@ -13,6 +13,8 @@ from memplan.program.structure import Structure
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
 
+_NARROWEST_FLEX_HEAD = 16
+
 
 def model_classes(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for an attention kernel that the model's classes reject, and a profile whose classes were not read.
@@ -28,6 +30,36 @@ def model_classes(r: OpenRun) -> Iterator[SpecError]:
     objective = r.model.objective
     if objective != "causal_lm" and r.profile != "transformers-5" and r.trainer != "reward":
         yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
+
+
+def flex_attention(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for what flex attention rejects, and what was not traced with it.
+
+    Source: transformers 5.24 integrations/flex_attention.py flex_attention_forward, torch 2.13
+    nn/attention/flex_attention.py _validate_embed_dim; Triton needs compute capability 7.0.
+    """
+    field, name, p = "kernels.attention", "flex_attention", r.parallelism
+    if r.model.probability("attention_dropout") > 0:
+        yield refused(field, f"{name} rejects attention_dropout in training, which {r.name} has; use sdpa")
+    if min(r.model.head_widths) < _NARROWEST_FLEX_HEAD:
+        yield refused(field, f"{name} needs heads at least {_NARROWEST_FLEX_HEAD} wide; use sdpa")
+    if r.capability is not None and r.capability < (7, 0):
+        yield refused(field, f"{name} needs compute capability 7.0 or later; use sdpa")
+    if not r.model.family.attention.flex:
+        yield refused(field, f"{name} is not supported yet for {r.model.model_type}; use sdpa")
+    if not r.trains or r.trainer != "sft" or r.profile != "transformers-5":
+        yield refused(field, f"{name} is only supported yet in sft with profile transformers-5; use sdpa")
+    others = {
+        "loop.padded": r.loop.padded,
+        "batch.packing": bool(r.batch_facts.packing),
+        "method.kind": bool(r.method.virtual_tokens),
+        "parallelism.offload": p.offload.activations,
+        **{f"parallelism.{degree}": getattr(p, degree) > 1 for degree in ("tp", "cp", "pp")},
+        "parallelism.device_map": p.device_map is not None,
+    }
+    for other, is_set in others.items():
+        if is_set:
+            yield refused(field, f"{name} is not supported yet with {other}; use sdpa")
 
 
 def smoothed_labels(r: OpenRun) -> Iterator[SpecError]:
