@@ -159,6 +159,7 @@ class Resolver:
             scans_once=length <= model.scan_chunk,
             images=sees,
             has_uneven_patches=sees and dict(pictures).get("seen", 0) % 8 != 0,
+            pads_clips=sees and dict(pictures).get("unheard", 0) > 0,
             microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
             ungrouped=_ungrouped(run, batch) if batch.generations and run.roles.value is None else "",
             packing=batch.packing or "",

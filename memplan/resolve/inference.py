@@ -212,6 +212,7 @@ def _read_batch(r: OpenInference) -> None:
         scans_once=_chunk(r) <= model.scan_chunk,
         images=r.batch.sees,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
+        pads_clips=dict(r.pictures).get("unheard", 0) > 0,
     )
 
 

@@ -30,6 +30,7 @@ class BatchFacts(NamedTuple):
     scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     images              the batch has images
     has_uneven_patches  the image patches are not a multiple of 8
+    pads_clips          the audio clips end before the encoder's window does, which masks the rest
     microbatches        micro-batches per step of a pipeline, else 1
     ungrouped           why a step's completions are not those of whole prompts; empty if they are
     packing             how sequences are packed into rows; empty if they are not
@@ -43,6 +44,7 @@ class BatchFacts(NamedTuple):
     scans_once: bool = False
     images: bool = False
     has_uneven_patches: bool = False
+    pads_clips: bool = False
     microbatches: int = 1
     ungrouped: str = ""
     packing: str = ""

@@ -88,6 +88,7 @@ def wire(run: OpenRun) -> None:
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,
         pads_image_mask=facts.has_uneven_patches,
+        pads_clips=facts.pads_clips,
         tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.images else "",
     )
 
