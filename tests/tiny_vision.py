@@ -33,8 +33,29 @@ _SMOL: dict[str, Any] = {
     "vision_config": _SIGLIP,
     "image_token_id": 1990,
 }
+# windows of 2 seconds
+_WHISPER = {
+    "d_model": 160,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 640,
+    "num_mel_bins": 24,
+    "max_source_positions": 100,
+}
 
 TINY: dict[str, dict[str, Any]] = {
+    "aya_vision": {
+        "text_config": {"model_type": "cohere2", **TEXTS["cohere2"]},
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "vision_use_head": False},
+        "alignment_intermediate_size": 208,
+        "image_token_index": 290,
+    },
+    "cohere2_vision": {
+        "text_config": {"model_type": "cohere2", **TEXTS["cohere2"]},
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "vision_use_head": False},
+        "alignment_intermediate_size": 208,
+        "image_token_id": 290,
+    },
     "gemma3": {
         "text_config": {
             **_TEXT,
@@ -146,6 +167,11 @@ TINY: dict[str, dict[str, Any]] = {
         "image_token_index": 1990,
         "projection_dim": 128,
     },
+    "qwen2_audio": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "audio_config": {"model_type": "qwen2_audio_encoder", **_WHISPER},
+        "audio_token_index": 1990,
+    },
     "qwen2_vl": {
         **_TEXT,
         **_QWEN2,
@@ -242,4 +268,9 @@ TINY: dict[str, dict[str, Any]] = {
         )
     },
     "smolvlm": _SMOL,
+    "voxtral": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "audio_config": {"model_type": "voxtral_encoder", **_WHISPER},
+        "audio_token_id": 1990,
+    },
 }

@@ -73,7 +73,7 @@ class LengthFacts(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """Its vision tower.
+    """Its vision tower, or its audio encoder, whose clips are pictures too.
 
     defaults         defaults of the config class of `vision_config`
     picture          an image of a height and width in pixels as its processor resizes it; None if only the tower's
@@ -87,6 +87,8 @@ class ImageFacts(NamedTuple):
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
     pictures         how many pictures the tower reads of a video's frames of a height and width, and one of them; None
                      if it takes no videos
+    clip             how many windows the audio encoder reads of a clip of some seconds, and one of them; None if it
+                     hears nothing
     video            how vLLM counts a video's patches: frames, as long as a request has room for, or pixels; "" if it
                      takes no videos
     boundary_tokens  tokens that its processor adds around an image's
@@ -104,6 +106,7 @@ class ImageFacts(NamedTuple):
     has_masks: bool = False
     by_keyword: bool = False
     pictures: Callable[[ModelFacts, int, int, int], tuple[int, Picture]] | None = None
+    clip: Callable[[ModelFacts, int | None], tuple[int, Picture]] | None = None
     video: Literal["", "frames", "pixels"] = ""
     boundary_tokens: int = 0
     ffn: Literal["plain", "gated", "fused"] = "plain"

@@ -206,8 +206,8 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
     ends.add(bisect_right(sequences, model.scan_chunk))
-    if run.batch.sees and takes_images(model):
-        images, picture = pictures_of(model, run.batch.images, run.batch.frames, run.batch.image_size)
+    if run.batch.sees and takes_images(model, bool(run.batch.clips)):
+        images, picture = pictures_of(model, *run.batch.seen)
         ends.add(bisect_left(sequences, images * picture.tokens))  # the images do not fit into shorter sequences
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))

@@ -163,9 +163,12 @@ def lengths(batch: Batch) -> str:
 
 
 def images(batch: Batch) -> str:
-    """Return the number and size of each sequence's images or frames."""
+    """Return the number and size of each sequence's images, frames or audio clips."""
     if not batch.sees:
         return ""
+    if batch.clips:
+        long = f" of {batch.clip_seconds:,} s" if batch.clip_seconds else ""
+        return f" with {batch.clips:,} audio clip{'s' if batch.clips > 1 else ''}{long}"
     sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
     size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
     if batch.frames:

@@ -8,24 +8,31 @@ from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch
 
 _IMAGES_PROFILE = "transformers-5"
+_MEDIA = (
+    ("batch.images", "images"),
+    ("batch.frames", "pictures of a video"),
+    ("batch.clips", "windows of audio clips"),
+)
 
 
 def image_axes(model: ModelSpec, batch: Batch, profile: str) -> tuple[tuple[str, int], ...]:
-    """Return the axes set by the images of a batch, as (axis, size) pairs.
+    """Return the axes set by the images or audio clips of a batch, as (axis, size) pairs.
 
-    Raises SpecError if the model has no vision tower or the images do not fit the sequence.
+    Raises SpecError if the model has no tower for them or they do not fit the sequence.
     """
+    if batch.image_size is not None and not (batch.images or batch.frames):
+        raise refused("batch.image_size", "there are no images; set batch.images too")
+    if batch.clip_seconds is not None and not batch.clips:
+        raise refused("batch.clip_seconds", "there are no audio clips; set batch.clips too")
     if not batch.sees:
-        if batch.image_size is not None:
-            raise refused("batch.image_size", "there are no images; set batch.images too")
         return ()
     from memplan.models.configs.images import axes_of, pictures_of
 
-    field, what = ("batch.images", "images") if batch.images else ("batch.frames", "pictures of a video")
+    field, what = next(words for words in _MEDIA if getattr(batch, words[0].removeprefix("batch.")))
     check_sees(model, field)
     if profile != _IMAGES_PROFILE:
         raise refused(field, f"needs profile {_IMAGES_PROFILE}, not {profile}")
-    count, picture = pictures_of(model, batch.images, batch.frames, batch.image_size)
+    count, picture = pictures_of(model, *batch.seen)
     tokens = count * picture.tokens
     if tokens > batch.sequence:
         raise refused(
@@ -36,14 +43,19 @@ def image_axes(model: ModelSpec, batch: Batch, profile: str) -> tuple[tuple[str,
     return tuple(axes_of(model, count, picture).items())
 
 
-def check_sees(model: ModelSpec, field: str = "batch.images") -> None:
-    """Raise SpecError if the model has no vision tower, or one that is not supported yet."""
+def check_sees(model: ModelSpec, field: str) -> None:
+    """Raise SpecError if the model has no tower for what the field counts, or one that is not supported yet."""
     from memplan.models.configs.images import takes_images
 
-    if not model.has_tower and not model.part("vision_config"):
-        raise refused(field, f"{model.name or model.model_type} has no vision tower")
-    if not takes_images(model):
-        raise refused(field, f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
+    hears = field == "batch.clips"
+    if takes_images(model, hears):
+        return
+    key, name, what = (
+        ("audio_config", "audio encoder", "clips") if hears else ("vision_config", "vision tower", "images")
+    )
+    if not model.part(key):
+        raise refused(field, f"{model.name or model.model_type} has no {name}")
+    raise refused(field, f"{what} are not supported yet for {model.model_type}; supported: 0 (text only)")
 
 
 def decoder_prompt_tokens(batch: Batch, row: Family) -> int:

@@ -176,27 +176,28 @@ def _cudnn(
 
 
 def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
-    """Return the attention kernel of the vision tower, by the same rules as `attention_wiring`."""
+    """Return the attention kernel of the vision tower or audio encoder, by the same rules as `attention_wiring`."""
     images = model.family.images
     assert images is not None
+    count, media = ("batch.images", "images") if images.clip is None else ("batch.clips", "clips")
     known = ("sdpa", "sdpa_efficient", "eager", *(("flash_attention_2",) if images.is_packed else ()))
     if kernels.attention not in known:
         raise refused(
             "kernels.attention",
-            f"{kernels.attention} is not supported yet with images of {model.model_type}; supported: "
+            f"{kernels.attention} is not supported yet with {media} of {model.model_type}; supported: "
             f"{', '.join(known)}",
         )
     if kernels.checkpointing == "offload" and images.has_masks:
         raise refused(
             "kernels.checkpointing",
-            f"offload is not supported yet with images of {model.model_type}, whose masks would be offloaded too; "
+            f"offload is not supported yet with {media} of {model.model_type}, whose masks would be offloaded too; "
             "supported: none, full",
         )
     if images.by_keyword and (kernels.checkpointing == "offload" or kernels.reentrant):
         field, value = ("reentrant", "true") if kernels.reentrant else ("checkpointing", "offload")
         raise refused(
             f"kernels.{field}",
-            f"{value} is not supported yet with images of {model.model_type}, whose vision tower passes hidden "
+            f"{value} is not supported yet with {media} of {model.model_type}, whose vision tower passes hidden "
             "states to its layers by keyword: they are neither offloaded nor get gradients from reentrant "
             "checkpointing; supported: none, full, not reentrant",
         )
@@ -211,7 +212,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
     d = model.axes()["vd"]
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
-        raise refused("batch.images", f"sdpa is not supported yet for the vision tower's head width of {d}")
+        raise refused(count, f"sdpa is not supported yet for a head width of {d} in the tower")
     flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
     return "flash" if flash else "efficient"
 

@@ -37,18 +37,21 @@ if TYPE_CHECKING:
 
 def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     """Return the validated parts of the model that are frozen and not adapted."""
+    tower = model.family.images
+    missing = "audio" if tower is None or tower.clip is None else "vision" if tower.picture is None else ""
+    parts = tuple(part for part in PARTS if part != missing)
     for part in method.frozen:
-        if part not in PARTS:
-            raise UnknownNameError("method.frozen", part, tuple(PARTS))
+        if part not in parts:
+            raise UnknownNameError("method.frozen", part, parts)
     if not method.frozen:
         return ()
     if not model.has_tower:
         raise refused("method.frozen", f"{model.model_type} only has a language model, with no other parts to freeze")
     if method.kind in PEFT_METHODS and method.kind not in EXCLUDING:
         raise refused("method.frozen", f"{method.kind} has no exclude_modules in peft; name its targets instead")
-    if set(method.frozen) == set(PARTS):
+    if set(method.frozen) == set(parts):
         raise refused("method.frozen", "nothing is left to train")
-    return tuple(part for part in PARTS if part in method.frozen)
+    return tuple(part for part in parts if part in method.frozen)
 
 
 def loaded_wide(model: ModelSpec, precision: Precision) -> tuple[str, ...]:

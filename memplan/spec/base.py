@@ -27,6 +27,7 @@ MOST_GPUS = 2**20  # more than any cluster has
 GPUs = Annotated[int, Strict(ge=1, le=MOST_GPUS)]
 Rank = Annotated[int, Strict(ge=0, lt=2**20)]  # index of a GPU
 Pixels = Annotated[int, Strict(ge=1, le=2**20)]
+Seconds = Annotated[int, Strict(ge=1, le=2**20)]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 

@@ -115,20 +115,19 @@ OPTIONS: dict[str, dict[str, Option]] = {
             aliases=("ga", "grad_acc", "gradient_accumulation", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
-        "frames": Option(
-            "batch.frames",
-            "Frames of a video in each sequence, instead of images; their tokens count towards --seq-len.",
-        ),
+        "frames": Option("batch.frames", "Frames of a video in each sequence, instead of images; their tokens count."),
         "image_size": Option(
             "batch.image_size",
             "Pixels of an image or frame: 1024, or height x width as 768x1024. Default the vision tower's size.",
             parse=pixels,
         ),
+        "clips": Option("batch.clips", "Audio clips in each sequence; their tokens count towards --seq-len."),
+        "clip_seconds": Option("batch.clip_seconds", "Seconds of each clip. Default the audio encoder's window, 30."),
         "frozen": Option(
             "method.frozen",
-            "Parts that neither train nor get adapters, comma-separated: vision, projector, language.",
+            "Parts that neither train nor get adapters, comma-separated: vision, audio, projector, language.",
             parse=listed,
-            choices=("vision", "projector", "language"),
+            choices=("vision", "audio", "projector", "language"),
         ),
         "gradient_checkpointing": Option(
             "kernels.checkpointing",

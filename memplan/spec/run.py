@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from memplan.models.objectives import Objective
-from memplan.spec.base import Count, Natural, Part, Pixels
+from memplan.spec.base import Count, Natural, Part, Pixels, Seconds
 from memplan.spec.checks import After
 from memplan.spec.generation import Generation, InlineModel
 from memplan.spec.parallelism import Parallelism
@@ -15,7 +15,7 @@ from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
 # Fields of a batch that are left out unless they are set.
-_OPTIONAL = ("frames", "generations", "scored", "packing", "lengths", "batching")
+_OPTIONAL = ("frames", "clips", "clip_seconds", "generations", "scored", "packing", "lengths", "batching")
 
 # The newest supported version of each framework, used when a profile names no version.
 NEWEST = {
@@ -64,7 +64,7 @@ class Batch(Part):
     """How many tokens one step processes.
 
     micro            sequences per GPU and forward pass; when generating, prompts
-    sequence         tokens per sequence, including the tokens of its images; for an encoder-decoder, the encoder's
+    sequence         tokens per sequence, including those of its images and clips; for an encoder-decoder, the encoder's
                      tokens. Image and audio encoders have a fixed length, which their config sets. When the run
                      generates, tokens of the prompt
     accumulation     passes per optimizer step
@@ -75,6 +75,8 @@ class Batch(Part):
     images           images per sequence
     frames           frames of a video in each sequence, instead of images
     image_size       pixels of an image or frame: the side of a square, or (height, width)
+    clips            audio clips per sequence
+    clip_seconds     length of a clip; None for the length of the audio encoder's window, which is 30 s in Whisper's
     packing          how the framework packs sequences, or joins those of a micro-batch without padding
                      (`memplan.catalogue.kernels.packing`); None: each sequence is a row
     lengths          token counts of the data set's sequences: a file, `max`, or percentiles, as in
@@ -94,6 +96,8 @@ class Batch(Part):
     images: Natural = 0
     frames: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    clips: Natural = 0
+    clip_seconds: Seconds | None = None
     target_sequence: Count | None = None
     packing: PackingName | None = None
     lengths: str | None = None
@@ -112,8 +116,13 @@ class Batch(Part):
 
     @property
     def sees(self) -> bool:
-        """Whether its sequences have images or a video."""
-        return bool(self.images or self.frames)
+        """Whether its sequences have images, a video or audio clips."""
+        return bool(self.images or self.frames or self.clips)
+
+    @property
+    def seen(self) -> tuple[int, int, int | tuple[int, int] | None, int, int | None]:
+        """Its images, video and audio, as `memplan.models.configs.images.pictures_of` takes them."""
+        return self.images, self.frames, self.image_size, self.clips, self.clip_seconds
 
     @property
     def tokens(self) -> int:

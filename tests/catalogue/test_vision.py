@@ -38,7 +38,7 @@ def run(model_type: str = "qwen2_vl", **fields: Any) -> RunSpec:
 def label(case: dict[str, Any]) -> str:
     asked = case["run"]
     batch = asked.get("batch", {})
-    images = f"{batch['frames']} frames" if "frames" in batch else batch.get("images", 0)
+    images = f"{batch['frames']} frames" if "frames" in batch else batch.get("images", batch.get("clips", 0))
     frozen = "".join(asked.get("method", {}).get("frozen", ()))
     kernels = asked.get("kernels", {})
     return f"{case['name']}-{kernels.get('checkpointing', 'full')}-{images}-{frozen}{kernels.get('attention', '')}"
@@ -58,12 +58,13 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
 
 def test_every_family_is_traced_on_text_and_with_the_images_it_takes() -> None:
     traced = {
-        (case["run"]["model"]["config"]["model_type"], bool(case["run"].get("batch", {}).get("images")))
+        (case["run"]["model"]["config"]["model_type"], not {"images", "clips"}.isdisjoint(case["run"].get("batch", {})))
         for case in ROWS
         if isinstance(case["run"]["model"], dict)
     }
     assert {family for family, images in traced if not images} == set(TINY)
-    pictured = {family for family in TINY if takes_images(ModelSpec({"model_type": family, **TINY[family]}))}
+    specs = {family: ModelSpec({"model_type": family, **config}) for family, config in TINY.items()}
+    pictured = {family for family, spec in specs.items() if takes_images(spec) or takes_images(spec, hears=True)}
     assert {family for family, images in traced if images} == pictured
     for family in set(TINY) - pictured:
         with pytest.raises(SpecError, match=r"batch\.images: images are not supported yet"):
@@ -116,6 +117,50 @@ def test_a_video_is_a_picture_for_every_pair_of_frames(
 
 
 # Images are shrunk to 560 pixels on the long side; a token covers 28 x 28, and each row ends with one more token.
+# 112 per side: 64 patches are 16 tokens and the end of a line, and two tokens frame the image. 200 x 100 is enlarged to
+# 2 x 1 tiles, 300 x 420 to 3 x 4, and 2000 x 100 shrunk to 12 x 1; several tiles are followed by the whole image.
+@pytest.mark.parametrize(
+    ("size", "tiles"), [(100, 1), (112, 1), ((200, 100), 3), ((300, 420), 13), ((2000, 100), 13), ((113, 112), 3)]
+)
+def test_an_image_of_command_a_vision_is_cut_into_tiles(size: Any, tiles: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": "cohere2_vision", **TINY["cohere2_vision"]}), size)
+    assert (picture.tiles, picture.tokens) == (tiles, tiles * 17 + 2)
+
+
+def test_an_image_of_aya_vision_is_one_tile() -> None:
+    spec = ModelSpec({"model_type": "aya_vision", **TINY["aya_vision"]})
+    assert {picture_of(spec, size)[:4] for size in (None, 28, (8000, 100))} == {(8, 8, 16, 2)}
+
+
+# Whisper's encoder reads 100 mel frames a second, two of which are a position; here its window is 2 s. Qwen2-Audio cuts
+# longer clips and pools two positions, after (frames - 1) // 2 + 1; Voxtral joins 4 positions, and pads to windows.
+@pytest.mark.parametrize(
+    ("family", "seconds", "windows", "tokens"),
+    [
+        ("qwen2_audio", None, 1, 50),
+        ("qwen2_audio", 1, 1, 25),
+        ("qwen2_audio", 60, 1, 50),
+        ("voxtral", None, 1, 25),
+        ("voxtral", 1, 1, 25),
+        ("voxtral", 5, 3, 25),
+    ],
+)
+def test_a_clip_is_read_in_windows(family: str, seconds: int | None, windows: int, tokens: int) -> None:
+    count, picture = pictures_of(ModelSpec({"model_type": family, **TINY[family]}), 0, 0, None, 2, seconds)
+    assert (count, picture.tokens) == (2 * windows, tokens)
+    batch = {"sequence": 2 * windows * tokens - 1, "clips": 2, "clip_seconds": seconds}
+    with pytest.raises(SpecError, match=rf"batch\.clips: {2 * windows} windows of .* at least {2 * windows * tokens}"):
+        estimate(run(family, batch=batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "seconds", "pads"), [("qwen2_audio", 1, True), ("qwen2_audio", 2, False), ("voxtral", 1, False)]
+)
+def test_silence_after_a_clip_is_masked_by_qwen2_audio_alone(family: str, seconds: int, pads: bool) -> None:
+    asked = run(family, batch={"sequence": 50, "clips": 1, "clip_seconds": seconds})
+    assert decide(asked).structure.graph.wiring.pads_clips is pads
+
+
 @pytest.mark.parametrize(
     ("size", "tokens"), [(560, 20 * 21), ((1120, 560), 20 * (10 + 1)), ((100, 30), 4 * (2 + 1)), (28, 1 + 1)]
 )
@@ -259,6 +304,16 @@ CUT: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vision_feature_layer": -2},
         "vision_feature_layer: llava_onevision's images are only ",
     ),
+    "a head": (
+        "cohere2_vision",
+        {"vision_config": {**TINY["cohere2_vision"]["vision_config"], "vision_use_head": True}},
+        "vision_feature_layer: cohere2_vision's images are only supported with -1, and vision_use_head false",
+    ),
+    "a rest of patches": (
+        "aya_vision",
+        {"downsample_factor": 3},
+        "config: downsample_factor 3 does not divide 8 patches",
+    ),
     "no patch": (
         "llava_onevision",
         {"vision_config": {**ONEVISION["vision_config"], "image_size": 1}},
@@ -351,6 +406,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"batch": {"images": 1, "frames": 4, "image_size": 56}},
         "batch.frames: a sequence has images or a video, not both",
     ),
+    "audio without an encoder": ({"batch": {"clips": 1}}, "batch.clips: qwen2_vl has no audio encoder"),
+    "seconds alone": ({"batch": {"clip_seconds": 3}}, "batch.clip_seconds: there are no audio clips"),
+    "audio that rests": (
+        {"model": {"config": RESTING["gemma4-small"]}, "batch": {"clips": 1}},
+        "batch.clips: clips are not supported yet for gemma4; supported: 0 (text only)",
+    ),
+    "images that are heard": (
+        {"model": model("voxtral"), "batch": {"images": 1}},
+        "batch.images: voxtral has no vision tower",
+    ),
+    "images and audio": (
+        {"model": model("voxtral"), "batch": {"images": 1, "clips": 1}},
+        "batch.images: voxtral has no vision tower",
+    ),
+    "a clip's mask on the host": (
+        {"model": model("qwen2_audio"), "batch": {"clips": 1}, "kernels": {"checkpointing": "offload"}},
+        "kernels.checkpointing: offload is not supported yet with clips of qwen2_audio",
+    ),
+    "a part of other models": ({"method": {"frozen": ["audio"]}}, "method.frozen: unknown name 'audio'"),
     "a video": (
         {"model": model("gemma3"), "batch": {"frames": 4}},
         "batch.frames: a video is not supported yet for gemma3",

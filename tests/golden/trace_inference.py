@@ -6,8 +6,8 @@ python tests/golden/trace_inference.py llama mistral
 Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or the named ones, at its small size: a forward pass,
 and a prompt with a few generated tokens, with eager attention and with padding; some in other dtypes, with adapters,
 quantised, with other caches, beams and sampling. Also encoder-decoders (tests/encoders.py) with beams, mllama with
-images (`images`), special cases (`apart`), and some cards at full size (`real`). Runs that cannot be traced are listed
-on standard error.
+images (`images`), audio (`audio`), special cases (`apart`), and some cards at full size (`real`). Runs that cannot be
+traced are listed on standard error.
 """
 
 from __future__ import annotations
@@ -157,6 +157,13 @@ SEEN: tuple[dict[str, Any], ...] = (  # mllama, whose layers attend to images in
     {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}},
     {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}, "loop": {"use_cache": False}},
 )
+HEARD: tuple[dict[str, Any], ...] = (
+    {"batch": {"micro": 2, "sequence": 110, "clips": 2, "clip_seconds": 1}, "task": "forward"},
+    *(
+        {"batch": {"micro": 2, "sequence": 110, "clips": 2, "new_tokens": 4}, "generation": {"num_beams": beams}}
+        for beams in (1, 2)
+    ),
+)
 REAL_ACROSS: tuple[dict[str, Any], ...] = (
     {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
     {"model": "t5-base", "batch": {"micro": 4, "sequence": 1001, "new_tokens": 3}, "kernels": {"attention": "eager"}},
@@ -181,6 +188,9 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
     for fields in SEEN if not names or "images" in names else ():
         config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
         yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
+    for name, fields in product(("qwen2_audio", "voxtral"), HEARD) if not names or "audio" in names else ():
+        config = {"config": {"model_type": name, **TOWERS[name]}}
+        yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for fields in REAL_ACROSS if not names or "real" in names else ():
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 

@@ -165,8 +165,18 @@ def seeing(family: str, **more: Any) -> dict[str, Any]:
     return {"model": {"config": config}, "kernels": kernels, "batch": batch, **more}
 
 
+_HEARD = {"micro": 2, "sequence": 110, "clips": 2}
+
+
 FAMILIES = ("gemma3", "llava", "paligemma", "internvl")
 SEEN = {f"eager attention with images, {family}": seeing(family) for family in FAMILIES}
+SEEN |= {
+    f"{attention} attention with {seconds} s of audio, {family}": seeing(
+        family, kernels={"attention": attention, "checkpointing": "none"}, batch={**_HEARD, "clip_seconds": seconds}
+    )
+    for attention, seconds in (("eager", 1), ("eager", 2), ("sdpa_efficient", 1))
+    for family in ("qwen2_audio", "voxtral")
+}
 SEEN["eager attention with images, lora"] = seeing("gemma3", method="lora")
 CASES: dict[str, dict[str, Any]] = {**SMOOTHED, **STORED, **SPACED, **SELECTIVE, **ATTENDED, **FLEX, **SEEN}
 

@@ -4,6 +4,7 @@ python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_v
 python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1120 --sequence 1608 qwen2_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --frames 4 --size 224x160 qwen3_vl internvl >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --clips 2 --seconds 1 qwen2_audio voxtral >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --attention eager qwen2_vl mllama >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --attention eager --size 560x700 --sequence 1010 qwen2_vl  # appended as well
@@ -52,26 +53,34 @@ def method(name: str, kind: str) -> dict[str, Any]:
 
 
 def runs(
-    names: list[str], images: int, size: Any, sequence: int = 0, frames: int = 0, attention: str = "sdpa"
+    names: list[str],
+    images: int,
+    size: Any,
+    sequence: int = 0,
+    frames: int = 0,
+    clips: tuple[int, int] = (0, 0),
+    attention: str = "sdpa",
 ) -> Iterator[tuple[str, RunSpec]]:
     """Yield runs; with a video, or a `sequence` as short as the images, whose peak is then in the tower, only full and
-    LoRA."""
+    LoRA. `clips` are their number and seconds."""
+    count, seconds = clips
     for name in names:
         model: Any = {"config": {"model_type": name, **TINY[name]}} if name in TINY else name
         length = sequence or (640 if name in TINY else 2048)
         seen = {"frames": frames} if frames else {"images": images}
         seen = {**seen, **({"image_size": size} if size else {})}
+        if count:
+            seen = {"clips": count, **({"clip_seconds": seconds} if seconds else {})}
         ways = [(kind, checkpointing, {}, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
         if attention != "sdpa":
             ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
             ways += [("lora", checkpointing, seen, ("vision",)) for checkpointing in ("none", "full")]
         elif sequence or frames:
             ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
-        elif images:
+        elif images or count:
             ways += [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
-            ways += [
-                (kind, checkpointing, seen, ("vision",)) for kind, checkpointing in product(KINDS[:2], ("none", "full"))
-            ]
+            tower = ("audio" if count else "vision",)
+            ways += [(kind, checkpointing, seen, tower) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
         for kind, checkpointing, batch, frozen in ways:
             yield (
                 f"{name}-{kind}",
@@ -91,12 +100,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2, help="0: text alone")
     parser.add_argument("--frames", type=int, default=0, help="of a video, instead of images")
     parser.add_argument("--size", default="300x420", help="pixels: a side, or height x width; empty for the tower's")
+    parser.add_argument("--clips", type=int, default=0, help="of audio, instead of images")
+    parser.add_argument("--seconds", type=int, default=0, help="of a clip")
     parser.add_argument("--sequence", type=int, default=0, help="tokens, where only the images matter")
     parser.add_argument("--attention", default="sdpa")
     asked = parser.parse_args()
     sides = [int(side) for side in asked.size.split("x") if side]
     size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
-    wanted = list(runs(asked.names, asked.images, size, asked.sequence, asked.frames, asked.attention))
+    clips = asked.clips, asked.seconds
+    wanted = list(runs(asked.names, asked.images, size, asked.sequence, asked.frames, clips, asked.attention))
     write(wanted)
 
 

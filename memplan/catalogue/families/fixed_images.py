@@ -137,6 +137,16 @@ def llava_next_video(m: ModelSpec, wiring: Wiring) -> Stack:
     return stack._replace(before=(*skipped(newline()), *stack.before))
 
 
+def _unread_norm(tower: str) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Return SigLIP's last norm if nothing reads its output, and what its graph holds while the output is returned."""
+    norm = t.strided_norm(f"{tower}.post_layernorm", "x", "v.last", _SHAPE, "vh")
+    kept = (("x", _SHAPE), ("v.last.mean", _LEAD), ("v.last.rstd", _LEAD))
+    return (
+        tuple(op._replace(gradient="none", keeps=()) for op in norm),
+        tuple(ops.view(f"image_outputs.{x}", x, f"{x}.kept", shape)._replace(holds="forward") for x, shape in kept),
+    )
+
+
 def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build LLaVA-OneVision with SigLIP's tower, whose last norm runs although nothing reads its output."""
     n, lead = "vision_tower", "b images tile"
@@ -152,12 +162,9 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.copy("pixel_values.cat", "pixel_values", "v.tiles", f"{t.P} vin"),
         *renamed(t.embedded_patches(f"{n}.embeddings", _SHAPE), {"pixel_values": "v.tiles"}),
     )
-    kept = (("x", _SHAPE), ("v.last.mean", _LEAD), ("v.last.rstd", _LEAD))  # by the graph of the last norm
+    last, kept = _unread_norm(n)
     after = (
-        *(
-            op._replace(gradient="none", keeps=())
-            for op in t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh")
-        ),
+        *last,
         ops.release_names("embeds"),
         ops.copy("v.rows", "x", "v.rows", f"{lead} vh"),
         *_projector(
@@ -166,10 +173,7 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         *_packed(),
         *t.returned_states("v.last", "features"),
-        *(
-            ops.view(f"image_outputs.{name}", name, f"{name}.kept", shape)._replace(holds="forward")
-            for name, shape in kept
-        ),
+        *kept,
         ops.release_names("x", "v.last", "v.rows"),
     )
     tower = Tower(_PIXELS, before, (Run((block,), "vL1"),), after)
@@ -248,6 +252,48 @@ def internvl(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("v.square", "v.normed", "x"),
     )
     tower = Tower(_PIXELS, before, (Run((_scaled_block(m, wiring),), "vL1"),), after)
+    return text_with_tower(wiring, _text(m, wiring), tower, scattered(joined=False), _HELD)
+
+
+def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
+    """Build Command A Vision with SigLIP's tower, or Aya Vision, which has a `norm` of merged patches."""
+    n, p, merged = "vision_tower", "multi_modal_projector", f"{_MERGED} vm"
+    part, half = m.part("vision_config"), f"{_MERGED} valigned2"
+    if m.config.get("vision_feature_layer", -1) != -1 or part.get("vision_use_head", True):
+        raise UnsupportedModelError(
+            f"vision_feature_layer: {m.model_type}'s images are only supported with -1, and vision_use_head false",
+            "vision_feature_layer",
+        )
+    act = _vision(m, "hidden_act", "gelu_pytorch_tanh")
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    if norm:  # the projector reads the last layer's states, by column
+        last, kept = _unread_norm(n)
+        states = (ops.copy("v.columns", "x", "v.states", merged),)
+        rows = t.strided_norm(f"{p}.{norm}", "v.square", "v.normed", merged, "vm")
+    else:
+        last, kept = t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh"), ()
+        states = (ops.release_names("x"), ops.view("v.columns", "v.last", "v.states", merged))
+        rows = (ops.copy(f"{p}.linear_1.rows", "v.square", "v.normed", merged),)
+    after = (
+        *last,
+        *states,
+        ops.release_names("embeds"),
+        ops.copy("v.shuffle", "v.states", "v.half", merged),
+        ops.release_names("v.states"),
+        ops.view("v.shuffled", "v.half", "v.square", merged, "new"),
+        *t.grouped(rows, "projector"),
+        t.linear(f"{p}.linear_1", "v.normed", "v.m1", "valigned", "vm", "projector", _MERGED),
+        ops.release_names("v.half", "v.square", "v.normed"),
+        ops.split(f"{p}.chunk", "v.m1", (Tensor("v.x", half), Tensor("v.gate", half))),
+        ops.activation(f"{p}.act", "v.gate", "v.acted", half),
+        ops.mul(f"{p}.product", "v.acted", "v.x", "v.m2", half),
+        ops.release_names("v.acted"),
+        t.linear(f"{p}.linear_2", "v.m2", "features", "h", "valigned2", "projector", _MERGED, flat=False),
+        *t.returned_states("v.last", "features"),
+        *kept,
+        ops.release_names("x", "v.last", "v.m1", "v.x", "v.gate", "v.m2"),
+    )
+    tower = Tower(_PIXELS, t.embedded_patches(f"{n}.embeddings", _SHAPE), (Run((block,), "vL1"),), after)
     return text_with_tower(wiring, _text(m, wiring), tower, scattered(joined=False), _HELD)
 
 

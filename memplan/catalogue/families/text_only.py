@@ -1,6 +1,6 @@
-"""Models whose vision or audio tower is loaded in front of any decoder, but not run: only text is estimated.
+"""Models whose vision tower is loaded in front of any decoder, but not run: only text is estimated.
 
-Source: transformers 5.24 models/llava_onevision, aya_vision, cohere2_vision, lfm2_vl, qwen2_audio and voxtral.
+Source: transformers 5.24 models/llava_onevision, aya_vision, cohere2_vision and lfm2_vl.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from functools import partial
 
 from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.families import fixed_images
-from memplan.catalogue.kernels.losses import cross_entropy
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.catalogue.vision.uncalled_towers import newline, one_layer, siglip, two_layers, whisper
+from memplan.catalogue.vision.uncalled_towers import newline, siglip, two_layers
 from memplan.core.ir import Stack
 from memplan.models.configs import family
 from memplan.models.model import ModelSpec
@@ -31,7 +30,8 @@ def llava_onevision(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
-    """Build Command A Vision, or Aya Vision, which has a `norm` of merged patches."""
+    if wiring.images:
+        return fixed_images.cohere2_vision(m, wiring, norm)
     return siglip(m, _text(m, wiring), two_layers(_PROJECTOR, "valigned", "vm", "valigned2", norm=norm))
 
 
@@ -41,22 +41,9 @@ def lfm2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     return siglip(m, _text(m, wiring), projector, numbered=False)
 
 
-def qwen2_audio(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Qwen2-Audio, whose class never casts the logits, and copies all but the last unless that is a view."""
-    stack = whisper(_text(m, wiring), one_layer(_PROJECTOR, "uh"))
-    single = wiring.is_single_sequence and not wiring.padded
-    return stack._replace(loss=cross_entropy("logits", "half", single))
-
-
-def voxtral(m: ModelSpec, wiring: Wiring) -> Stack:
-    return whisper(_text(m, wiring), two_layers(_PROJECTOR, "h", "uf", bias=False), wide_positions=True)
-
-
 BUILDERS = {
     "aya_vision": partial(cohere2_vision, norm="layernorm"),
     "cohere2_vision": cohere2_vision,
     "lfm2_vl": lfm2_vl,
     "llava_onevision": llava_onevision,
-    "qwen2_audio": qwen2_audio,
-    "voxtral": voxtral,
 }

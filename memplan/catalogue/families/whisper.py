@@ -37,7 +37,7 @@ def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
         *decoding(last, wiring),
         vocabulary_projection("proj_out", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
     )
-    encoder = Run((_encoder(m, encoder_wiring),), "L")
+    encoder = Run((encoder_block(m, encoder_wiring),), "L")
     if wiring.encoder_decoder_half == "encoder":
         return Stack(
             _before(m, True), (encoder,), encoder_results(_encoder_output(), ("encoded",), "features", "", wiring.beams)
@@ -76,9 +76,9 @@ def _before(m: ModelSpec, runs_alone: bool) -> tuple[Op, ...]:
             holds="step",
         ),
         *(() if runs_alone else (ids_of_labels(),)),
-        _convolution(first, "features", "c1", "b frames h", conv_weight),
+        convolution(first, "features", "c1", "b frames h", conv_weight),
         ops.activation(f"{_ENCODER}.gelu_1", "c1", "g1", "b frames h"),
-        _convolution(second, "g1", "c2", "b s h", Weight(f"{second}.weight", "h h 3", "embedding")),
+        convolution(second, "g1", "c2", "b s h", Weight(f"{second}.weight", "h h 3", "embedding")),
         ops.activation(f"{_ENCODER}.gelu_2", "c2", "g2", "b s h"),
         ops.release_names("c1", "g1", "c2"),
         Op(f"{_ENCODER}.positions", (), (Tensor("all_positions", "s", "int64"),)),
@@ -101,7 +101,7 @@ def _before(m: ModelSpec, runs_alone: bool) -> tuple[Op, ...]:
     )
 
 
-def _convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
+def convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     """A convolution, which keeps its input and its weight."""
     bias = Weight(f"{name}.bias", "h", "embedding")
     return Op(
@@ -200,7 +200,13 @@ def _mlp(m: ModelSpec, x: str, y: str, width: str) -> tuple[Op, ...]:
     )
 
 
-def _encoder(m: ModelSpec, wiring: Wiring) -> Block:
+def encoder_of(m: ModelSpec) -> ModelSpec:
+    """Return the encoder of an audio-language model, as a Whisper model."""
+    return ModelSpec({**m.part("audio_config"), "model_type": "whisper", "vocab_size": 1})
+
+
+def encoder_block(m: ModelSpec, wiring: Wiring) -> Block:
+    """Return a layer of the encoder."""
     return Block(
         f"{_ENCODER}.layers",
         (

@@ -40,7 +40,8 @@ class Wiring(NamedTuple):
     float_masks         sdpa masks are floats, as eager's are, instead of booleans
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
-    images              the batch contains images
+    pads_clips          the audio clips end before the encoder's window does, which masks the rest
+    images              the batch contains images or audio clips
     is_one_image        they are one image, or one tile
     is_single_sequence  the batch is a single sequence; set if `single_sequence` of its family or its kernel tells
     scans_once          the sequence is one chunk of a layer that scans chunk by chunk
@@ -99,6 +100,7 @@ class Wiring(NamedTuple):
     causal: bool = True
     checkpoints: bool = False
     pads_image_mask: bool = False
+    pads_clips: bool = False
     by_name: bool = False
     recomputes: bool = False
     accumulates: bool = False

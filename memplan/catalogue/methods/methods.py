@@ -237,7 +237,7 @@ ADAPTERS = (*LORA, *PEFT_METHODS)
 
 
 # The parts of a model that can be frozen separately, with the groups of their weights. `language` is the remainder.
-PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
+PARTS = {"vision": ("vision",), "audio": ("audio",), "projector": ("projector",), "language": ()}
 
 
 def apply(

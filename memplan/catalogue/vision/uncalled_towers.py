@@ -1,7 +1,7 @@
 """Vision and audio towers that a text-only run loads but does not run.
 
-Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py, models/siglip, siglip2,
-voxtral and qwen2_audio.
+Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py, models/siglip and
+siglip2.
 """
 
 from __future__ import annotations
@@ -223,34 +223,6 @@ def two_layers(name: str, out: str, into: str, between: str = "", bias: bool = T
     )
 
 
-def one_layer(name: str, into: str) -> tuple[Op, ...]:
-    return (_linear(f"model.{name}.linear", "h", into, True, "projector"),)
-
-
 def newline() -> tuple[Op, ...]:
     """Return the embedding of the end of a row of patches."""
     return (_parameters("", ("model.image_newline", "h"), group="projector"),)
-
-
-def whisper(made: Stack, projector: tuple[Op, ...], wide_positions: bool = False) -> Stack:
-    """Return the stack with Whisper's encoder, whose table of positions never trains, and a projector.
-
-    `wide_positions`: the table is in fp32.
-    """
-    tower, group = "model.audio_tower", "audio"
-    dtype = "fp32" if wide_positions else ""
-    places = Weight(f"{tower}.embed_positions.weight", "upositions uh", group, trains=False, dtype=dtype)
-    outside = (
-        _parameters(f"{tower}.conv1", ("weight", "uh uin 3"), ("bias", "uh"), group=group),
-        _parameters(f"{tower}.conv2", ("weight", "uh uh 3"), ("bias", "uh"), group=group),
-        Op(f"{tower}.embed_positions", weights=(places,)),
-        _norm(f"{tower}.layer_norm", "uh", True, group),
-        *projector,
-    )
-    layer = (
-        *(_linear(f"self_attn.{name}", "uh", "uh", name != "k_proj", group) for name in _HEADS),
-        _linear("fc1", "uf", "uh", True, group),
-        _linear("fc2", "uh", "uf", True, group),
-        *(_norm(name, "uh", True, group) for name in ("self_attn_layer_norm", "final_layer_norm")),
-    )
-    return _with_tower(made, outside, ((f"{tower}.layers", "uL", layer),))

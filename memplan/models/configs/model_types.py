@@ -102,8 +102,9 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
 
 
 def _kind(name: str) -> str:
-    tower = family(name).images is not None or "_vl" in name.removesuffix("_text")
-    return "vision-language" if tower else kind_of(name)
+    tower = family(name).images
+    sees = tower is not None and tower.clip is None
+    return "vision-language" if sees or "_vl" in name.removesuffix("_text") else kind_of(name)
 
 
 def _words(name: str) -> tuple[list[str], float, list[str]]:

@@ -84,7 +84,7 @@ _SMOLVLM = LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
 
 FAMILIES: dict[str, Family] = {
     "aya_vision": _SIGLIP._replace(
-        defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.aya_vision, images=images.SIGLIP
+        defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.aya_vision, images=images.AYA
     ),
     "cohere2_vision": _SIGLIP._replace(
         defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.cohere2_vision, images=images.COHERE2

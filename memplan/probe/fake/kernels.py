@@ -123,7 +123,9 @@ def _rows_of_mask(values: Any, indices: list[Any]) -> Any:
     *before, mask = indices
     if mask is None or mask.dtype != torch.bool or any(index is not None for index in before):
         return NotImplemented
+    contiguous = mask.contiguous()
     positions = torch.empty(_selected(mask), mask.dim(), dtype=torch.int64, device=values.device)
+    del contiguous
     rest = values.shape[len(before) + mask.dim() :]
     rows = torch.empty(*values.shape[: len(before)], _selected(mask), *rest, dtype=values.dtype, device=values.device)
     del positions

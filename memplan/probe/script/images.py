@@ -1,4 +1,4 @@
-"""Image inputs as a model's processor produces them: pixels, image sizes, and placeholder tokens.
+"""Image and audio inputs as a model's processor produces them: pixels, image sizes, and placeholder tokens.
 
 Vision towers compute from the values of the image sizes. In a trace tensors have no data, so those functions are called
 with a copy of the sizes that has.
@@ -7,13 +7,14 @@ with a copy of the sizes that has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from memplan.models.cards import find_model
 from memplan.models.configs.images import Picture, axes_of, pictures_of, tower_of
+from memplan.probe.fake.kernels import selections
 from memplan.probe.libraries import library
 from memplan.resolve.batches import check_sees
 from memplan.spec.run import RunSpec
@@ -60,23 +61,26 @@ class CumulativeLengths:
 
 
 def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """Return the model's image inputs, and write the images' placeholder tokens into `ids` [batch, sequence]."""
+    """Return the model's image or audio inputs, and write their placeholder tokens into `ids` [batch, sequence]."""
     model = find_model(run.model)
-    check_sees(model)
     batch, device = run.batch, ids.device
-    each, picture = pictures_of(model, batch.images, batch.frames, batch.image_size)
+    check_sees(model, "batch.clips" if batch.clips else "batch.images")
+    each, picture = pictures_of(model, *batch.seen)
     axes = {**model.axes(), **axes_of(model, each, picture)}
     images, merged = batch.micro * each, axes["merged"]
     config = base.config
     is_packed = tower_of(model).is_packed
     has_video = is_packed and batch.frames > 0  # other processors return frames as images
     names = ("video_token_id",) if has_video else ("image_token_id", "image_token_index")
+    names = ("audio_token_id",) if batch.clips else names
     ids[:, :merged] = next(filter(None, (getattr(config, name, None) for name in names)))
     kinds = torch.zeros_like(ids)
     kinds[:, :merged] = _VIDEO if has_video else _IMAGE
-    side = axes["patch"]
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+    if batch.clips:
+        return _audio_inputs(base, axes, len(ids) * each, ids)
+    side = axes["patch"]
     match model.model_type:
         case _ if is_packed:
             pairs = each if has_video else 1
@@ -88,10 +92,9 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             sizes = grid if _has_no_data(ids) else grid.tensor
             names = ("pixel_values_videos", "video_grid_thw") if has_video else ("pixel_values", "image_grid_thw")
             return {names[0]: pixels, names[1]: sizes, "mm_token_type_ids": kinds}
-        case "llama4":
-            return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
-        case "internvl" | "llava":
-            return {"pixel_values": _pixels(images, picture, side, device)}
+        case "aya_vision" | "cohere2_vision" | "internvl" | "llama4" | "llava":
+            dtype = torch.bfloat16 if tower_of(model).by_keyword else torch.float32
+            return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, dtype)}
         case "llava_next" | "llava_onevision":
             tiles = _pixels(images * picture.tiles, picture, side, device)
             sizes = [batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2] * images
@@ -121,6 +124,23 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             }
         case other:
             raise AssertionError(other)
+
+
+def _audio_inputs(base: Any, axes: Mapping[str, int], windows: int, ids: torch.Tensor) -> dict[str, Any]:
+    """Return mel features of audio windows, whose tokens are at the start of `ids`, and Qwen2-Audio's mask of them."""
+    frames = 2 * axes["grid"]
+    features = {"input_features": torch.empty(windows, axes["uin"], frames, device=ids.device).normal_()}
+    if _has_no_data(ids):
+        hidden, tokens = base.config.get_text_config().hidden_size, len(ids) * axes["merged"]
+        selections[(*ids.shape, hidden)], selections[windows, axes["pooled"]] = tokens * hidden, tokens
+        module, masks = _module(base), library("transformers.masking_utils")
+        module.is_torchdynamo_compiling = lambda: True  # Qwen2-Audio then counts no tokens
+        module.create_bidirectional_mask = masks.create_bidirectional_mask if axes["unheard"] else lambda **_: None  # pyright: ignore[reportUnknownLambdaType]
+    if base.config.model_type == "voxtral":
+        return features
+    mask = torch.zeros(windows, frames, dtype=torch.int32)
+    mask[:, : frames - 4 * axes["unheard"]] = 1
+    return {**features, "feature_attention_mask": mask.to(ids.device)}
 
 
 def _pixels(

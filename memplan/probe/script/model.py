@@ -371,12 +371,13 @@ class _AboveNothing:
         return True
 
 
-# Patterns for the paths of modules and parameters in each part of vision-language models.
+# Patterns for the paths of modules and parameters in each part of models with a tower.
 _PROJECTOR = r"visual\.(deepstack_)?merger|multi_modal_projector"
 _PARTS = {
     "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model).*",
+    "audio": r".*audio_tower.*",
     "projector": rf".*({_PROJECTOR}).*",
-    "language": r"(?!.*(visual\.|vision_tower|vision_model|multi_modal_projector)).*",
+    "language": r"(?!.*(visual\.|vision_tower|vision_model|audio_tower|multi_modal_projector)).*",
 }
 
 
