@@ -265,7 +265,7 @@ def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
             "vision_feature_layer",
         )
     act = _vision(m, "hidden_act", "gelu_pytorch_tanh")
-    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring, t.strided_norm)
     if norm:  # the projector reads the last layer's states, by column
         last, kept = _unread_norm(n)
         states = (ops.copy("v.columns", "x", "v.states", merged),)
