@@ -180,7 +180,8 @@ class _Kind(NamedTuple):
                 inputs.append((t, u))
         ops, tensors, casts, trained = self.resolved
         like = Likeness.of(self.listed.ops, listed.ops, inputs)
-        if like is None or any(f"({name})" in op.name for op in ops for name in like.names):  # a cast of such a tensor
+        named = " ".join([op.name for op in ops])
+        if like is None or any(f"({name})" in named for name in like.names):  # a cast of such a tensor
             return None
         renamed = ResolvedOps(like.operations(ops))
         renamed.first, renamed.like = ops, like

@@ -34,10 +34,10 @@ class Likeness(NamedTuple):
         different = {i: b for i, (a, b) in enumerate(zip(first, ops, strict=True)) if a is not b and a != b}
         for i, b in different.items():
             a = first[i]
-            if _without_words(a) != _without_words(b):
-                return None
-            names.update(zip(_names(a), _names(b), strict=True))
-            shapes.update(zip(_shapes(a), _shapes(b), strict=True))
+            for pairs, own, others in ((names, _names(a), _names(b)), (shapes, _shapes(a), _shapes(b))):
+                if len(own) != len(others):
+                    return None
+                pairs.update(zip(own, others, strict=True))
         for t, u in inputs:
             if t.dtype != u.dtype:
                 return None
@@ -46,7 +46,9 @@ class Likeness(NamedTuple):
         if any(len(pairs) != len({*each}) for pairs in (names, shapes) for each in zip(*pairs, strict=True)):
             return None  # not one to one
         like = cls(*({a: b for a, b in pairs if a != b} for pairs in (names, shapes)))
-        dtypes = " ".join([t.dtype for op in first for t in _tensors(op)])  # which may be that of a tensor
+        if any(like.operation(first[i]) != b for i, b in different.items()):
+            return None
+        dtypes = _dtypes(Identity(first))  # which may be that of a tensor
         if any(name in dtypes for name in like.names):
             return None
         renamed = [word for words in like for pair in words.items() for word in pair]
@@ -108,6 +110,12 @@ def _places(ops: Identity[Ops]) -> Mapping[str, list[int]]:
     return places
 
 
+@lru_cache(maxsize=16)
+def _dtypes(ops: Identity[Ops]) -> str:
+    """Return the dtypes of the operations' tensors, in one text."""
+    return " ".join([t.dtype for op in ops.value for t in _tensors(op)])
+
+
 def _tensors(op: Op) -> tuple[Tensor, ...]:
     if not (op.scratch or op.scratch_back or op.past or op.wraps):  # as of most operations
         return op.writes
@@ -130,8 +138,3 @@ def _shapes(op: Op) -> list[str]:
     for w in op.weights:
         shapes += w.shape, w.gradient
     return shapes
-
-
-def _without_words(op: Op) -> Op:
-    """Return the operation without the names and shapes that `Likeness` renames."""
-    return Likeness(dict.fromkeys(_names(op), ""), dict.fromkeys(_shapes(op), "")).operation(op)

@@ -39,8 +39,8 @@ class Moment(NamedTuple):
 
     def less(self, other: Moment) -> Moment:
         """Return the storages alive at this moment but not at the other."""
-        per_copy = {run: _negative(counts) for run, counts in other.per_copy.items()}
-        gone = Moment(other.phase, other.where, _negative(other.counts), (), 0, per_copy)
+        per_copy = {run: negative(counts) for run, counts in other.per_copy.items()}
+        gone = Moment(other.phase, other.where, negative(other.counts), (), 0, per_copy)
         return next(add_to_each((self,), gone))
 
 
@@ -133,20 +133,23 @@ def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
     others = other.counts
     for moment in moments:
         if before is None or moment.shared is not before.shared:
-            shared = _total(moment.shared, others)
+            shared = total(moment.shared, others)
         if before is None or moment.per_copy is not before.per_copy:
             runs = {*moment.per_copy, *other.per_copy}
-            per_copy = {run: _total(moment.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}
+            per_copy = {run: total(moment.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}
         before = moment
         yield moment._replace(shared=shared, per_copy=per_copy)
 
 
-def _total(a: Counts, b: Counts) -> Counts:
+def total(a: Counts, b: Counts) -> Counts:
+    """Return the sums that are not zero."""
     out = dict(a)
     for size, n in b.items():
         out[size] = out.get(size, 0) + n
+        if not out[size]:
+            del out[size]
     return out
 
 
-def _negative(counts: Counts) -> Counts:
+def negative(counts: Counts) -> Counts:
     return {size: -n for size, n in counts.items()}

@@ -129,9 +129,10 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
     for op in ops.value:
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
-            reads = [r for r in dict.fromkeys(op.reads) if r in flows]
-            weights = [w.name for w in op.weights if w.requires_grad]
-            targets = (*reads, *weights, *[t.name for t in op.wraps], *_past_with_gradients(op))
+            targets = tuple([r for r in dict.fromkeys(op.reads) if r in flows])
+            if op.weights or op.wraps or op.past:  # unlike most operations
+                weights = [w.name for w in op.weights if w.requires_grad]
+                targets += (*weights, *[t.name for t in op.wraps], *_past_with_gradients(op))
             if targets:
                 flows.update([t.name for t in op.writes if t.dtype in FLOATING])
         else:

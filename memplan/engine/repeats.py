@@ -35,6 +35,7 @@ class _Repeat(NamedTuple):
                 whether the next event was that it is free, and the storage's number
     result      name -> number of the storage that it returned under the name
     known       the events by which of the latter storages it frees
+    orders      events in the same order, by whether each of the latter storages is freed: of all blocks that are alike
     like        how its operations differ from the first that they are like
     """
 
@@ -46,6 +47,7 @@ class _Repeat(NamedTuple):
     dropped: list[tuple[int, bool, int]]
     result: dict[str, int]
     known: dict[tuple[int, ...], EventsOfBlock]
+    orders: dict[tuple[bool, ...], EventsOfBlock]
     like: Likeness
 
     def among(self, earlier: list[Storage], is_deferred: Callable[[Storage], bool]) -> EventsOfBlock:
@@ -56,7 +58,10 @@ class _Repeat(NamedTuple):
             events = [*self.events]
             for (at, was_freed, _), free in zip(self.dropped, frees, strict=True):
                 events[at : at + was_freed] = [free] if free else []
-            self.known[frees] = EventsOfBlock.of(events, self.operations)
+            order = tuple(map(bool, frees))
+            if order not in self.orders:
+                self.orders[order] = EventsOfBlock.of(events, self.operations)
+            self.known[frees] = self.orders[order].of_sizes(events)
         return self.known[frees]
 
 
@@ -152,13 +157,14 @@ class RepeatingTape(Tape):
         """Return what a block does, given what another one did that is like it."""
         here = like.after(repeat.like)
         keys, own = [*self.sizes], dict[int, int]()  # sizes that the other block allocates -> the block's own
-        for size in dict.fromkeys([event for event in repeat.events if event >= 0]):
+        for size in filter(lambda event: event >= 0, dict.fromkeys(repeat.events)):
             shape, dtype, *labels = keys[size]
             if labels and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
                 labels[3] = labels[3].removesuffix(name) + here.names[name]
             own[size] = self.sizes.setdefault((here.shapes.get(shape, shape), dtype, *labels), len(self.sizes))
+            own[~size] = ~own[size]
         return repeat._replace(
-            events=[own[event] if event >= 0 else ~own.get(~event, ~event) for event in repeat.events],
+            events=[*map(own.get, repeat.events, repeat.events)],
             made=[(own[size], fresh, refs) for size, fresh, refs in repeat.made],
             result={here.name(name): number for name, number in repeat.result.items()},
             known={},
@@ -190,6 +196,7 @@ class RepeatingTape(Tape):
             changes,
             sorted(dropped, key=itemgetter(0, 1), reverse=True),
             {name: number[storage] for name, storage in result.items()},
+            {},
             {},
             like,
         )

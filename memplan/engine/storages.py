@@ -12,7 +12,7 @@ from typing import Literal
 from memplan.core.errors import InternalError
 from memplan.core.ir import Op, Tensor
 from memplan.core.records import NamedTuple
-from memplan.engine.moments import Counts, Moment, PassMoments, after
+from memplan.engine.moments import Counts, Moment, PassMoments, after, negative, total
 
 Way = Literal["past", "forward", "backward"]  # past: the allocations left by the previous pass
 _NOTHING: Counts = {}
@@ -54,12 +54,14 @@ class EventsOfBlock(NamedTuple):
     last    the operation of the last allocation, if there is one
     falls   number of events before each moment
     names   the operation of each moment, without its layer
+    left    number of storages of each size that it leaves, less those that it finds and frees; once it has `of_sizes`
     """
 
     events: list[int]
     last: Op | None
     falls: list[int]
     names: list[str]
+    left: Counts
 
     @classmethod
     def of(cls, events: list[int], operations: Iterable[Op]) -> EventsOfBlock:
@@ -74,7 +76,11 @@ class EventsOfBlock(NamedTuple):
                 rising = False
                 falls.append(at)
                 names.append(last.name)
-        return cls(events, last, falls, names)
+        return cls(events, last, falls, names, _NOTHING)
+
+    def of_sizes(self, events: list[int]) -> EventsOfBlock:
+        """Return the events of a block that allocates and frees in the same order, in other sizes."""
+        return self._replace(events=events, left=total(_NOTHING, after(events, _NOTHING)))
 
 
 class LiveStorages:
@@ -151,7 +157,7 @@ class LiveStorages:
         """The number of live storages of each size in the copies that are run; not to be changed."""
         known, counts = self._counted
         if known < len(self._changes):
-            counts = {size: n for size, n in after(self._changes[known:], counts).items() if n}
+            counts = total(counts, after(self._changes[known:], _NOTHING))
             self._counted = len(self._changes), counts
         return counts
 
@@ -193,7 +199,9 @@ class LiveStorages:
         columns = [self.phase] * count, [layer] * count, part.names, [_NOTHING] * count
         self.moments.extend(*columns, [before + at for at in part.falls], [self._per_copy] * count)
         if part.events:
+            counts = total(self._counts, part.left)
             self._changes += part.events
+            self._counted = len(self._changes), counts
             self._rising = part.events[-1] >= 0
         self.origins.append(self.origins[-1] if part.last is None else (layer, part.last))
 
@@ -229,7 +237,7 @@ class LiveStorages:
         run = self._in_run
         assert run is not None
         old = self._per_copy.get(run, {})
-        new = {k: n for k, n in sorted(after(self._changes[self._entered_at :], old).items()) if n}
+        new = dict(sorted(total(total(old, self._counts), negative(self._alive_before)).items()))
         keys, freed = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, without labels
         for counts, sign in ((old, 1), (new, -1)) if old else ():
             for k, n in counts.items():
@@ -248,9 +256,9 @@ class LiveStorages:
             moments.shared[of_run], moments.per_copy[of_run] = others, _with_run(known, run, new)
             if frees_past:
                 moments.extend(phases, in_first, names, shared, at, _with_run(known, run, old))
-        negative = next((key for key, n in new.items() if n < 0), None)
-        if negative is not None:
-            raise self._freed_twice(keys[negative])
+        missing = next((key for key, n in new.items() if n < 0), None)
+        if missing is not None:
+            raise self._freed_twice(keys[missing])
         self._per_copy = {**self._per_copy, run: new}
         for storage in born:
             storage.run = run

@@ -256,13 +256,13 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
             if is_megatron
             else context_parallel.with_context_parallelism(stack, degrees, heads)
         )
+    weights = [w for op in operations(stack) for w in op.weights]
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
-        for op in operations(stack)
-        for w in op.weights
+        for w in weights
         if w.stacked and w.stored and not recipe.experts
     }
-    axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for op in operations(stack) for w in op.weights if w.kernel}
+    axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for w in weights if w.kernel}
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None

@@ -40,8 +40,10 @@ def _read_dtype(model: ModelSpec, recipe: Recipe, wiring: Wiring, outputs: tuple
 
 @lru_cache(maxsize=32)
 def default_stack(model: ModelSpec, code: str = "transformers") -> Stack:
-    """Return the model's operations with default attention kernels, for facts that do not depend on the kernel."""
-    return build(model, Wiring("flash", "efficient"), code)
+    """Return the model's operations with the attention kernels of most runs, which then need not build them again, for
+    facts that do not depend on the kernel."""
+    keys, values = model.head_widths
+    return build(model, Wiring("flash" if keys == values <= 256 else "efficient", "efficient", tower=""), code)
 
 
 @lru_cache(maxsize=512)

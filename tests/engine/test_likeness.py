@@ -8,6 +8,8 @@ from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor
 from memplan.engine.dtypes import ResolvedOps, Scope
 from memplan.engine.likeness import ALIKE, Likeness
+from memplan.engine.repeats import _Repeat as Repeat  # pyright: ignore[reportPrivateUsage]
+from memplan.engine.storages import Storage
 
 X = Tensor("x", "b s h", "bf16")
 
@@ -106,3 +108,11 @@ def test_alike_operations_are_resolved_as_if_alone(autocast: str | None) -> None
     assert other[3] is first[3]  # what is the same is shared
     text = repr((*first,)).replace("sums.7", "sums.8").replace("b s 8 h", "b s 9 h").replace("b s 7 h", "b s 8 h")
     assert repr((*other,)) == text
+
+
+def test_a_block_falls_earlier_if_it_frees_what_it_finds() -> None:
+    block = Repeat([0, 1, ~0], [Op("a"), Op("b")], Op("b"), [], [-1], [(1, False, 0)], {}, {}, {}, ALIKE)
+    held, alone = (block.among([Storage(7, True, refs)], lambda _: False) for refs in (2, 1))
+    assert (held.events, held.falls, held.names, held.left) == ([0, 1, ~0], [2], ["b"], {1: 1})
+    assert (alone.events, alone.falls, alone.names) == ([0, ~7, 1, ~0], [1, 3], ["a", "b"])
+    assert alone.left == {1: 1, 7: -1}

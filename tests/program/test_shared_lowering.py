@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memplan import RunSpec
+from memplan.catalogue import build
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine import dtypes, lowered, record, step
 from memplan.engine.events import packed
@@ -126,6 +127,14 @@ def test_a_deep_model_has_the_allocations_of_its_own_depth(case: str, monkeypatc
     assert [*shared.unrolled()] == [*own.unrolled()]
     assert (shared.sizes, [*shared.streams], shared.left) == (own.sizes, [*own.streams], own.left)
     assert (shared.forward, shared.loss, shared.backward) == (own.forward, own.loss, own.backward)
+
+
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])  # values as wide as the keys, or not
+def test_a_run_and_the_facts_of_its_model_need_one_stack(kind: str) -> None:
+    asked = deep(kind, 11, {"method": "lora"})
+    misses = build.cache_info().misses
+    decide(asked)
+    assert build.cache_info().misses == misses + 1
 
 
 def test_models_that_differ_in_depth_are_lowered_once() -> None:

@@ -285,8 +285,9 @@ def _idle_unread(stack: Stack) -> Stack:
 
 def _idle_unreached(stack: Stack) -> Stack:
     """Mark weights as idle if only operations without a gradient use them."""
-    reached = {w.name for op in operations(stack) if op.gradient != "none" for w in op.weights}
-    if all(w.name in reached or not w.trains for op in operations(stack) for w in op.weights):
+    having = [op for op in operations(stack) if op.weights]
+    reached = {w.name for op in having if op.gradient != "none" for w in op.weights}
+    if all(w.name in reached or not w.trains for op in having for w in op.weights):
         return stack
     return rewrite_weights(
         stack, lambda w: w if w.name in reached or not w.trains else w._replace(trains=False, idle=True)

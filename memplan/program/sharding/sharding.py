@@ -11,6 +11,7 @@ from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory, row_of
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
+from memplan.core.cached_property import cached_property
 from memplan.core.ir import Division, Tensor, Weight
 from memplan.core.records import NamedTuple
 from memplan.engine.storages import COMPUTING
@@ -174,6 +175,10 @@ class Sharding:
     def trained(self) -> list[Parameter]:
         """Return the parameters passed to the optimizer, in the model's order. A run of equal layers is its first layer
         and one entry for the others."""
+        return self._trained
+
+    @cached_property
+    def _trained(self) -> list[Parameter]:
         return self._parameters(lambda w: w.trains)
 
     def _parameters(self, is_meant: Callable[[Weight], bool]) -> list[Parameter]:
