@@ -117,6 +117,7 @@ class Keep(NamedTuple):
 class Scratch(NamedTuple):
     """A tensor alive only inside the operation's backward, if `of` needs a gradient (any read or weight, if empty).
 
+    unless  a read or weight that needs no gradient then: a function computes its gradient in vain
     early   freed before the gradients are allocated
     summed  the gradient of `of` itself, in the broadcast shape: it is summed to the shape of `of` once all gradients of
             the operation are computed
@@ -126,6 +127,7 @@ class Scratch(NamedTuple):
     of: str = ""
     early: bool = False
     summed: bool = False
+    unless: str = ""
 
 
 MODEL = "model"  # value of `Op.returns`

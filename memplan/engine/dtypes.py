@@ -297,7 +297,12 @@ class _Resolver:
                 wraps=wraps,
                 past=past,
                 scratch=tuple([made for t in op.scratch if (made := temporary(t))]),
-                scratch_back=tuple([s._replace(tensor=made, of=new_name.get(s.of, s.of)) for s, made in back]),
+                scratch_back=tuple(
+                    [
+                        s._replace(tensor=made, of=new_name.get(s.of, s.of), unless=new_name.get(s.unless, s.unless))
+                        for s, made in back
+                    ]
+                ),
             )
         )
 

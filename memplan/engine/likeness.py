@@ -86,7 +86,12 @@ class Likeness(NamedTuple):
             reads=tuple(map(name, op.reads)),
             keeps=tuple([Keep(name(k.what), name(k.of), k.is_gradient, shapes.get(k.seen, k.seen)) for k in op.keeps]),
             captures=tuple(map(name, op.captures)),
-            scratch_back=tuple([s._replace(tensor=self.tensor(s.tensor), of=name(s.of)) for s in op.scratch_back]),
+            scratch_back=tuple(
+                [
+                    s._replace(tensor=self.tensor(s.tensor), of=name(s.of), unless=name(s.unless))
+                    for s in op.scratch_back
+                ]
+            ),
             **lists,
         )
 

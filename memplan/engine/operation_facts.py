@@ -64,7 +64,7 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
     past = _past_with_gradients(op)
     if not (op.keeps or op.weights or op.wraps or op.scratch_back):  # as most operations
         return Backward(targets, (), (), (), past, {}, {}, {}, (), ())
-    scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets)]
+    scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets) and s.unless not in targets]
     return Backward(
         targets,
         pins=tuple(dict.fromkeys([k.what for k in op.keeps if k.of in targets])),

@@ -96,6 +96,7 @@ class TrainingFacts(NamedTuple):
     shares_a_graph   its blocks read embeddings that train, whose graph the first reentrant checkpoint frees
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
     packages         packages whose kernels its layers run if they are installed (`kernels.packages`)
+    scans_alone      mamba_ssm computes only the scan, not all of a layer after its first projection
     """
 
     never_quantised: tuple[str, ...] = ()
@@ -109,6 +110,7 @@ class TrainingFacts(NamedTuple):
     shares_a_graph: bool = False
     late_dropout: bool = False
     packages: tuple[str, ...] = ()
+    scans_alone: bool = False
 
 
 class GenerationFacts(NamedTuple):

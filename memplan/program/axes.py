@@ -269,19 +269,20 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
 
 
 _ROWS_OF_CHUNK = 512  # ms-swift 4.6.0 rlhf_trainers/gkd_loss.py jsd_loss: chunk_size
-_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned", "scan_splits"))
+_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned", "scan_splits", "scan_parts"))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
     """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes.
 
+    scan_parts   parts of 2,048 tokens, after each of which mamba-ssm's scan of Mamba 1 keeps the states
     scan_splits  parts of each group's heads that mamba-ssm sums one after the other
     """
     if _SCANNED.isdisjoint(run.needs):
         return {}
     step = 256 if run.half else 128
     tokens = run.s * -(-run.b * run.fixed.get("inner", 0) // step) * step
-    axes = {**chunked(run.fixed, run.s, run.by), "scanned": tokens}
+    axes = {**chunked(run.fixed, run.s, run.by), "scanned": tokens, "scan_parts": -(-run.s // 2048)}
     heads = run.fixed.get("mh", 1)
     of_group = heads // run.fixed.get("mg", 1)
     together = run.by.least(-(-run.b * axes["chunks"] * heads // MULTIPROCESSORS), of_group)

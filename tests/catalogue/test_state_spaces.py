@@ -147,22 +147,41 @@ def test_adapters_of_a_projection_that_mamba_ssm_reads_itself_never_train() -> N
     assert fused.categories["optstate"] < torch_code.categories["optstate"]
 
 
+def test_jamba_calls_only_the_scan_of_mamba_ssm() -> None:
+    kernels = {"packages": SCANS}
+    for fields in ({"method": "qlora"}, {"also": {"evaluation": {}}}):
+        estimate(run("jamba", kernels=kernels, **fields))
+        with pytest.raises(SpecError, match=r"quantised|evaluation"):
+            estimate(run("falcon_mamba", kernels=kernels, **fields))
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
         ("llama", {}, "kernels of fla are not counted for llama; leave it out"),
         ("qwen3_next", {"kernels": {"packages": ("mamba_ssm",)}}, "supported: fla, causal_conv1d"),
         ("qwen3_next", {"task": "generate"}, "none with task generate"),
-        ("mamba2", {"kernels": {"packages": ("mamba_ssm",)}}, "mamba_ssm calls causal_conv1d; name both"),
+        (
+            "mamba2",
+            {"kernels": {"packages": ("mamba_ssm",)}},
+            "mamba_ssm is counted together with causal_conv1d; name both",
+        ),
         ("bamba", {"kernels": {"packages": SCANS}, "method": "qlora"}, "fails quantised"),
         ("bamba", {"kernels": {"packages": SCANS}, "precision": "amp"}, "autocast over fp32 weights"),
+        ("jamba", {"kernels": {"packages": SCANS}, "precision": "amp"}, "autocast over fp32 weights"),
+        (
+            "mamba",
+            {"model": {"config": config("mamba", use_bias=True)}, "kernels": {"packages": SCANS}},
+            "bias of out_proj",
+        ),
         ("bamba", {"kernels": {"packages": SCANS}, "also": {"evaluation": {}}}, "mamba_ssm and evaluation"),
         ("qwen3_next", {"batch": {"packing": "padding_free"}}, "packed batches"),
     ],
 )
 def test_packages_without_kernels_for_the_run_are_refused(model_type: str, fields: Any, message: str) -> None:
+    refused = RunSpec(**{"model": {"config": config(model_type)}, "kernels": {"packages": ("fla",)}, **fields})
     with pytest.raises(SpecError, match=message) as caught:
-        estimate(RunSpec(model={"config": config(model_type)}, **{"kernels": {"packages": ("fla",)}, **fields}))
+        estimate(refused)
     assert caught.value.field == "kernels.packages"
 
 

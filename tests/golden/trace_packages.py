@@ -38,9 +38,24 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "mamba-ssm": ("mamba_ssm", "causal_conv1d"),
 }
 FAMILIES = {
-    "fla": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3.5-0.8b-text", "grouped", "equal"),
-    "causal_conv1d": ("nemotron_h",),
+    "fla": (
+        "qwen3_next",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        "qwen3.5-0.8b-text",
+        "grouped",
+        "equal",
+        "kimi_linear",
+        "kda",
+        "kimi-linear-48b-a3b",
+    ),
+    "causal_conv1d": ("nemotron_h", "jamba"),
     "mamba_ssm": (
+        "mamba",
+        "falcon_mamba",
+        "jamba",
+        "inner",
+        "normed",
         "mamba2",
         "nemotron_h",
         "bamba",
@@ -68,11 +83,14 @@ def _scanned(**sizes: int) -> dict[str, Any]:
 CONFIGS = {
     "grouped": _wide("qwen3_next", 2, 4),
     "equal": _wide("qwen3_5_text", 4, 4),
+    "kda": {**config_of("kimi_linear", 0), "vocab_size": 64, "linear_head_dim": 64, "moe_intermediate_size": 16},
+    "inner": {**config_of("mamba", 0), "vocab_size": 64},
+    "normed": {**config_of("falcon_mamba", 0), "vocab_size": 64},
     "states": _scanned(head_dim=16, state_size=24, n_groups=2, chunk_size=16),
     "C": _scanned(hidden_size=64, head_dim=8, state_size=64, n_groups=2, chunk_size=16),
     "decays": _scanned(num_heads=32, head_dim=4, state_size=8, n_groups=1, chunk_size=128),
 }
-SIZES = {"C": (1, 128), "decays": (4, 4096)}
+SIZES = {"C": (1, 128), "decays": (4, 4096), "inner": (1, 4096), "normed": (1, 4096)}
 EVERY: tuple[dict[str, Any], ...] = (
     *(
         {"method": {"kind": kind}, "kernels": {"checkpointing": how}}
@@ -133,7 +151,9 @@ def prepare(packages: tuple[str, ...]) -> None:
     cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=108)
     extension: Any = ModuleType("causal_conv1d_cuda")
     extension.causal_conv1d_fwd = extension.causal_conv1d_bwd = extension.causal_conv1d_update = lambda *_: None
-    sys.modules.update({"causal_conv1d_cuda": extension, "selective_scan_cuda": ModuleType("selective_scan_cuda")})
+    scan: Any = ModuleType("selective_scan_cuda")
+    scan.fwd, scan.bwd = _scan_forward, _scan_backward
+    sys.modules.update({"causal_conv1d_cuda": extension, "selective_scan_cuda": scan})
     library("triton.runtime").driver.set_active(_Driver())
     without_launches()
     library("triton.runtime").Autotuner.best_config = SimpleNamespace(kwargs={"BLOCK_SIZE": 64, "BLOCK_SIZE_M": 32})
@@ -143,6 +163,34 @@ def prepare(packages: tuple[str, ...]) -> None:
     from memplan.probe.fake import fake_tensor_patches as patches
 
     patches.apply(card_of((8, 0)))
+
+
+def _scan_forward(*given: Any) -> list[Any]:
+    """mamba-ssm 2.3.2 csrc/selective_scan/selective_scan.cpp selective_scan_fwd."""
+    import torch
+
+    u, delta, rate, b, c, d, z, bias, _softplus = given
+    assert {t.dtype for t in (u, delta, b, c, z)} == {u.dtype}, "the scan's inputs have several dtypes"
+    assert {t.dtype for t in (rate, d, bias)} == {torch.float32}, "the scan's parameters are not fp32"
+    gated, out = torch.empty_like(z), torch.empty_like(delta)
+    batch, width, tokens = u.shape
+    chunks, numbers = -(-tokens // 2048), 2 * rate.shape[1]
+    states = torch.empty((batch, width, chunks, numbers), dtype=rate.dtype, device=u.device)
+    return [out, states, gated]
+
+
+def _scan_backward(*given: Any) -> list[Any]:
+    """selective_scan_bwd there."""
+    import torch
+
+    u, delta, rate, b, c, d, z, bias, _of_out, _states, out, of_z, _softplus, again = given
+    of_z = torch.empty_like(z) if of_z is None else of_z
+    gated = [torch.empty_like(out)] if again else []
+    of_u, of_delta, of_rate = torch.empty_like(u), torch.empty_like(delta), torch.zeros_like(rate)
+    of_b, of_c = (torch.zeros_like(t, dtype=torch.float32) for t in (b, c))
+    of_d, of_bias = torch.zeros_like(d), torch.zeros_like(bias)
+    lowered = of_b.to(b.dtype), of_c.to(c.dtype)
+    return [of_u, of_delta, of_rate, *lowered, of_d, of_bias, of_z, *gated]
 
 
 class _Driver:

@@ -1,8 +1,9 @@
 """Kimi Linear: a delta rule with a decay per channel, latent attention without rotation, experts.
 
-transformers computes the delta rule with flash-linear-attention's kernels if they are installed, otherwise chunk by
-chunk in torch. This is the torch code, exact against a trace of it. In three tensors it holds a number for every two
-rows of a chunk and every channel of a key, which is most of what a layer takes: `_CUBE` below.
+transformers computes the delta rule with flash-linear-attention's kernels if they are installed
+(`memplan.catalogue.kernels.packages`), otherwise chunk by chunk in torch. Below is the torch code, exact against a
+trace of it. In three tensors it holds a number for every two rows of a chunk and every channel of a key, which is most
+of what a layer takes: `_CUBE`.
 
 Axes (more in `memplan.program.axes.chunked`):
 
@@ -24,7 +25,7 @@ from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, mask
 from memplan.catalogue.experts import routers
 from memplan.catalogue.families import kimi_k3
 from memplan.catalogue.families.kimi_k3 import attention_residual, residual_sums_name
-from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels import ops, packages
 from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, differences, exp, pad, unpadded
 from memplan.catalogue.kernels.recurrent_step import cached_state, kda_step
 from memplan.catalogue.kernels.rewriting import rewrite_weights
@@ -361,23 +362,25 @@ def _softplus(name: str, y: str) -> tuple[Op, ...]:
 
 
 def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
-    """KimiLinearRMSNormGated, all in fp32: normalised, multiplied by the weight and by the sigmoid of the gate."""
-    shape, f = _INPUT, "fp32"
-    *normed, cast, weighed, _ = ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
-    uncast = {cast.writes[0].name: cast.reads[0]}
+    """KimiLinearRMSNormGated, all in fp32: normalised, multiplied by the weight and by the sigmoid of the gate.
+
+    Its variances live to its end. Liger has no kernel for it, so it is no unit to fuse.
+    """
+    shape, f, weight = _INPUT, "fp32", f"{y}.weight"
+    *normed, cast, weighed, returns = (
+        op._replace(unit="") for op in ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
+    )
     return (
         *normed,
-        weighed._replace(
-            reads=cast.reads,
-            keeps=tuple(Keep(uncast.get(k.what, k.what), uncast.get(k.of, k.of)) for k in weighed.keeps),
-        ),
+        Op(f"{name}.weight_float", (), (Tensor(weight, "ldk", f),), weighed.weights, cast=True, source=cast.source),
+        ops.spread(weighed.name, cast.reads[0], weight, f"{y}.weighed", shape, small_first=True),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
         routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
         ops.release_names(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
         ops.release_names(f"{y}.weighed", f"{y}.open"),
         ops.cast(f"{name}.cast", f"{y}.wide", y, shape, f"={x}"),
-        ops.release_names(f"{y}.wide"),
+        ops.release_names(f"{y}.wide", returns.reads[0]),
     )
 
 
@@ -398,11 +401,12 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
     rows_at_once = bool(m.config.get("attn_res_block_size"))
     state = cached_state(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
     rule = f"{name}.rule"
-    rule = (
-        (*state, *kda_step(rule, "core"))
-        if wiring.decodes
-        else (*_chunked_delta_rule(rule, "core", rows_at_once, wiring.records), *state)
-    )
+    if wiring.decodes:
+        rule = (*state, *kda_step(rule, "core"))
+    elif "fla" in wiring.packages:
+        rule = (packages.kimi_delta_rule(rule, "core"),)
+    else:
+        rule = (*_chunked_delta_rule(rule, "core", rows_at_once, wiring.records), *state)
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
         ops.cat(f"{name}.cat", tuple(f"{t}.flat" for t in parts), "qkv", "b s convolved", gradient="view"),

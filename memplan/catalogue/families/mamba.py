@@ -1,7 +1,8 @@
 """Mamba 1's state space: Mamba, Falcon Mamba and Jamba.
 
-transformers scans with mamba-ssm's kernels if they are installed, otherwise token by token in a Python loop. This is
-the loop, exact against a trace of it but for rounding: each token's output is a tensor until they are stacked.
+transformers scans with mamba-ssm's kernels if they are installed (`memplan.catalogue.kernels.packages`), otherwise
+token by token in a Python loop. Below is the loop, exact against a trace of it but for rounding: each token's output is
+a tensor until they are stacked.
 
 Axes:
 
@@ -18,7 +19,7 @@ from memplan.catalogue.decoder.frame import after, before, decoder_block, return
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families.ssm import mixer_model
-from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels import ops, packages
 from memplan.catalogue.kernels.recurrent import causal_conv, exp, negative_exp, unpadded
 from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update
 from memplan.catalogue.kernels.wiring import Wiring
@@ -32,35 +33,47 @@ _PARTS = {"dt": "b s dtr", "B": "b s mn", "C": "b s mn"}
 
 
 def weightless_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """RMSNorm in fp32 without a weight. The module holds ones, and does not read them."""
+    """RMSNorm in fp32 without a weight."""
     *normalise, _, _, returns = ops.rms_norm(name, x, y, shape, axis)
-    ones = Weight(f"{name}.weight", axis, "buffer", "", False)
-    return (
-        *normalise,
-        Op(f"{name}.ones", (), (), (ones,), gradient="none"),
-        ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"),
-        returns,
-    )
+    return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"), returns)
 
 
-def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """The time steps. The layer's weight is multiplied directly, and the product is laid out by channel.
+def _ones(name: str) -> Op:
+    """The weights of weightless norms, which only mamba-ssm's function reads; it normalises time steps by channel."""
+    axes = {"dt": "inner", "b": "mn", "c": "mn"}
+    weights = (Weight(f"{name}.{t}_layernorm.weight", axis, "buffer", "", False) for t, axis in axes.items())
+    return Op(f"{name}.ones", (), (), tuple(weights), gradient="none")
+
+
+def _in_fp32(name: str, y: str, weight: str) -> Op:
+    """`weight.float()` of a vector along the channels."""
+    return Op(name, (), (Tensor(y, "inner", "fp32"),), (Weight(weight, "inner", "mixer"),), cast=True, source=_SOURCE)
+
+
+def _time_steps(name: str, x: str, wiring: Wiring) -> tuple[Op, ...]:
+    """The time steps, which mamba-ssm's kernel makes positive itself, and their bias.
+
+    The layer's weight is multiplied directly, and the product is laid out by channel.
 
     A quantised layer is called, and its bias subtracted again, which takes the same.
     """
     layer = ops.linear(f"{name}.dt_proj", x, "dt.flat", "inner", "dtr", "mixer")
     (matrix,) = layer.weights
-    bias = Weight(f"{name}.dt_proj.bias", "inner", "mixer")
-    return (
+    channels = (
         layer._replace(weights=(matrix._replace(bypasses_module=True),)),
         ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
         ops.release_names("dt.flat"),
-        Op(f"{name}.bias_float", (), (Tensor("bias32", "inner", "fp32"),), (bias,), cast=True, source=_SOURCE),
+        _in_fp32(f"{name}.bias_float", "bias32", f"{name}.dt_proj.bias"),
+    )
+    if "mamba_ssm" in wiring.packages:
+        return channels
+    return (
+        *channels,
         ops.add(f"{name}.dt_bias", "dt.channels", "bias32", "dt.biased", _ROWS)._replace(
             writes=(Tensor("dt.biased", _ROWS, "=dt.channels"),),
             scratch=(Tensor("bias of the time steps", "inner", "=dt.channels!bias32"),),
         ),
-        ops.activation(f"{name}.softplus", "dt.biased", y, _ROWS)._replace(autocast="fp32"),
+        ops.activation(f"{name}.softplus", "dt.biased", "dt.plus", _ROWS)._replace(autocast="fp32"),
     )
 
 
@@ -124,9 +137,8 @@ def selective_scan(name: str, x: str, y: str, is_single: bool) -> tuple[Op, ...]
 
 def _skip(name: str, x: str, y: str) -> tuple[Op, ...]:
     """`(scanned + x * D) * silu(z)`, in fp32 like D."""
-    w = Weight(f"{name}.D", "inner", "mixer")
     return (
-        Op(f"{name}.D_float", (), (Tensor("D32", "inner", "fp32"),), (w,), cast=True, source=_SOURCE),
+        _in_fp32(f"{name}.D_float", "D32", f"{name}.D"),
         ops.spread(f"{name}.D", x, "D32", "x.skipped", _ROWS),
         ops.add(f"{name}.skip", "scanned", "x.skipped", "with_skip", _ROWS),
         ops.activation(f"{name}.silu", "gate.z", "gate.act", _ROWS),
@@ -150,10 +162,28 @@ def mamba_mixer(
     norms  of time step, B and C: `weightless`, `weighed`, or empty for none
     """
     x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
-    by_token = ops.view if wiring.is_single_sequence else ops.copy  # a product reads one transposed sequence as it is
-    norm = weightless_norm if norms == "weightless" else ops.rms_norm
+    norm, ones = (weightless_norm, (_ones(n),)) if norms == "weightless" else (ops.rms_norm, ())
     names = {t: f"{t}.scan" if norms else t for t in _PARTS}
     parts = tuple(Tensor(t, shape) for t, shape in _PARTS.items())
+    if "mamba_ssm" in wiring.packages and norms != "weighed":
+        return (
+            *unpadded(wiring, x, "real", "b s h"),
+            ops.linear(f"{n}.in_proj", "real", "xz", "2 inner", "h", "mixer", bias),
+            *negative_exp(f"{n}.A_log", "rate", "inner mn"),
+            _in_fp32(f"{n}.D_float", "D32", f"{n}.D"),
+            _in_fp32(f"{n}.bias_float", "bias32", f"{n}.dt_proj.bias"),
+            *ones,
+            *packages.mamba_inner(n, "xz", y, bool(norms), conv_bias),
+            ops.release_names("real", "xz", "rate", x),
+        )
+    # a product reads one transposed sequence as it is, and what causal-conv1d writes is not transposed
+    is_view = wiring.is_single_sequence or "causal_conv1d" in wiring.packages
+    by_token = ops.view if is_view else ops.copy
+    scan = (
+        (_in_fp32(f"{n}.D_float", "D32", f"{n}.D"), packages.selective_scan(n, "mixed.real", "gated"))
+        if "mamba_ssm" in wiring.packages
+        else selective_scan(n, "mixed.real", "gated", wiring.is_single_sequence)
+    )
     return (
         *unpadded(wiring, x, "real", "b s h"),
         ops.linear(f"{n}.in_proj", "real", "xz.flat", "2 inner", "h", "mixer", bias),
@@ -166,15 +196,16 @@ def mamba_mixer(
         ops.linear(f"{n}.x_proj", "mixed.tokens", "dbc", "dbc", "inner", "mixer"),
         ops.release_names("mixed.tokens"),
         ops.split(f"{n}.split", "dbc", parts),
+        *ones,
         *(
             op
             for t, axis in (("dt", "dtr"), ("B", "mn"), ("C", "mn"))
             if norms
             for op in norm(f"{n}.{t.lower()}_layernorm", t, names[t], _PARTS[t], axis)
         ),
-        *_time_steps(n, names["dt"], "dt.plus"),
+        *_time_steps(n, names["dt"], wiring),
         *(ops.view(f"{n}.{t}", t, f"{t}.scan", _PARTS[t]) for t in "BC" if not norms),
-        *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated", wiring.is_single_sequence)),
+        *(() if wiring.decodes else scan),
         *cached_state(
             wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"
         ),

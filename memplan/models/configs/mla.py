@@ -476,7 +476,7 @@ FAMILIES = {
         parallel=ParallelFacts(),
         images=ImageFacts(),
     ),
-    "kimi_linear": _KIMI,
+    "kimi_linear": _KIMI._replace(training=_KIMI.training._replace(packages=("fla", "causal_conv1d"))),
     "minicpm3": Family(
         {
             "tie_word_embeddings": True,

@@ -311,6 +311,7 @@ def _lfm2_moe_axes(m: ModelFacts) -> dict[str, int]:
     return {**_lfm2_axes(m), **expert_axes()(m)}
 
 
+_SCANS = ("mamba_ssm", "causal_conv1d")
 _MAMBA_ROW = Family(
     _MAMBA1,
     ConfigKeys({**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION),
@@ -318,7 +319,7 @@ _MAMBA_ROW = Family(
     _mamba_axes,
     stack="mamba",
     attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="layers"),
-    training=TrainingFacts(fused_mixers=True),
+    training=TrainingFacts(fused_mixers=True, packages=_SCANS),
     generation=GenerationFacts(cache="mamba-1"),
     checkpoint=CheckpointFacts(gguf="mamba"),
 )
@@ -360,7 +361,6 @@ _SCAN: dict[str, Any] = {
     "mamba_chunk_size": 256,
     "mamba_conv_bias": True,
 }
-_SCANS = ("mamba_ssm", "causal_conv1d")
 _BAMBA = Family(
     {"num_key_value_heads": 8, "intermediate_size": 14336, "partial_rotary_factor": 0.5, **_SCAN},
     keys=ConfigKeys(fixed={"partial_rotary_factor": 0.5}),
@@ -403,6 +403,7 @@ FAMILIES: dict[str, Family] = {
         axes=_jamba_axes,
         stack="mamba",
         attention=AttentionFacts(rotary=False, single_sequence="layers"),
+        training=TrainingFacts(packages=_SCANS, scans_alone=True),
         generation=GenerationFacts(cache="mamba-1"),
         checkpoint=CheckpointFacts(experts="split", gguf="jamba"),
         parallel=ParallelFacts(plans.EXPERTS, experts=True),
@@ -446,7 +447,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(experts="split"),
         serving=ServingFacts(is_modelled=False),
     ),
-    "mamba": _MAMBA_ROW._replace(training=TrainingFacts(skips=("dt_proj",), fused_mixers=True)),
+    "mamba": _MAMBA_ROW._replace(training=TrainingFacts(skips=("dt_proj",), fused_mixers=True, packages=_SCANS)),
     "nemotron_h": Family(
         {
             "num_key_value_heads": 8,

@@ -114,10 +114,12 @@ def _packages(r: OpenRun) -> Iterator[SpecError]:
 def _scans(r: OpenRun, field: str) -> Iterator[SpecError]:
     """Yield errors for runs that mamba-ssm's function, or memplan so far, does not support."""
     if "causal_conv1d" not in r.kernels.packages:
-        yield refused(field, "mamba_ssm calls causal_conv1d; name both")
-    if r.method.quantization is not None:
+        yield refused(field, "mamba_ssm is counted together with causal_conv1d; name both")
+    if r.method.quantization is not None and not r.model.family.training.scans_alone:
         yield refused(field, "mamba_ssm multiplies by the weight of out_proj itself, which fails quantised; use lora")
-    if r.precision.autocast and r.precision.weights == "fp32":
+    if r.model.family.generation.cache == "mamba-1" and r.model.get("use_bias", False):
+        yield refused(field, "mamba_ssm's function for Mamba 1 fails with a bias of out_proj (use_bias)")
+    if r.precision.autocast and (r.precision.weights == "fp32" or r.method.quantization is not None):
         yield not_yet_with(field, "mamba_ssm and autocast over fp32 weights", "bf16 weights, or no packages")
 
 

@@ -35,7 +35,8 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
         if getattr(also, part) is not None:
             yield not_yet_with(f"also.{part}", f"trainer {run.trainer}", "also.evaluation")
     if also.evaluation is not None:
-        if "mamba_ssm" in run.kernels.packages:  # which has another function for it
+        scans_alone = graph.model.family.training.scans_alone
+        if "mamba_ssm" in run.kernels.packages and not scans_alone:  # which has another function for it
             yield not_yet_with("kernels.packages", "mamba_ssm and evaluation", "no packages")
         yield from _evaluation(run, also.evaluation)
     if also.merging is not None:
