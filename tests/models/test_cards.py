@@ -538,6 +538,7 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 STATED = {  # keys whose default is none, or no divisor of the heads
+    "bitnet": ("num_key_value_heads",),
     "dots1": ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
     "helium": ("head_dim", "num_key_value_heads"),
 }

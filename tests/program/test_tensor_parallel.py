@@ -184,7 +184,7 @@ REFUSED = {
     "key heads": (run(8), "parallelism.tp: 8 does not divide 4 key/value heads"),
     "family": (
         RunSpec(model="gpt2", parallelism={"world": 2, "tp": 2}),
-        "parallelism.tp: 2 is not supported yet for gpt2; supported: 61 families, such as gptj, gpt_oss",
+        "parallelism.tp: 2 is not supported yet for gpt2; supported: 63 families, such as gptj, gpt_oss",
     ),
     "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "use fsdp2"),
     "method": (run(2, method="qlora"), "method.kind: transformers 5.24 cannot run qlora"),

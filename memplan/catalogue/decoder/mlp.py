@@ -40,20 +40,32 @@ def gated_mlp(
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     width: str = "f",
     flat: bool = False,
+    act: tuple[Op, ...] = (),
+    norm: str = "",
 ) -> tuple[Op, ...]:
-    """Return `down_proj(act(gate_proj(x)) * up_proj(x))`. `flat`: the input is already two-dimensional."""
+    """Return `down_proj(act(gate_proj(x)) * up_proj(x))`.
+
+    flat  the input is already two-dimensional
+    act   the activation of `gate`, if it is not one kernel
+    norm  name of the RMSNorm of the product, if there is one
+    """
     gate, up, down = projections
     shape, linear = f"b s {width}", partial(ops.linear, group="mlp", bias=bias, flat=flat)
-    act, product = ops.unit(
+    *activated, product = ops.unit(
         f"swiglu {name}",
-        ops.activation(f"{name}.act_fn", "gate", "act", shape),
+        *(act or (ops.activation(f"{name}.act_fn", "gate", "act", shape),)),
         ops.mul(f"{name}.product", "act", "up", "product", shape),
     )
     return (
         linear(f"{name}.{gate}", x, "gate", width, "h"),
-        act,
+        *activated,
         linear(f"{name}.{up}", x, "up", width, "h"),
         product,
-        linear(f"{name}.{down}", "product", y, "h", width),
+        *(
+            (*ops.rms_norm(f"{name}.{norm}", "product", "normed", shape, width), ops.release_names("product"))
+            if norm
+            else ()
+        ),
+        linear(f"{name}.{down}", "normed" if norm else "product", y, "h", width),
         ops.release_names(x),
     )

@@ -56,8 +56,9 @@ def top_k(name: str, x: str, values: str) -> Op:
 
 
 def gathered(name: str, x: str, indices: str, y: str) -> Op:
-    """Gather a token's numbers, out of `E`, at its chosen experts."""
-    return ops.with_constant(name, x, indices, y, PAIRS, "gather", f"={x}")
+    """Gather a token's numbers, out of `E`, at its chosen experts. Keeps all of the numbers, too."""
+    op = ops.with_constant(name, x, indices, y, PAIRS, "gather", f"={x}")
+    return op._replace(keeps=(*op.keeps, Keep(x, x)))
 
 
 def _total(name: str, x: str, y: str) -> Op:
@@ -270,6 +271,37 @@ def scaled_softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
         top_k(f"{name}.topk", scores, top),
         ops.scale(f"{name}.scale", top, SCORES, PAIRS),
         ops.release_names(probs, scores, top, *(("router.mask",) if limited else ())),
+    )
+
+
+def late_sigmoid_router(name: str, x: str, normalise: bool) -> tuple[Op, ...]:
+    """Return the sigmoids of the largest fp32 logits, normalised if asked. A bias is used only to choose them.
+
+    Source: transformers 5.24 models/kolibri1/modeling_kolibri1.py Kolibri1TopKRouter.
+    """
+    logits, picked = "router.logits", "router.picked"
+    wide, w32, product = "router.x", "router.w32", gate(name, "router.x")
+    weights, w = product.weights, product.weights[0].name
+    normal = (
+        _total(f"{name}.normalise", "router.sigmoids", "router.total"),
+        ops.divide(f"{name}.normalise", "router.sigmoids", "router.total", SCORES, PAIRS),
+        ops.release_names("router.sigmoids", "router.total"),
+    )
+    return (
+        ops.cast(f"{name}.float", x, wide, "b s h", "fp32"),
+        Op(f"{name}.float_weight", (), (Tensor(w32, "E h", "fp32"),), weights, cast=True, gradient="none"),
+        product._replace(
+            reads=(wide, w32),
+            keeps=(Keep(w32, wide), Keep(wide, w)),
+            scratch_back=(Scratch(Tensor("gradient", "E h", "fp32"), w),),
+        ),
+        ops.release_names(wide, w32),
+        _biased(name, logits, f"{name}.e_score_correction_bias"),
+        top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", logits, CHOSEN, picked),
+        sigmoid(f"{name}.sigmoid", picked, "router.sigmoids" if normalise else SCORES, PAIRS),
+        ops.release_names(picked, "router.biased", "router.top"),
+        *(normal if normalise else ()),
     )
 
 

@@ -11,6 +11,7 @@ from memplan.catalogue.decoder.rotation import scaled_queries
 from memplan.catalogue.experts import routers
 from memplan.catalogue.families.mixtures import sigmoid_mixture, with_shared_experts
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Stack
 from memplan.models.layers import Layer
@@ -48,7 +49,7 @@ def _scaled_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, .
 
 def _grouped_softmax_mixture(m: ModelSpec) -> tuple[Op, ...]:
     router = routers.grouped_softmax_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
-    return with_shared_experts(routers.without_adapter_targets(router), adapted=False)
+    return with_shared_experts(router, adapted=False)
 
 
 def _indexed_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
@@ -83,7 +84,14 @@ def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(before(wiring, made=made), runs(m, block), (*last, ops.release_names(lightning.KEYS), head))
 
 
+def _normed_mixture(m: ModelSpec) -> tuple[Op, ...]:
+    """DeepSeek V3's mixture, whose module ends with a norm."""
+    mixed = renamed(sigmoid_mixture(m, adapted=False), {"mo": "mixed"})
+    return (*mixed, *ops.rms_norm("mlp.post_mlp_layernorm", "mixed", "mo", "b s h", "h"))
+
+
 BUILDERS = {
+    "axk1": DEEPSEEK_V3._replace(experts=_normed_mixture),
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": deepseek_v32,

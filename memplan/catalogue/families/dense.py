@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+from memplan.catalogue.attention.attention import attention
 from memplan.catalogue.decoder.decoder import Decoder, branch_dropout, decoder
 from memplan.catalogue.decoder.frame import BOTH, FULL
-from memplan.catalogue.decoder.mlp import fused_mlp
+from memplan.catalogue.decoder.mlp import fused_mlp, gated_mlp
 from memplan.catalogue.decoder.norms import layer_norm_in_fp32, rms_norm_of_cast_weight
 from memplan.catalogue.decoder.rotation import (
     attend_heads_first,
@@ -16,8 +20,10 @@ from memplan.catalogue.decoder.rotation import (
 )
 from memplan.catalogue.decoder.rotation_fp32 import norm_and_rope_of_casts, rope_in_fp32, rope_of_casts
 from memplan.catalogue.decoder.scaling import scaled_branches, scaled_embeddings, scaled_logits
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.activations import activation
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Stack
+from memplan.core.ir import Op, Stack
 from memplan.models.model import ModelSpec
 
 LLAMA = Decoder(bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
@@ -53,7 +59,21 @@ def hyperclovax(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring, GRANITE._replace(norms=("input_layernorm", ends[0], "post_attention_layernorm", ends[1])))
 
 
+def _attend_and_norm(name: str, q: str, k: str, v: str, y: str, *kernel: Any) -> tuple[Op, ...]:
+    """Attend, and normalise the heads together."""
+    normed = ops.rms_norm("self_attn.attn_sub_norm", "o.heads", y, "b s h", "h")
+    return (*attention(name, q, k, v, "o.heads", *kernel), *normed, ops.release_names("o.heads"))
+
+
+def bitnet(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build BitNet: Llama with an additional norm before the last projection of each branch."""
+    act = activation(m, "mlp.act_fn", "gate", "act", "b s f")
+    mlp = partial(gated_mlp, act=act, norm="ffn_sub_norm")
+    return decoder(m, wiring, LLAMA._replace(attend=_attend_and_norm, mlp=mlp))
+
+
 BUILDERS = {
+    "bitnet": bitnet,
     "cohere": _COHERE,
     "cohere2": COHERE_2,
     "cwm": MISTRAL._replace(masks=BOTH),

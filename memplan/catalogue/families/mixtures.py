@@ -128,16 +128,16 @@ def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring, row)
 
 
-def sigmoid_mixture(m: ModelSpec) -> tuple[Op, ...]:
+def sigmoid_mixture(m: ModelSpec, adapted: bool = True) -> tuple[Op, ...]:
     """The mixture of GLM-4 and DeepSeek V3: an fp32 router of sigmoids, routed and shared experts."""
-    return with_shared_experts(routers.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True)))
+    return with_shared_experts(routers.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True)), adapted=adapted)
 
 
 def with_shared_experts(routed: tuple[Op, ...], bias: bool = False, adapted: bool = True) -> tuple[Op, ...]:
-    """Return routed experts plus the shared ones, which are computed as one. `adapted`: peft knows the routed ones."""
+    """Return routed experts plus the shared ones, computed as one. `adapted`: peft knows the router and routed ones."""
     stacks = experts.experts(X, "routed") if adapted else experts.experts(X, "routed", gate_up=(), down=())
     return (
-        *mixture(X, routed, stacks, leaves=False),
+        *mixture(X, routed if adapted else routers.without_adapter_targets(routed), stacks, leaves=False),
         *gated_mlp(X, "shared", "mlp.shared_experts", bias, width="fs"),
         *_added(),
     )

@@ -16,7 +16,7 @@ from memplan.models.facts import Family, ModelFacts
 _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
-        "apertus arcee baichuan bloom chatglm cohere cohere2 cwm ernie4_5 exaone exaone4 falcon gemma gemma2 "
+        "apertus arcee baichuan bitnet bloom chatglm cohere cohere2 cwm ernie4_5 exaone exaone4 falcon gemma gemma2 "
         "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium hunyuan_v1_dense "
         "hyperclovax internlm2 internlm3 iquestcoder jais2 llama mimo "
         "minicpm ministral ministral3 mistral mpt nanochat nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
@@ -24,7 +24,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "mla": (
         "mixture of experts, multi-head latent attention",
-        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
+        "axk1 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
         "kimi_linear minicpm3 mistral4 sarvam_mla youtu",
     ),
     "moe": (
@@ -46,7 +46,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
-    "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
+    "gpt_oss": ("mixture of experts", "gpt_oss kolibri1 mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",

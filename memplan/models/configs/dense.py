@@ -162,6 +162,13 @@ FAMILIES: dict[str, Family] = {
         generation=GenerationFacts(published_cache="tuples"),
         checkpoint=CheckpointFacts(gguf="baichuan"),
     ),
+    "bitnet": _NO_MLP_BIAS._replace(
+        defaults={"num_key_value_heads": 5, "intermediate_size": 6912, "hidden_act": "relu2"},
+        acts=WRITTEN_OUT,
+        objectives=("causal_lm",),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "bloom": _BLOOM,
     "chatglm": Family(
         {

@@ -1,14 +1,21 @@
-"""gpt-oss and MiMo-V2-Flash: attention with sinks, learned logits that every query may attend to instead of a key."""
+"""Mixtures of experts with sliding windows: gpt-oss, Kolibri and MiMo-V2-Flash.
+
+gpt-oss and MiMo have sinks, learned logits that every query may attend to instead of a key.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, window_everywhere_but
+from memplan.models.configs.moe import EXPERTS, expert_axes
+from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
     AttentionFacts,
     CheckpointFacts,
+    ConfigKeys,
     GenerationFacts,
     ParallelFacts,
     ServingFacts,
@@ -56,8 +63,15 @@ def _mimo_rotary_width(m: ModelFacts) -> int:
     return 2 * -(-width // 2)
 
 
+_kolibri_windows = all_but_every(5, unrotated="always", fixed=True)
+
+
+def _kolibri_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    return tuple(layer._replace(ffn=EXPERTS) for layer in _kolibri_windows(m))
+
+
 # Source: transformers 5.24 models/gpt_oss/configuration_gpt_oss.py,
-# models/mimo_v2_flash/configuration_mimo_v2_flash.py.
+# models/mimo_v2_flash/configuration_mimo_v2_flash.py, models/kolibri1/configuration_kolibri1.py.
 FAMILIES = {
     "gpt_oss": Family(
         {
@@ -88,6 +102,27 @@ FAMILIES = {
         ),
         parallel=ParallelFacts(TensorParallelPlan(), experts=True),
         serving=ServingFacts(shares_gate_a=True),
+    ),
+    "kolibri1": Family(
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 384,
+            "num_experts_per_tok": 6,
+            "sliding_window": 513,
+            "norm_topk_prob": False,
+        },
+        keys=ConfigKeys({"intermediate_size": ("moe_intermediate_size",)}),
+        layers=_kolibri_layers,
+        axes=expert_axes(shared="shared_expert_intermediate_size"),
+        stack="exaone_moe",
+        attention=AttentionFacts(flex=True),
+        checkpoint=CheckpointFacts(experts="split"),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True),
+        serving=ServingFacts(is_modelled=False),
     ),
     "mimo_v2_flash": Family(
         {

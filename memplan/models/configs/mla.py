@@ -379,6 +379,12 @@ _KIMI = Family(
 )
 
 FAMILIES = {
+    "axk1": _DEEPSEEK_V3._replace(
+        defaults={**_V3, "n_routed_experts": 192, "first_k_dense_replace": 1},
+        layers=dense_or_sparse,
+        training=TrainingFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "deepseek_v2": _DEEPSEEK_V3._replace(
         defaults={
             **_DEEPSEEK,
