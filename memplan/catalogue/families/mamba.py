@@ -176,9 +176,8 @@ def mamba_mixer(
             *packages.mamba_inner(n, "xz", y, bool(norms), conv_bias),
             ops.release_names("real", "xz", "rate", x),
         )
-    # a product reads one transposed sequence as it is, and what causal-conv1d writes is not transposed
-    is_view = wiring.is_single_sequence or "causal_conv1d" in wiring.packages
-    by_token = ops.view if is_view else ops.copy
+    transposed = ops.view if wiring.is_single_sequence else ops.copy  # a product reads one sequence as it is
+    by_token = ops.view if "causal_conv1d" in wiring.packages else transposed
     scan = (
         (_in_fp32(f"{n}.D_float", "D32", f"{n}.D"), packages.selective_scan(n, "mixed.real", "gated"))
         if "mamba_ssm" in wiring.packages
@@ -211,7 +210,7 @@ def mamba_mixer(
         ),
         *(selective_state_update(n, "gated") if wiring.decodes else ()),
         ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
-        by_token(f"{n}.rows", "gated.low", "gated.rows", "b s inner"),
+        transposed(f"{n}.rows", "gated.low", "gated.rows", "b s inner"),
         ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
         ops.release_names(
             "gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "B.scan", "C.scan", "bias32"
