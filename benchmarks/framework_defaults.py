@@ -90,7 +90,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             *("tuner_type", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vit", "freeze_aligner", "freeze_llm"),
             *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "per_device_train_batch_size", "packing"),
             *("per_device_eval_batch_size", "gradient_checkpointing", "use_liger_kernel", "padding_free"),
-            *("vllm_gpu_memory_utilization", "cpo_alpha"),
+            *("vllm_gpu_memory_utilization", "cpo_alpha", "split_dataset_ratio"),
         ),
     ),
     "peft": (

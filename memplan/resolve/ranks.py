@@ -185,6 +185,10 @@ def _ranks(run: OpenRun) -> Ranks:
     autocast = not (p.strategy == "fsdp2" and run.library.sharding.fsdp_casts)
     kept = "fp32" if ranks.row.flat and recipe.compute != "fp32" else ""
     run.recipe = recipe._replace(
-        autocast=autocast, weights=recipe.compute, adapter_dtype=recipe.compute, sharded_dtype=kept
+        autocast=autocast,
+        weights=recipe.compute,
+        adapter_dtype=recipe.compute,
+        sharded_dtype=kept,
+        casts_all=recipe.weights == "fp32" or not ranks.row.flat,
     )
     return ranks._replace(trained="fp32", frozen=frozen_dtype)

@@ -122,6 +122,22 @@ def test_a_loss_that_keeps_no_logits_in_training_returns_them_in_evaluation() ->
     assert sum(line.bytes for line in answers[0].ledger if line.what.startswith("logits of")) > 0
 
 
+@pytest.mark.parametrize(
+    ("profile", "loss"),
+    [
+        ("transformers-5", "fused"),
+        *((name, "hf") for name in ("transformers-5.14", "transformers-4.51", "axolotl-0.12")),
+    ],
+)
+def test_ligers_loss_has_all_logits_in_evaluation_unless_the_trainer_skips_them(profile: str, loss: str) -> None:
+    fields = {"profile": profile, "method": "lora", "also": {"evaluation": {"micro": 8}}}
+    fused, alike = (
+        next(p for p in estimate(RunSpec(model=MODEL, kernels={"loss": name}, **fields)).phases if p.phase == "eval")
+        for name in ("fused", "hf")
+    )
+    assert (fused.where.partition(".")[0] == "loss", fused.peak == alike.peak) == (loss == "hf", loss == "hf")
+
+
 def test_keeping_only_argmax_takes_eight_bytes_per_token() -> None:
     kept = peak(evaluated(kept_batches=5, preprocess="argmax"), "eval")
     tokens = up(4 * LABELS) + up(LABELS)  # int64, as labels are

@@ -636,6 +636,17 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
     assert (file.framework, file.told) == (name, ())
 
 
+@pytest.mark.parametrize(
+    ("version", "more", "evaluates"),
+    [("3.5", "", 1), ("3.6", "", None), ("3.5", "split_dataset_ratio: 0", None), ("3.5", "streaming: true", None)],
+)
+def test_ms_swift_before_3_6_evaluates_unless_nothing_is_split_off(
+    tmp_path: Path, version: str, more: str, evaluates: int | None
+) -> None:
+    found = values(read(tmp_path, f"model: qwen2-0.5b\ntrain_type: full\n{more}\n", f"ms-swift-{version}"))
+    assert found.get("also.evaluation.micro") == evaluates
+
+
 def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> None:
     text = "model: qwen2-0.5b\ntrain_type: full\nmax_length: 64\n"
     old, new = (read(tmp_path, text, f"ms-swift{version}").fields for version in ("-3.3", ""))

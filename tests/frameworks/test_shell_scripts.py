@@ -54,6 +54,9 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"batch.sequence": 32, "method.kind": "lora"},
     ),
+    "python prepare.py --model_name_or_path a\ntrl sft --config trl.yaml": ("trl", {"batch.sequence": 64}),
+    'uv pip install -q "trl[peft]==0.24.0"\ntrl sft --config trl.yaml': ("trl", {"profile": "trl-0.24"}),
+    "echo pip install trl==0.24.0\ntrl sft --config trl.yaml": ("trl", {"profile": "trl-1.15"}),
     "set -a; source .env\ntrl sft --config trl.yaml --max_length $SIZE": ("trl", {"batch.sequence": 48}),
     "swift deploy --model Qwen/Qwen2-7B --infer_backend vllm --vllm_max_model_len 4096 --vllm_tensor_parallel_size 2 "
     "--torch_dtype float16 --adapters a --port 8000": (
@@ -337,6 +340,13 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"batch.micro": 640 // 64, "parallelism.world": 1},
     ),
 }
+
+
+def test_a_python_script_is_of_the_version_that_its_shell_script_installs(tmp_path: Path) -> None:
+    trains = "from trl import SFTConfig, SFTTrainer\nSFTTrainer('Qwen/Qwen2-7B', SFTConfig(max_length=32)).train()\n"
+    (tmp_path / "sft.py").write_text(trains, "utf-8")
+    file = read(tmp_path, "pip install trl==0.24.0\naccelerate launch sft.py")
+    assert (file.name, file.fields["profile"]) == ("sft.py", "trl-0.24")
 
 
 @pytest.mark.parametrize(("script", "expected"), SCRIPTS.items(), ids=SCRIPTS.keys())

@@ -107,6 +107,8 @@ FAMILIES = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt", "bloom", "cohere2"),
     *("mixtral", "qwen3_moe", "granitemoe", "olmoe", "gpt_oss", "jamba", "qwen3_next"),
 )
+# Weights that the model keeps in fp32 are cast like all others by FSDP's mixed precision.
+KEEPS_FP32 = ("deepseek_v4", "minimax_m3_vl_text")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "qwen3_next")
 ENCODERS = ("bert", "vit", "whisper")
 REAL: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -220,6 +222,12 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch f
         run = {"model": {"config": {"model_type": family, **TINY[family]}}, "batch": {"sequence": 64}}
         adapters = {**LORA, "targets": ["q_proj", "v_proj"]}
         yield f"{family}-lora-attention-fsdp", {**run, "method": adapters, **divided("fsdp", 4)}
+    for family in KEEPS_FP32:
+        config = {"model_type": family, **TINY[family], "max_position_embeddings": 1024}
+        adapters = {**LORA, "targets": TARGETS.get(family, ["q_proj", "v_proj"])}
+        run = {"model": {"config": config}, "method": adapters, "precision": "amp", "batch": {"sequence": 1024}}
+        fields = divided("fsdp2", 4)
+        yield f"{family}-lora-amp-fsdp2", {**run, **fields, "parallelism": {**fields["parallelism"], **ONE_BY_ONE}}
     for family in ENCODERS:
         length = {} if family in ("vit", "whisper") else {"sequence": 256}
         run = {"model": {"config": SMALL[family]}, "batch": {"micro": 2, **length}}

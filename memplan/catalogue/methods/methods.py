@@ -70,6 +70,7 @@ class Recipe(NamedTuple):
     fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
     sharded_dtype  dtype of adapters that FSDP1 shards: peft casts their inputs to it, then FSDP1 to the adapters' dtype
                    once gathered
+    casts_all      FSDP casts weights that the model keeps in fp32, too, once gathered
     fp32_ends      norms, embeddings and head train in fp32, whatever dtype the other weights have
     library        whose adapters they are: `peft` or `litgpt`
     again          DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
@@ -107,6 +108,7 @@ class Recipe(NamedTuple):
     fused: str = ""
     fp32_ends: bool = False
     sharded_dtype: str = ""
+    casts_all: bool = False
     library: str = "peft"
     again: bool = False
     frozen: tuple[str, ...] = ()
@@ -250,6 +252,8 @@ def apply(
     """
     if recipe.wide:
         stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
+    if recipe.casts_all:
+        stack = rewrite_weights(stack, lambda w: w if w.group == "buffer" else w._replace(dtype=""))
     stack = _rewritten(stack, recipe, axes)
     if recipe.kind == "xlora":
         from memplan.catalogue.methods.xlora import with_scalings

@@ -65,6 +65,7 @@ class LossBehaviour(NamedTuple):
     logits                  how the loss over all logits is written (`memplan.catalogue.kernels.losses`)
     casts_outputs           the model's output is cast to fp32
     adds_products           Liger's fused loss adds half-precision products directly into the head's gradient
+    fuses_evaluation        a fused loss computes no logits in evaluation either
     holds_previous_outputs  variables of the training loop hold a pass's outputs and graph until the next pass replaces
                             them
     """
@@ -72,6 +73,7 @@ class LossBehaviour(NamedTuple):
     logits: Literal["padded", "shifted", "model", "half", "in_place", "plain", "parallel"]
     casts_outputs: bool
     adds_products: bool
+    fuses_evaluation: bool
     holds_previous_outputs: bool
 
 

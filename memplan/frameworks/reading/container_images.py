@@ -1,4 +1,4 @@
-"""Images of containers: the program that one runs, and its version."""
+"""Programs of containers' images and packages that pip installs, and their versions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _IMAGES = {
     "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
     "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
 }
-_KEY = "version of {} in the image"  # of a container's variables: no shell has one with spaces
+_KEY = "version of {}"  # of a command's variables: no shell has one with spaces
 _TAG = re.compile(r":v?(\d{1,9}(?:\.\d{1,9}){1,3})")
+_PINNED = re.compile(r"([\w-]{1,60})(?:\[[\w,-]*\])?==(\d{1,9}(?:\.\d{1,9}){1,3})")
 
 
 def entry_point(image: str) -> tuple[str, ...]:
@@ -27,6 +28,13 @@ def image_version(image: str) -> dict[str, str]:
     return {_KEY.format(entry[0]): tag[1]} if entry and tag is not None else {}
 
 
-def version_in_image(programs: Iterable[str], variables: Mapping[str, str]) -> str | None:
-    """Return the version of the first program that the container's image is known to run."""
-    return next((version for name in programs if (version := variables.get(_KEY.format(name)))), None)
+def installed_versions(words: Iterable[str]) -> dict[str, str]:
+    """Return the versions that `pip install trl==0.24.0` pins, as variables; none for another command."""
+    before, _, packages = " ".join(words).partition("pip install ")
+    pinned = _PINNED.findall(packages) if before in ("", "uv ", "!", "python -m ", "python3 -m ") else ()
+    return {_KEY.format(name.lower().replace("_", "-")): version for name, version in pinned}
+
+
+def version_of(names: Iterable[str], variables: Mapping[str, str]) -> str | None:
+    """Return the first version known of these programs and packages: of the container's image, or installed."""
+    return next((version for name in names if (version := variables.get(_KEY.format(name)))), None)

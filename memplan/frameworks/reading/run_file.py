@@ -24,7 +24,7 @@ from memplan.frameworks.reading.command_flags import (
     unresolved,
 )
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.container_images import version_in_image
+from memplan.frameworks.reading.container_images import version_of
 from memplan.frameworks.reading.document import (
     Document,
     named_document,
@@ -232,8 +232,9 @@ def _read_python(
     flags: Mapping[str, Typed],
     companions: dict[str, Document],
     typed: Mapping[str, Any] | None,
+    variables: Mapping[str, str] | None = None,
 ) -> RunFile:
-    """Return the run that a Python script or a notebook starts, with flags of its command line.
+    """Return the run that a Python script or a notebook starts, with flags and variables of its command line.
 
     Raises SpecError if its trainer is not the framework's.
     """
@@ -249,7 +250,9 @@ def _read_python(
             raise
         return file
     others = {key: flag for key, flag in flags.items() if key not in script.arguments} if run.parses_flags else {}
-    form, version = (run.form, None) if framework is None else _named(framework)
+    form, version = (
+        (run.form, version_of(run.form.packages, variables or {})) if framework is None else _named(framework)
+    )
     if form.name != run.form.name:
         raise SpecError(f"framework: {run.told[0]} is {run.form.title}'s, not {form.title}'s; leave --framework out")
     file = read_as(run.document, run.form, version, run.told, companions, typed, others, run.command, run.defaults)
@@ -352,20 +355,20 @@ def _read_launched(
     over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
     has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
     if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
-        file = _read_python(script, framework, over, companions, typed)
+        file = _read_python(script, framework, over, companions, typed, command.variables)
         return file._replace(unread=(*file.unread, *left_out))
     if config:
         document = named_document(config, document, "config")
-    version = None if form is None else version_in_image(form.signature.programs, command.variables)
     told = (f"{name}:{command.line} {command.shown}",) if command.line and framework is None else ()
     if framework is not None:
-        form, version = _named(framework)
+        form = _named(framework)[0]
     elif form is None:
         found = detect(document)
         if found is None:
             unseen = "" if script else command.unseen
             raise SpecError(f"spec: {document.name} names no framework{unseen}; name it with --framework", "spec")
         form, told = found
+    version = _named(framework)[1] if framework else version_of(form.packages, command.variables)
     shown = _trainer_in(script) or command.shown
     file = read_as(document, form, version, told, companions, typed, over if config else {}, shown)
     origins = {origin.field: origin for origin in file.origins}

@@ -63,6 +63,11 @@ class RunFormat(NamedTuple):
     trains: bool = True
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Names of its package and programs, by which an image or pip's command gives its version."""
+        return (self.name, *self.signature.programs)
+
 
 def _formats() -> Iterator[RunFormat]:
     tables = read_tables(Path(__file__).with_name("frameworks.toml"))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading.container_images import entry_point, image_version
+from memplan.frameworks.reading.container_images import entry_point, image_version, installed_versions
 from memplan.frameworks.reading.document import Document, paths
 from memplan.frameworks.reading.makefile import recipes_of
 from memplan.frameworks.reading.shell_commands import ASSIGNMENT, commands_of, near_text, number_of
@@ -60,6 +60,7 @@ _LATER = {
 _HYDRA = "verl."  # programs that take key=value anywhere among their flags
 _MODULE = re.compile(r"\w+(?:\.(?!py$)\w+)+")
 _OVERRIDE = re.compile(r"\+{0,2}[\w.]+=")
+_PREPARES = re.compile(r"(?:pre)?(?:pare|process)|tokeni[sz]e|download|convert", re.IGNORECASE)
 _SERVER = re.compile(r"vllm|sglang|llama-|text-generation-launcher|swift (?:deploy|infer)")
 Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
@@ -94,11 +95,13 @@ class Launched(NamedTuple):
 
     @property
     def may_train(self) -> bool:
-        """Whether it is no server, and no script without a launcher, a file or a model, which may prepare data."""
+        """Whether it is no server, and no script without a launcher or a file that may prepare data: one without a
+        model, or with a name that says so."""
         if _SERVER.match(self.shown):
             return False
         is_bare = self.program.endswith(".py") and not self.launcher and not self.config
-        return not is_bare or any("model" in flag for flag in self.flags)
+        has_model = any("model" in flag for flag in self.flags)
+        return not is_bare or (has_model and _PREPARES.match(self.program) is None)
 
     @property
     def unseen(self) -> str:
@@ -148,10 +151,12 @@ def launched(
 def _first(
     text: str, name: str, programs: Programs, variables: Mapping[str, str], line: int | None, folder: Path | None
 ) -> Launched:
-    skipped, other = "", None
+    skipped, other, versions = "", None, dict[str, str]()
     for counted, words, environment in commands_of(text, name, variables, folder):
         at = counted if line is None else line
-        found = LONG if words == [LONG] else _launched(words, environment, at, programs, folder)
+        versions |= installed_versions(words)
+        known = {**versions, **environment}
+        found = LONG if words == [LONG] else _launched(words, known, at, programs, folder)
         if isinstance(found, Launched) and (found.may_train or "Trainer(" in near_text(found.path, folder)):
             return found
         if isinstance(found, Launched):

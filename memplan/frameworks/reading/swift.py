@@ -219,10 +219,11 @@ def _precision(config: Config) -> None:
 
 
 def _evaluation(config: Config) -> None:
+    """Parts of the training data are split off to evaluate with, by default before 3.6; not of streamed data."""
     does = str(config.said("eval_strategy") or config.said("save_strategy") or "steps") not in ("no", "False")
-    keys = [key for key in ("split_dataset_ratio", "val_dataset", "eval_dataset") if config.said(key)]
-    keys = [key for key in keys if str(config.said(key)) not in ("0", "0.0")]
-    trainer.evaluation(config, does and bool(keys), keys[0] if keys else "", "per_device_eval_batch_size")
+    keys = ("val_dataset", "eval_dataset", *(() if config.flag("streaming") else ("split_dataset_ratio",)))
+    key = next((key for key in keys if str(config.get(key) or 0) not in ("0", "0.0")), "")
+    trainer.evaluation(config, does and bool(key), key, "per_device_eval_batch_size")
 
 
 def _environment(config: Config) -> None:

@@ -27,7 +27,7 @@ from memplan.program.graph import (
     total_bytes,
     weights_of,
 )
-from memplan.program.loading import loading, most_at_once
+from memplan.program.loading import EMPTIED, loading, most_at_once
 from memplan.program.stack_facts import looked_up_weights, trained_tables
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import shape_of
@@ -261,10 +261,15 @@ class Sharding:
 
     def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees (see `memplan.program.loading.loading`). With `together`, equal
-        tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them."""
+        tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them.
+
+        transformers' Trainer empties torch's cache before it prepares the model: transformers 4.51 to 5.24 trainer.py
+        _inner_training_loop, accelerate 1.15 utils/memory.py release_memory.
+        """
         if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
             return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
-        return loading(self.graph, *(other for _, other in other_models(self.graph)))
+        events = loading(self.graph, *(other for _, other in other_models(self.graph)))
+        return (*events, (EMPTIED, 0)) if self.run.trainer else events
 
     def loading_peak(self) -> int:
         """Return the peak bytes while the model loads."""
