@@ -46,7 +46,7 @@ COMPARES = {
 # GGUF file depends on the family, a wrapper's row is that of its text model, and unsupported models are told apart by
 # parts of their names. The numbers may only fall.
 OFTEN = {
-    **dict.fromkeys(("gemma", "gemma2", "gpt_neox", "phi"), 4),
+    **dict.fromkeys(("gemma", "gemma2", "gpt_neox", "phi", "phi3"), 4),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "stablelm"), 4),
     **dict.fromkeys(("gemma3_text", "qwen3_5_moe_text", "qwen3_5_text"), 4),
     **dict.fromkeys(("dbrx", "mamba", "t5", "vit"), 4),
