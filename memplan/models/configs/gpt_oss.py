@@ -121,7 +121,7 @@ FAMILIES = {
         stack="exaone_moe",
         attention=AttentionFacts(flex=True),
         checkpoint=CheckpointFacts(experts="split"),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True),
+        parallel=ParallelFacts(plans.MIXTURE),
         serving=ServingFacts(is_modelled=False),
     ),
     "mimo_v2_flash": Family(

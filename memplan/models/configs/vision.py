@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         axes=towers.gemma3,
         objectives=("causal_lm",),
         stack="gemma3_vision",
-        attention=MASKS_IMAGES,
+        attention=DENSE["gemma3_text"].attention._replace(no_flash_2=MASKS_IMAGES.no_flash_2),
         parallel=ParallelFacts(wrapped_stem="vision_tower.embeddings."),
         images=images.GEMMA3,
     ),
