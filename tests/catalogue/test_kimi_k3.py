@@ -100,7 +100,7 @@ def test_layers_that_attend_keep_what_autograd_saves(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequence", [40, 150])
 def test_delta_rule_layers_keep_what_autograd_saves_except_for_the_last_state(sequence: int, dtype: str) -> None:
-    """A hook keeps alive the graph of the scan's last state: its decay and, with several chunks, the state it decays."""
+    """A hook keeps the graph of the scan's last state: its decay and, with several chunks, the state it decays."""
     layers, heads, width = 3, SIZES["linear_num_heads"], SIZES["linear_head_dim"]
     state = width + (2 * width * width if sequence > 64 else 0)
     dropped = 4 * 2 * heads * state
