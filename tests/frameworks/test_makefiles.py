@@ -115,3 +115,7 @@ def test_a_script_that_a_command_starts_is_read(tmp_path: Path, command: str) ->
     file = read_run(str(tmp_path / "outer.sh"))
     assert file.fields["batch"]["sequence"] == 32
     assert file.headline == "outer.sh: TRL 1.16, by outer.sh:2 trl sft"
+
+
+def test_a_value_with_many_spaces_is_read_in_one_pass() -> None:
+    assert recipes_of(f"A = x{' ' * 300_000}y # why\n").splitlines()[0] == f'A="x{" " * 300_000}y"'

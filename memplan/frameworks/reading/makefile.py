@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _NAMES = ("makefile", "gnumakefile")
-_ASSIGNMENT = re.compile(r"\s*(?:(?:override|export) +)*([\w.-]+)\s*([?+!]|:{1,3})?=\s*(.*?)\s*(?:\s#.*)?")
+_ASSIGNMENT = re.compile(r"\s*(?:(?:override|export) +)*([\w.-]+)\s*([?+!]|:{1,3})?=\s*(.*?)(?:\s#.*)?")
 _RULE = re.compile(r"([^\s:=#][^:=#]*):{1,2}(?!=)([^;#=]*)(?:;(.*))?(?:#.*)?")
 _REFERENCE = re.compile(r"\$[({]([\w.-]+)[)}]")
 _MOST_RULES = 1000
@@ -70,7 +70,7 @@ def _with_needs(lines: list[tuple[str, int]], targets: set[str]) -> set[str]:
 
 
 def _assigned(name: str, how: str | None, value: str) -> str:
-    quoted = value.replace('"', '\\"')
+    quoted = value.rstrip().replace('"', '\\"')
     match how:
         case "?":
             return f'{name}="${{{name}:-{quoted}}}"'
