@@ -3,13 +3,13 @@
 Nothing in an archive is compressed: it is compressed as one, which is smaller.
 """
 
-import compileall
+import ast
 import json
 import marshal
 import re
 import zipfile
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
-from py_compile import PycInvalidationMode
 from types import CodeType
 
 KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so|native\.c|\.lib)")
@@ -36,7 +36,21 @@ LEFT_OUT = re.compile(
 )
 
 
+HEADER = MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)  # of a .pyc whose source is not looked for
 NO_LINES = b"\xff"  # eight instructions without a line, in the format of Objects/locations.md of CPython
+
+
+class Unannotated(ast.NodeTransformer):
+    """Takes the annotations off functions: code of its own each. A decorator may read those of what it decorates."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.generic_visit(node)
+        if not node.decorator_list:
+            node.returns = None
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+        return node
 
 
 def without_lines(code: CodeType) -> CodeType:
@@ -45,16 +59,19 @@ def without_lines(code: CodeType) -> CodeType:
     return code.replace(co_consts=constants, co_linetable=NO_LINES * (len(code.co_code) // 16 + 1))
 
 
-def contents(path: Path) -> bytes:
-    text = path.read_bytes()
-    return text[:16] + marshal.dumps(without_lines(marshal.loads(text[16:]))) if path.suffix == ".pyc" else text
+def compiled(path: Path, name: str) -> bytes:
+    source = path.read_bytes()
+    if re.match(r"memplan/(?!cli/)", name):  # typer reads those of commands
+        source = Unannotated().visit(ast.parse(source))
+    return HEADER + marshal.dumps(without_lines(compile(source, name, "exec", dont_inherit=True, optimize=2)))
 
 
 def chosen(folder: str, pattern: str = "") -> dict[str, bytes]:
     """Return the files of a folder whose names match, in the order of their names."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    found = ((path.relative_to(folder).as_posix(), path) for path in Path(folder).rglob("*") if path.is_file())
+    paths = dict(sorted((f"{name}c" if name.endswith(".py") else name, path) for name, path in found))
     kept = (name for name in paths if KEPT.fullmatch(name) and not LEFT_OUT.fullmatch(name) and re.match(pattern, name))
-    return {name: contents(paths[name]) for name in kept}
+    return {name: compiled(paths[name], name) if name.endswith(".pyc") else paths[name].read_bytes() for name in kept}
 
 
 def write(name: str, files: dict[str, bytes]) -> None:
@@ -63,9 +80,6 @@ def write(name: str, files: dict[str, bytes]) -> None:
     Path(f"/{name}").write_bytes(b"\n".join((sizes.encode(), b"".join(files.values()))))
 
 
-for folder in ("/stdlib", "/site"):
-    options = {"quiet": 1, "legacy": True, "optimize": 2, "workers": 1}
-    compileall.compile_dir(folder, **options, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
 with zipfile.ZipFile("/stdlib.archive", "w") as archive:
     for name, content in chosen("/stdlib").items():
         archive.writestr(zipfile.ZipInfo(name), content)
