@@ -403,6 +403,7 @@ def _build_graph(run: OpenTraining) -> None:
         trainer=run.step,
         roles=tuple((role, _role(role, other, run.step)) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
+        checkpoints_last=kernels.every_n_layers > 1 and library.checkpointing.last_of_n,
         saves_products=_saved_products(run),
     )
 

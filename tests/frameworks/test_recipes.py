@@ -278,10 +278,19 @@ def test_a_torchtitan_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     assert (found["parallelism.tp"], found["parallelism.dp"], found["parallelism.strategy"]) == (2, 8 // 2, "fsdp2")
     assert (found["precision.weights"], found["precision.compute"]) == ("fp32", "bf16")
     assert {o.field: o.why for o in file.origins}["batch.sequence"] == "run.toml:9 training.seq_len"
-    (tmp_path / "run.toml").write_text(TITAN.replace('"full"', '"selective"'), "utf-8")
+    every_second = TITAN.replace('"full"', '"selective"')  # the option's default
+    (tmp_path / "run.toml").write_text(every_second, "utf-8")
     file = read_run(str(tmp_path / "run.toml"))
-    assert file.notes == ("activation_checkpoint.mode (run.toml:14): selective: counted as none, which takes more",)
-    assert values(file)["parallelism.world"] == 2
+    found = values(file)
+    assert (found["kernels.checkpointing"], found["kernels.every_n_layers"], file.notes) == ("full", 2, ())
+    assert found["parallelism.world"] == 2
+    (tmp_path / "run.toml").write_text(every_second + 'selective_ac_option = "1"\n', "utf-8")
+    found = values(read_run(str(tmp_path / "run.toml")))
+    assert (found["kernels.checkpointing"], found.get("kernels.every_n_layers")) == ("full", None)
+    (tmp_path / "run.toml").write_text(every_second.replace("tensor_parallel", "pipeline_parallel"), "utf-8")
+    file = read_run(str(tmp_path / "run.toml"))
+    assert values(file)["kernels.checkpointing"] == "none"
+    assert [note.partition(": every 2 ")[0] for note in file.notes] == ["activation_checkpoint.mode (run.toml:14)"]
     by_operation = TITAN.replace('"full"', '"selective"\nselective_ac_option = "op"')
     (tmp_path / "run.toml").write_text(by_operation, "utf-8")
     file = read_run(str(tmp_path / "run.toml"))

@@ -124,6 +124,7 @@ class CheckpointingBehaviour(NamedTuple):
     frozen_inputs    the embeddings' output requires a gradient even if the embeddings are frozen
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
+    last_of_n        of every n layers the last one is checkpointed, not the first
     keeps_last       offloaded checkpoints leave the last block's input on the GPU
     saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), trl (OffloadActivations),
                      or not counted yet
@@ -134,6 +135,7 @@ class CheckpointingBehaviour(NamedTuple):
     frozen_inputs: bool
     adapted_inputs: bool
     passes_keywords: bool
+    last_of_n: bool
     keeps_last: bool
     saved_tensors: Literal["", "torch", "trl"]
 
