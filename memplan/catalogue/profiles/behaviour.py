@@ -92,6 +92,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers        every layer holds a causal mask for all positions, used or not
     one_mask              eager attention has one causal mask for the entire batch, unless there is padding
     float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
+    window_masks          LitGPT's layers with a window make a mask of all pairs, however short the sequence is
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
     packs_without_flash   it also does so with other attention than flash-attn's
@@ -109,6 +110,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers: bool
     one_mask: bool
     float_masks: bool
+    window_masks: bool
     masks_padding: bool
     packing: tuple[str, ...]
     packs_without_flash: tuple[str, ...]
