@@ -59,6 +59,8 @@ def _remarks(run: RunSpec) -> Iterator[str]:
         yield "torchtitan 0.3 has no config of this model: name your own module and config"
     if shared_keys.computes(run) == "fp16":
         yield "torchtitan has no fp16: it computes in bf16"
+    if run.kernels.every_n_layers > 1:
+        yield "torchtitan 0.3 checkpoints every layer; 0.2 has activation_checkpoint.selective_ac_option"
     if run.method.kind != "full":
         yield f"{run.method.kind} needs a config of your own"
     if p.first_stage_layers is not None or p.last_stage_layers is not None or p.virtual_stages != 1:

@@ -52,7 +52,7 @@ class Graph(NamedTuple):
     recipe                  the method: dtypes, adapters, quantisation
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
-    every_n_layers          only the first of every n layers is checkpointed
+    every_n_layers          only the first of every n layers is checkpointed; the last if `checkpoints_last`
     saves_products          what checkpoints keep, as in `memplan.engine.operation_facts.saved_operations`
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
@@ -111,6 +111,7 @@ class Graph(NamedTuple):
     trainer: Trainer | None = None
     roles: tuple[tuple[str, Graph], ...] = ()
     every_n_layers: int = 1
+    checkpoints_last: bool = False
     saves_products: str = ""
 
 
@@ -196,8 +197,7 @@ def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
 
 def _with_equal_operations(graph: Graph) -> Graph:
-    """Return the graph that all share whose operations differ in the rank of adapters only, which is an axis, or in how
-    blocks are called and checkpointed."""
+    """Return the graph of all whose operations differ in the rank of adapters, an axis, or in how blocks are called."""
     wiring = graph.wiring._replace(by_name=graph.wiring.by_name and graph.trainer is not None)
     return graph._replace(
         wiring=wiring,
@@ -240,7 +240,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.every_n_layers > 1 and graph.checkpoint:
         from memplan.catalogue.kernels.checkpointing import checkpoint_every
 
-        stack, axes = checkpoint_every(stack, axes, graph.every_n_layers)
+        stack, axes = checkpoint_every(stack, axes, graph.every_n_layers, graph.checkpoints_last)
     stack = apply(stack, recipe, axes, graph.inference is not None and graph.inference.keeps_skipped_casts)
     if graph.flattens_frozen:
         stack = rewrite_blocks(stack, with_all_gradients)

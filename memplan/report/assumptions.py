@@ -267,7 +267,7 @@ def _held_outputs(loop: Loop) -> str:
 def _checkpointing(run: RunSpec) -> Iterator[str]:
     yield str(run.kernels.checkpointing)
     if run.kernels.every_n_layers > 1:
-        yield f", the first of every {run.kernels.every_n_layers} layers"
+        yield f", one of every {run.kernels.every_n_layers} layers"
     if _is_reentrant(run.kernels):
         yield ", reentrant"
     if run.parallelism.offload.activations:

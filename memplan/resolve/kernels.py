@@ -94,6 +94,7 @@ def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: st
         one_mask=around.one_mask,
         scales_embeddings_outside=library.model.scales_embeddings_outside,
         float_masks=around.float_masks,
+        window_masks=around.window_masks,
     )
 
 

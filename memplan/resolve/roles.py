@@ -11,11 +11,12 @@ from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, errors_about, refused
 from memplan.models.cards import find_model
-from memplan.models.model import ModelSpec, with_objective
+from memplan.models.model import ModelSpec, with_objective, without_dropout
 from memplan.program.graph import Graph, TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.open_run import BatchFacts, Parts
+from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals import trainers
 from memplan.resolve.refusals.refuse import refuse
 from memplan.spec.generation import InlineModel
@@ -51,7 +52,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> Mapping[str, Any]:
         "roles": Roles(),
         "rollout": "transformers",
         "parallelism": Parallelism(),
-        "method": Method() if q is None else Method(kind="qlora", quantization=q),
+        "method": other.method or (Method() if q is None else Method(kind="qlora", quantization=q)),
         "precision": precision.model_copy(update=dtypes),
     }
 
@@ -112,7 +113,7 @@ def _graphs_of_roles(
                 graph = scoring_pass(run, decide_forward).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
-                scalar = with_objective(find_model(alone.model), alone.objective)
+                scalar = without_dropout(with_objective(find_model(alone.model), alone.objective))
                 graph = decide(scalar, parts._replace(profile=alone.profile), card, own).structure.graph
             else:
                 graph = _teacher(run, decide(found, parts, card, own).structure.graph)
@@ -133,7 +134,8 @@ def critic_run(run: RunSpec) -> RunSpec | None:
     rows, micro = run.batch.micro * run.batch.accumulation, other.micro or run.batch.micro
     batch = {"micro": micro, "accumulation": -(-rows // micro), "sequence": run.batch.tokens}
     kernels = run.kernels.model_copy(update={"fused": None, "loss": None})
-    fields = {**fields_of_role(run.precision, other), "method": run.method, "parallelism": run.parallelism}
+    fields = {**fields_of_role(run.precision, other), "method": other.method or run.method}
+    fields |= {"parallelism": run.parallelism}
     fields |= {"profile": RunSpec.model_fields["profile"].default, "serving": Serving(), "kernels": kernels}
     fields |= {"model": _with_score(find_model(other.model)), "objective": "sequence_classification", "batch": batch}
     return RunSpec.model_validate({**dict(run), **fields})
@@ -162,9 +164,11 @@ def _models_of(roles: Roles, trainer: str) -> Mapping[str, RoleModel]:
 def _parts(parts: Parts, other: RoleModel) -> Parts:
     """Return the parts of another model's run, given those of the run whose step it is in."""
     precision, kernels = step_precision(parts.trainer, parts.kernels.loss, parts.precision), parts.kernels
+    fields = {**fields_of_role(precision, other)}
     if TRAINERS[parts.trainer].own_loop:
         kernels = kernels.model_copy(update={"checkpointing": "none"})
-    return parts._replace(kernels=kernels, **fields_of_role(precision, other))
+        fields["method"] = without_preparation(fields["method"].model_copy(update={"dropout": 0.0}))
+    return parts._replace(kernels=kernels, **fields)
 
 
 def _teacher(run: RunSpec, graph: Graph) -> Graph:

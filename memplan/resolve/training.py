@@ -23,7 +23,7 @@ from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
 from memplan.core.once import once
 from memplan.models.configs.megatron import fuses_accumulation, gpt_config
-from memplan.models.model import ModelSpec
+from memplan.models.model import ModelSpec, without_dropout
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph, without_gradients
 from memplan.program.run import ResolvedRun
@@ -214,6 +214,10 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
             )
+    if facts.no_dropout and not run.step.value_head:  # which is LLaMA-Factory's
+        if run.method.dropout:
+            run.notes.append(f"{name}: the trainer turns dropout off (disable_dropout)")
+        run.model, run.method = without_dropout(run.model), run.method.model_copy(update={"dropout": 0.0})
     casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
     run.step = run.step._replace(
         logits_dtype=behaviour.logits_dtype,
@@ -403,6 +407,7 @@ def _build_graph(run: OpenTraining) -> None:
         trainer=run.step,
         roles=tuple((role, _role(role, other, run.step)) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
+        checkpoints_last=kernels.every_n_layers > 1 and library.checkpointing.last_of_n,
         saves_products=_saved_products(run),
     )
 
@@ -472,6 +477,7 @@ def _build_structure(run: OpenTraining) -> None:
         scales=loop.grad_scaler,
         trainer=loop.trainer,
         holds_outputs=loop.hold_outputs == "step"
+        or run.library.loss.holds_previous_outputs
         or run.code == "torchtitan"  # its trainer keeps references to a step's batches until the step ends
         or (run.degrees.sequence_parallel and run.degrees.style == "megatron"),
         on_host=run.parallelism.offload.optimizer and not ranks.offloads,

@@ -143,7 +143,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("none", "full", "selective", "offload"),
             combined=True,
         ),
-        "every_n_layers": Option("kernels.every_n_layers", "Checkpoint only the first of every n layers."),
+        "every_n_layers": Option("kernels.every_n_layers", "Checkpoint only one of every n layers."),
         "trainable_layers": Option("method.trainable_layers", "Last layers that --method freeze trains."),
         "offload": Option(
             "parallelism.offload",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from memplan.spec.base import Count, Dtype, Part
 from memplan.spec.formats import Quantization
 from memplan.spec.generation import InlineModel
+from memplan.spec.training import Method
 
 
 class RoleModel(Part):
@@ -18,6 +19,7 @@ class RoleModel(Part):
     quantization  how its weights are quantised, if they are
     location      where it is: on every `gpu` that trains, or on a `server`, which takes none of their memory
     micro         sequences of one pass; None: all completions for a reward model, the policy's for a critic
+    method        how a value model trains; None: in full in the policy's pass (ppo), as the policy by itself
     """
 
     model: str | InlineModel
@@ -25,6 +27,7 @@ class RoleModel(Part):
     quantization: Quantization | None = None
     location: Literal["gpu", "server"] = "gpu"
     micro: Count | None = None
+    method: Method | None = None
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

@@ -264,7 +264,7 @@ class Kernels(Part):
     checkpointing   activation checkpointing; `offload` is `full` with the blocks' inputs in host memory. `selective`
                     keeps the outputs of matrix products and attention (torchtitan's SelectiveAC); under Megatron-core
                     it recomputes only attention
-    every_n_layers  with checkpointing, only the first of every n layers is checkpointed
+    every_n_layers  with checkpointing, only the first of every n layers is checkpointed (torchtitan: the last)
     reentrant       torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
                     block's output and its gradient stay alive until the recomputation is done
     loss            loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy),

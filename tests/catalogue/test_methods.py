@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memplan import RunSpec, estimate, load_card
-from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.hardware.overhead import cublas_workspace
+from memplan.core.errors import MemplanError, UnknownNameError
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
 from memplan.program.graph import operations_of, parameters_of
@@ -15,6 +19,7 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.passes import pass_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
+from tests.cases import each
 from tests.tiny import TINY
 
 BF16, FP32 = 2, 4
@@ -371,16 +376,57 @@ def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: st
 
 
 def test_litgpts_phi_3_is_its_llama() -> None:
-    """Its configs of Phi-3.5 and phi-4 differ from Llama's in sizes only; a window is refused."""
-    phi = {**load_card("phi-3.5-mini").config, "tie_word_embeddings": False}
+    """Its configs of Phi-3.5 and phi-4 differ from Llama's in sizes only."""
+    phi = {**load_card("phi-3.5-mini").config, "tie_word_embeddings": False, "sliding_window": None}
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     llama = {"model_type": "llama", "tie_word_embeddings": False, **{name: phi[name] for name in sizes}}
     first, second = (
         estimate(RunSpec(model={"config": config}, profile="litgpt-2024", method="lora")) for config in (phi, llama)
     )
     assert first.bytes == second.bytes
-    with pytest.raises(SpecError, match="does not have phi3; supported: llama, mistral, phi3 without a window, "):
-        estimate(RunSpec(model="phi-3-mini-4k", profile="litgpt-2024"))
+
+
+def test_every_layer_of_litgpt_keeps_a_mask_of_its_window() -> None:
+    """Also of a shorter sequence. LitGPT's config of Phi-3.5-mini has no window, and lit_gpt had none at all."""
+
+    def masks(model: str, profile: str = "litgpt-2024", tokens: int = 512) -> list[int]:
+        run = RunSpec(model=model, profile=profile, method="lora", batch={"sequence": tokens})
+        return [line.bytes for line in estimate(run).ledger if "mask" in line.what and line.bytes]
+
+    for model in ("phi-3-mini-4k", "phi-4-mini", "mistral-7b-v0.1"):
+        assert masks(model) == [32 * 512 * 512 * 2]
+    assert masks("phi-4-mini", tokens=511) == [32 * 511 * 512 * 2]
+    assert masks("phi-3.5-mini") == masks("mistral-7b-v0.2") == masks("phi-3-mini-4k", "litgpt-2023") == []
+
+
+_LITGPT = Path(__file__).parents[1] / "golden" / "traced_litgpt.jsonl"
+
+
+@each(list(map(json.loads, _LITGPT.read_text("utf-8").splitlines())))
+def test_a_step_of_litgpt_is_near_its_trace(row: dict[str, Any]) -> None:
+    """The trace has no cuBLAS workspaces. The first step is counted as the later ones, which hold the last logits."""
+    gpu = "a100-sxm-80gb"
+    model = {"model_type": "phi3", "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16}
+    model |= {"num_key_value_heads": row["groups"], "intermediate_size": 2816, "vocab_size": 32064, "pad_token_id": 0}
+    model |= {"tie_word_embeddings": False, "max_position_embeddings": 8192, "sliding_window": row["window"]}
+    answer = estimate(
+        RunSpec(
+            model={"config": model},
+            profile="litgpt-2024",
+            method={"kind": "lora", "rank": 8, "targets": ["q_proj", "v_proj"]},
+            optimizer="adamw_torch",
+            batch={"micro": row["micro"], "sequence": row["tokens"], "accumulation": row["passes"]},
+            loop={"clip_grad_norm": None},
+            gpu=gpu,
+        )
+    )
+    workspaces = 2 * cublas_workspace(find_gpu(gpu).compute_capability).usual
+    found = {f"{phase.phase} {phase.step}": phase.peak - workspaces for phase in answer.phases}
+    assert max(found.values()) == pytest.approx(max(row["peaks"].values()), rel=0.005)
+    for phase in ("forward 2", "backward 2", "step 2"):
+        assert max(found[phase], found["loss 2"] * (phase == "forward 2")) == pytest.approx(
+            row["peaks"][phase], rel=0.01
+        )
 
 
 def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:

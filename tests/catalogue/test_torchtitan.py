@@ -55,7 +55,10 @@ def run_of(case: dict[str, Any]) -> RunSpec:
         precision="amp" if case["dtype"] == "float32" else "pure",
         optimizer="adamw_torch_fused",
         batch={"micro": case["micro"], "sequence": case["tokens"], "accumulation": case["passes"]},
-        kernels={"checkpointing": {True: "full", False: "none"}.get(case["checkpoint"], case["checkpoint"])},
+        kernels={
+            "checkpointing": {True: "full", False: "none"}.get(case["checkpoint"], case["checkpoint"]),
+            "every_n_layers": case.get("every", 1),
+        },
         loop={"clip_grad_norm": None},
         parallelism={
             "world": dp * tp,

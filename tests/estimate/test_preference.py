@@ -195,6 +195,10 @@ def test_a_reward_models_head_is_a_score() -> None:
                 ),
                 ({"batch": {"generations": 2}}, "this trainer generates one completion of a prompt; use 1"),
                 (
+                    {"roles": {"reward": {"model": LLAMA, "method": "lora"}}},
+                    "roles.reward.method: only applies to a value model, which trains; leave it out",
+                ),
+                (
                     {"roles": {"reward": LLAMA, "value": {"model": LLAMA, "quantization": {"format": "nf4"}}}},
                     "roles.value.quantization: is not supported yet with a value model, which trains",
                 ),
@@ -281,3 +285,18 @@ def test_a_reward_models_head_is_a_score() -> None:
 def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MemplanError, match=message):
         estimate(RunSpec(**{"model": LLAMA, **changes}))
+
+
+def test_trainers_of_pairs_turn_dropout_off() -> None:
+    """TRL's disable_dropout, which GRPO and LLaMA-Factory's reward trainer do not set."""
+
+    def peak(dropout: float, **run: Any) -> int:
+        asked = {"model": "qwen2-0.5b", "batch": {"micro": 8, "sequence": 512}, "kernels": {"checkpointing": "none"}}
+        asked |= {"method": {"kind": "lora", "dropout": dropout}, "profile": "trl-1.13", **run}
+        return estimate(RunSpec.model_validate(asked)).bytes.allocated
+
+    for trainer in ("dpo", "kto", "orpo", "reward"):
+        assert peak(0.1, trainer=trainer) == peak(0.0, trainer=trainer)
+    assert peak(0.1, trainer="grpo") > peak(0.0, trainer="grpo")
+    factory = {"trainer": "reward", "profile": "llamafactory-0.9.5"}
+    assert peak(0.1, **factory) > peak(0.0, **factory)

@@ -245,8 +245,8 @@ def test_commands_start_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = values(read_command(command))
     assert (found["batch.micro"], found["method.rank"]) == (3, 4)
     assert values(read_command("litgpt finetune_lora checkpoints/microsoft/phi-4"))["model"] == "microsoft/phi-4"
-    with pytest.raises(SpecError, match="masks of its window are not counted yet; of Phi-3, "):
-        read_command("litgpt finetune_lora microsoft/Phi-3-mini-4k-instruct")
+    found = values(read_command("litgpt finetune_lora checkpoints/microsoft/Phi-3-mini-4k-instruct"))
+    assert found["model"] == "microsoft/Phi-3-mini-4k-instruct"
     read(tmp_path, AUTOMODEL)
     found = values(read_command("automodel run.yaml --nproc-per-node 4 --step_scheduler.local_batch_size 2"))
     assert (found["batch.micro"], found["parallelism.world"]) == (2, 4)
@@ -278,10 +278,19 @@ def test_a_torchtitan_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     assert (found["parallelism.tp"], found["parallelism.dp"], found["parallelism.strategy"]) == (2, 8 // 2, "fsdp2")
     assert (found["precision.weights"], found["precision.compute"]) == ("fp32", "bf16")
     assert {o.field: o.why for o in file.origins}["batch.sequence"] == "run.toml:9 training.seq_len"
-    (tmp_path / "run.toml").write_text(TITAN.replace('"full"', '"selective"'), "utf-8")
+    every_second = TITAN.replace('"full"', '"selective"')  # the option's default
+    (tmp_path / "run.toml").write_text(every_second, "utf-8")
     file = read_run(str(tmp_path / "run.toml"))
-    assert file.notes == ("activation_checkpoint.mode (run.toml:14): selective: counted as none, which takes more",)
-    assert values(file)["parallelism.world"] == 2
+    found = values(file)
+    assert (found["kernels.checkpointing"], found["kernels.every_n_layers"], file.notes) == ("full", 2, ())
+    assert found["parallelism.world"] == 2
+    (tmp_path / "run.toml").write_text(every_second + 'selective_ac_option = "1"\n', "utf-8")
+    found = values(read_run(str(tmp_path / "run.toml")))
+    assert (found["kernels.checkpointing"], found.get("kernels.every_n_layers")) == ("full", None)
+    (tmp_path / "run.toml").write_text(every_second.replace("tensor_parallel", "pipeline_parallel"), "utf-8")
+    file = read_run(str(tmp_path / "run.toml"))
+    assert values(file)["kernels.checkpointing"] == "none"
+    assert [note.partition(": every 2 ")[0] for note in file.notes] == ["activation_checkpoint.mode (run.toml:14)"]
     by_operation = TITAN.replace('"full"', '"selective"\nselective_ac_option = "op"')
     (tmp_path / "run.toml").write_text(by_operation, "utf-8")
     file = read_run(str(tmp_path / "run.toml"))

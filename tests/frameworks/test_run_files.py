@@ -129,6 +129,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model: a\ntuner_type: boft\nboft_block_size: 8\nrlhf_type: dpo", "dpo", None),
         ("model: a\ntuner_type: adalora\nrlhf_type: dpo", "dpo", None),
         ("model: a\ntuner_type: full\nrlhf_type: ppo\nreward_model: [qwen2-0.5b]", "ppo", None),
+        (f"{SWIFT_LORA}rlhf_type: ppo\nreward_model: [qwen2-0.5b]", "ppo", None),
         (f"{SWIFT_LORA}rlhf_type: grpo\nper_device_train_batch_size: 8\nuse_liger_kernel: true", "grpo", "adapters"),
     ],
 )
@@ -194,6 +195,24 @@ def test_pairs_are_joined_without_padding(tmp_path: Path, version: str, packing:
 def test_ligers_loss_of_pairs_has_the_key_of_its_version(tmp_path: Path, version: str, key: str, loss: Any) -> None:
     file = read(tmp_path, f"model_name_or_path: a\nprecompute_ref_log_probs: false\n{key}: true", f"trl-{version}")
     assert (values(file)["trainer"], values(file).get("kernels.loss")) == ("dpo", loss)
+
+
+def test_the_value_model_of_ppo_trains_as_the_model_does(tmp_path: Path) -> None:
+    text = "model: a\nrlhf_type: ppo\nreward_model: [qwen2-0.5b]\nquant_method: bnb\nquant_bits: 4\nlora_rank: 4\n"
+    found = read(tmp_path, text).fields
+    assert found["roles"]["value"] == {"model": "qwen2-0.5b", "method": found["method"]}
+    assert (found["method"]["kind"], found["method"]["rank"]) == ("qlora", 4)
+    assert found["roles"]["reward"] == {"model": "qwen2-0.5b", "quantization": found["method"]["quantization"]}
+    found = read(tmp_path, "model: a\nrlhf_type: ppo\nreward_model: [qwen2-0.5b]\ntuner_type: full\n").fields
+    assert found["roles"] == {"reward": {"model": "qwen2-0.5b"}}
+
+
+def test_a_file_may_turn_dropout_off_or_on(tmp_path: Path) -> None:
+    text = "model_name_or_path: a\nuse_peft: true\nlora_dropout: 0.1\nmax_prompt_length: 512\ndisable_dropout: {}\n{}"
+    file = read(tmp_path, text.format("true", "num_generations: 4"))
+    assert (values(file)["trainer"], values(file)["method.dropout"], file.notes) == ("grpo", 0, ())
+    file = read(tmp_path, text.format("false", "beta: 0.1"))
+    assert file.notes == ("disable_dropout (run.yaml:5): dropout is counted as off",)
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
@@ -662,7 +681,7 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\nstage: sft\ndo_train: false\nexport_dir: b": "run.yaml:4: export_dir: nothing trains",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: pPO": "run.yaml:3: rlhf_type: 'pPO' is not supported yet; supported: rm, ",
-    "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:2: tuner_type: ppo of adapters, whose value model has some",
+    "model: a\ntemplate: b\npeft_config: {name: lora}\ndist_config: {name: fsdp2}": "run.yaml:4: dist_config: LLaMA-F",
     "model: a\ntuner_type: lora\nrlhf_type: gkd": "run.yaml:3: rlhf_type: gkd without a teacher_model of its own",
     "model: a\ntuner_type: lora\nrlhf_type: gkd\nteacher_model: a": "run.yaml:4: teacher_model: gkd without a",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",

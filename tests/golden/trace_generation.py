@@ -93,6 +93,16 @@ PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, 
     ("blocks", "lora", PURE, (16, 512, 16, 1, 1), "none", {}),
     ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
 )
+# With adapters on the value model, as ms-swift adds them, whose dropout the trainer turns off.
+ADAPTED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "lora", BF16, (4, 256, 16, 1, 1), "none", {}),
+    ("llama", "lora", PURE, (2, 512, 12, 1, 2), "none", {}),
+    ("tied", "lora", FP32, (2, 256, 12, 1, 1), "none", {}),
+    ("qwen2", "qlora", PURE, (2, 512, 16, 1, 2), "none", {}),
+    ("gemma2", "lora", PURE, (2, 256, 8, 1, 1), "copy", {}),
+    ("blocks", "lora", BF16, (8, 512, 16, 1, 1), "none", {}),
+    ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
+)
 # On four GPUs under DDP: its generation fails under FSDP.
 PPO_DIVIDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
     ("llama", "full", BF16, (4, 256, 16, 1, 1), "none", {}),
@@ -139,6 +149,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         cases = [
             *((case, "") for case in PPO[:: {"trl-1.10": 1, "trl-0.24": 2}.get(profile, 3)]),
             *((case, "rewarded") for case in REWARDED),
+            *((case, "adapted") for case in (ADAPTED if profile == "trl-1.10" else ())),
             *((case, "ddp") for case in PPO_DIVIDED[:: 1 if profile == "trl-1.10" else 3]),
             *((case, "evaluated") for case in PPO[:: {"trl-1.10": 5, "trl-0.24": 9}.get(profile, 11)]),
         ]
@@ -151,6 +162,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), how]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
+        targets |= {"dropout": 0.05} if how == "adapted" else {}
         distills = trainer in DISTILLING
         if distills and reference != "none":
             continue
@@ -172,7 +184,11 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     if distills
                     else scorer(family)
                     if strategy == "rewarded"
-                    else {"reward": {"model": {"config": CONFIGS[family]}}}
+                    else {
+                        role: {"model": {"config": CONFIGS[family]}, **own}
+                        for role, own in (("reward", {}), ("value", {"method": {"kind": method, **targets}}))
+                        if role == "reward" or strategy == "adapted"
+                    }
                     if trainer == "ppo"
                     else {},
                     "method": {"kind": method, **targets},

@@ -150,6 +150,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         if (version, name) == (profile, trainer)
     ]
     cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    cases += [(("llama", "lora", BF16, 2, 1024, None, {}), "dropout")] * (profile == "trl-1.10")
     cases += [(case, "padding_free") for case in JOINED if (trainer, profile) == ("dpo", "trl-0.24")]
     if trainer in ("dpo", "kto") and profile in FUSED:  # TRL 0.24 fails under adapters, and KTO of 1.6 refuses them
         older = ("trl-0.24", "trl-1.6")
@@ -173,6 +174,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
+        targets |= {"dropout": 0.05} if strategy == "dropout" else {}
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {micro}x{tokens} {' '.join(words)}"
         yield (
             " ".join(name.split()),

@@ -13,10 +13,12 @@ from __future__ import annotations
 import gc
 import importlib.abc
 import importlib.machinery
+import itertools
 import json
 import sys
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -115,7 +117,7 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one ste
     from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed import utils as dist_utils
-    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC, ptd_checkpoint_wrapper
     from torchtitan.models.llama3.parallelize import parallelize_llama
     from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
@@ -158,6 +160,9 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one ste
     chunked = asked["loss"] == "chunked"
     gc.disable()
     context = dist_utils.get_spmd_context(parallel_dims=dims)
+    number, n = itertools.count(1), asked.get("every", 1)  # as _apply_layer_sac of torchtitan 0.2.2
+    checkpointed = partial(ptd_checkpoint_wrapper, early_stop=False)
+    FullAC._wrap_block = lambda _, block, **__: block if next(number) % n else checkpointed(block)
     with tracker.resizing(), tracker, context():
         with tracker.phase("load"):
             torch.set_default_dtype(getattr(torch, asked["dtype"]))
@@ -223,6 +228,7 @@ def cases() -> Iterator[dict[str, Any]]:
         *({"micro": 2, "passes": 2}, {**both, "passes": 2, "checkpoint": True}, {"dtype": "bfloat16"}, {"dp": 16}),
         *({**both, "tp": 8, "dp": 2, "checkpoint": True}, {"tp": 2, "checkpoint": True, "micro": 2}),
         {**both, "tp": 8, "dp": 2, "checkpoint": True, "micro": 2},
+        *({"checkpoint": True, "every": 2, **more} for more in ({}, both, {"every": 3, "passes": 2}, {"layers": 5})),
         *({**more, "checkpoint": "selective"} for more in ({}, both, {"tp": 4}, {**both, "micro": 2, "passes": 2})),
     ):
         yield {**plain, **more}

@@ -117,7 +117,7 @@ class AutomodelScript:
                 enable(model, *_)
 
         enable = model._checkpoint
-        auto.from_config, model._adapt, model._checkpoint = build, adapt, checkpoint
+        auto.from_config, model.adapt, model._checkpoint = build, adapt, checkpoint
         library("memplan.probe.script.script").compute = compute
         library("memplan.probe.script.script").Script._cast = lambda script: nullcontext()  # FSDP2 casts
         library("memplan.probe.script.distributed_wrapping")._wrap_fsdp2 = shard

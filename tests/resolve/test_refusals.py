@@ -32,7 +32,10 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"kernels": {"checkpointing": "selective", "fused": ["rope"]}, "method": "lora"}, "kernels.checkpointing"),
     ({"kernels": {"every_n_layers": 2, "checkpointing": "offload"}}, "kernels.every_n_layers"),
     ({"kernels": {"every_n_layers": 2, "reentrant": True}}, "kernels.every_n_layers"),
-    ({"model": "llama-3.2-1b", "kernels": {"every_n_layers": 2}, "profile": "torchtitan"}, "kernels.every_n_layers"),
+    (
+        {"model": "llama-3.2-1b", "kernels": {"every_n_layers": 2, "checkpointing": "full"}, "profile": "litgpt"},
+        "kernels.every_n_layers",
+    ),
     ({"precision": {"compute": "fp8"}}, "precision.compute"),
     ({"precision": {"compute": "float8"}}, "precision.compute"),
     (

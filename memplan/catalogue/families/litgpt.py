@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memplan.catalogue.attention.attention import QUERIES, cached
+from memplan.catalogue.attention.attention import QUERIES, cached, mask_name
 from memplan.catalogue.attention.attention import attention as kernel
 from memplan.catalogue.decoder.frame import inputs, lm_head, masks
 from memplan.catalogue.kernels import ops
@@ -32,7 +32,6 @@ class LitGPTKind(NamedTuple):
     scaled     embeddings are scaled
     post       norms after attention and MLP
     capped     attention scores are soft-capped
-    windowed   a window shorter than the context gets a mask in every layer, which is not written here
     """
 
     rms: bool = True
@@ -45,13 +44,12 @@ class LitGPTKind(NamedTuple):
     scaled: bool = False
     post: bool = False
     capped: bool = False
-    windowed: bool = False
 
 
 KINDS = {
     "llama": LitGPTKind(),
     "mistral": LitGPTKind(),
-    "phi3": LitGPTKind(windowed=True),  # 0.5.13 config.py: Phi-3.5 and phi-4 differ from Llama in sizes only
+    "phi3": LitGPTKind(),
     "gemma": LitGPTKind(offset=True, scaled=True),
     "gemma2": LitGPTKind(offset=True, scaled=True, post=True, capped=True),
     "phi": LitGPTKind(rms=False, gated=False, parallel=True, shared=True, bias=True, head_bias=True),
@@ -60,14 +58,20 @@ KINDS = {
 }
 
 
-SUPPORTED = ", ".join(f"{name} without a window" if kind.windowed else name for name, kind in KINDS.items())
+SUPPORTED = ", ".join(KINDS)
+# Checkpoints whose config of LitGPT has a window and whose config.json has none, or the other way round.
+_OTHER_WINDOWS = ("phi-3.5-mini-instruct", "mathstral-7b-v0.1")  # litgpt 0.5.3 and 0.5.13 config.py
 
 
 def has_family(m: ModelSpec) -> bool:
     """Whether LitGPT's model is written here."""
-    kind, window = KINDS.get(m.model_type), m.sliding_window
-    is_short = window is not None and window < (m.longest_sequence or window + 1)
-    return kind is not None and not (kind.windowed and is_short)
+    return m.model_type in KINDS
+
+
+def _has_window(m: ModelSpec) -> bool:
+    """Whether LitGPT's config has a window, of any length: its layers then mask it, however short the sequence is."""
+    name = str(m.card.get("hf_id") or m.get("_name_or_path") or m.name).rpartition("/")[2].lower()
+    return (m.sliding_window is not None) != (name in _OTHER_WINDOWS)
 
 
 def build(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -192,7 +196,8 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: LitGPTKind, x: str, y: str) -
         copy(f"{name}.v_heads", "v0", "v", f"b s {of_keys} d", spread),
     )
     pairs = (("q", "a"), ("k", of_keys))
-    attend = cached(name, wiring, tuple(_capped())) if kind.capped else _sdpa(wiring)
+    masks_window = wiring.window_masks and not (wiring.caching or kind.capped) and _has_window(m)
+    attend = cached(name, wiring, tuple(_capped())) if kind.capped else _sdpa(wiring, masks_window)
     return (
         ops.linear(f"{name}.attn", x, "qkv", "qkv", "h", "attention", kind.bias),
         *heads,
@@ -200,7 +205,7 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: LitGPTKind, x: str, y: str) -
         *(_concatenate(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t, of) for t, of in pairs),
         *attend,
         ops.linear(f"{name}.proj", "o", y, "h", "a d", "attention", kind.bias),
-        ops.release_names("qkv", "q", "k", "v", "o", "q.turned", "k.turned", x),
+        ops.release_names("qkv", "q", "k", "v", "o", "q.turned", "k.turned", *(_MASKS if masks_window else ()), x),
     )
 
 
@@ -225,15 +230,36 @@ def _concatenate(name: str, turned: str, x: str, y: str, heads: str) -> Op:
     return ops.cat(name, (turned, x), y, f"b s {heads} d", dtype=f"={x}", gradient="new")
 
 
-def _sdpa(wiring: Wiring) -> Iterable[Op]:
+# The mask of a layer, which torch pads if its rows are no multiple of 8, and what else is made with it.
+_MASKS = (mask_name(True), "uneven mask", "too early")
+
+
+def _window_mask() -> Iterable[Op]:
+    """Make the mask of a layer's window: a triangle of what comes later, and one of what is too early.
+
+    Both stay until the layer's attention returns. torch's attention keeps the mask, or a padded copy of it.
+    """
+    source = f"{_SOURCE} CausalSelfAttention.forward: apply_sliding_window_attention"
+    mask, uneven, early = (Tensor(n, s, "=q") for n, s in zip(_MASKS, ("s s_even", "s s_uneven", "s s"), strict=True))
+    for name, made in (("attn.mask", (mask, uneven)), ("attn.window", (early,))):
+        yield Op(name, ("q",), made, scratch=(Tensor("ones", "s s", "=q"),), gradient="none", source=source)
+
+
+def _sdpa(wiring: Wiring, masks_window: bool) -> Iterable[Op]:
     """torch's attention. q is stored head by head, and so is the kernel's output, which is copied together."""
-    plain = wiring._replace(copies="")
-    if wiring.backend == "math":
-        return kernel("attn.attention", "q", "k", "v", "o", plain, False)
-    return (
-        *kernel("attn.attention", "q", "k", "v", "heads", plain, False),
-        ops.copy("attn.reshape", "heads", "o", QUERIES),
-    )
+    plain = wiring._replace(copies="", windowed=masks_window, float_masks=masks_window)
+    is_math, made = wiring.backend == "math", _window_mask() if masks_window else ()
+    attend = kernel("attn.attention", "q", "k", "v", "o" if is_math else "heads", plain, False, masks_window)
+    yield from (*made, *map(_for_all_sequences, attend))
+    if not is_math:
+        yield ops.copy("attn.reshape", "heads", "o", QUERIES)
+
+
+def _for_all_sequences(op: Op) -> Op:
+    """Return the operation that pads a mask as one of a mask that all sequences share."""
+    if not op.name.endswith(".pad_mask"):
+        return op
+    return op._replace(writes=tuple(t._replace(shape=t.shape.removeprefix("b ")) for t in op.writes))
 
 
 def _capped() -> Iterable[Op]:

@@ -1,4 +1,4 @@
-"""Checkpointing of only some layers: transformers' `every_n_layers`."""
+"""Checkpointing of only some layers: transformers' `every_n_layers`, torchtitan's `selective_ac_option`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from math import lcm
 from memplan.core.ir import Block, Run, Stack
 
 
-def checkpoint_every(stack: Stack, axes: dict[str, int], n: int) -> tuple[Stack, dict[str, int]]:
-    """Return the stack with only the first of every `n` layers checkpointed, counted through all runs.
+def checkpoint_every(stack: Stack, axes: dict[str, int], n: int, last: bool) -> tuple[Stack, dict[str, int]]:
+    """Return the stack with only the first of every `n` layers checkpointed, or the `last`, counted through all runs.
 
     A run of equal layers becomes a run of groups of layers, and one of what is left.
 
-    Source: transformers 5.24 modeling_utils.py _set_gradient_checkpointing.
+    Source: transformers 5.24 modeling_utils.py _set_gradient_checkpointing; torchtitan 0.2.2
+    distributed/activation_checkpoint.py _apply_layer_sac.
     """
-    axes, runs, number = dict(axes), list[Run](), 0
+    axes, runs, number = dict(axes), list[Run](), int(last)
     for run in stack.runs:
         layers = len(run.blocks) * axes[run.times]
         group = min(lcm(len(run.blocks), n), layers)

@@ -81,7 +81,9 @@ def attach(
                 return stack._replace(after=after, loss=tuple(_chunked_lm_head(last, parts, single)))
             summed = head if chunks == 1 else tuple(map(_summed_by_chunk, head))
             head = tuple(_cast_by_chunk(op, autocast) for op in _intermediates_by_chunk(summed))
-            return stack._replace(after=(*body, *head), loss=_converted_chunks(last))
+            convert, *loss_of_chunks = _converted_chunks(last, single)
+            after = (*body, *head, ops.release_names("n"), convert)
+            return stack._replace(after=after, loss=tuple(loss_of_chunks))
         case "fused":
             matrix, unused = matrix_and_bias(head)  # a bias, which Liger ignores
             body = (*body, Op("loss.unused", weights=unused, gradient="none")) if unused else body
@@ -471,11 +473,12 @@ def _chunked_lm_head(logits: str, parts: tuple[str, ...], single: bool) -> Itera
     yield ops.release_names("losses", *losses, "loss.rows", "targets", *(f"{logits}{part}" for part in parts))
 
 
-def _converted_chunks(logits: str) -> tuple[Op, ...]:
-    """Compute LitGPT's loss under lightning's Fabric.
+def _converted_chunks(logits: str, single: bool) -> tuple[Op, ...]:
+    """Compute LitGPT's loss under lightning's Fabric, whose module casts chunks of logits to fp32 and returns them to
+    the training loop, which holds the last pass's until then. Of several sequences, the last chunk's rows are copied.
 
-    Fabric casts chunks of logits to fp32 before the training loop holds them. A chunk's fp32 gradient replaces its
-    log-probabilities and is cast before the next chunk's, so half the bytes of the log-probabilities remain.
+    A chunk's fp32 gradient replaces its log-probabilities and is cast before the next chunk's, so half the bytes of the
+    log-probabilities remain.
     """
     source = (
         "lightning 2.2.5 fabric/plugins/precision/half.py convert_output; litgpt 0.5 utils.py chunked_cross_entropy"
@@ -491,7 +494,7 @@ def _converted_chunks(logits: str) -> tuple[Op, ...]:
             holds="step",
             source=source,
         ),
-        ops.release_names(logits, "n"),
+        ops.release_names(logits),
         _targets(source),
         Op(
             "loss.chunks",
@@ -499,6 +502,7 @@ def _converted_chunks(logits: str) -> tuple[Op, ...]:
             (Tensor("loss", "", "fp32"), half, rest),
             (),
             (Keep(half.name, outputs, is_gradient=True), Keep(rest.name, outputs), Keep("targets", outputs)),
+            scratch=() if single else (Tensor("rows of the last chunk", "b lm_rows v", "fp32"),),
             scratch_back=(Scratch(chunk), Scratch(chunk)),
             source=source,
         ),

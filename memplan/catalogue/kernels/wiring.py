@@ -38,6 +38,7 @@ class Wiring(NamedTuple):
     causal              no token attends to later tokens; False in encoders, which mask only padding
     one_mask            eager's mask is shared by the whole batch, unless it is padded
     float_masks         sdpa masks are floats, as eager's are, instead of booleans
+    window_masks        LitGPT's layers with a window make a mask of all pairs, of any sequence
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
     pads_clips          the audio clips end before the encoder's window does, which masks the rest
@@ -91,6 +92,7 @@ class Wiring(NamedTuple):
     one_mask: bool = False
     scales_embeddings_outside: bool = False
     float_masks: bool = False
+    window_masks: bool = False
     is_single_sequence: bool = False
     scans_once: bool = False
     has_fp32_inputs: bool = False
@@ -183,6 +185,9 @@ class TrainerFacts(NamedTuple):
                  autocast, or `every` loss; empty if it calls the model. Source: trl 1.16.0 models/utils.py
                  _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state; trl 1.13.0
                  trainer/grpo_trainer.py compute_liger_loss, trainer/dpo_trainer.py, kto_trainer.py _compute_loss_liger
+    no_dropout   it turns dropout off, also that of adapters, unless `disable_dropout` is false. Source: trl 0.24.0 and
+                 1.16.0 trainer/utils.py disable_dropout_in_model; llamafactory 0.9.5 train/dpo, train/kto; ms-swift
+                 4.6.0 rlhf_trainers/rlhf_mixin.py
     own_loop     it does not run transformers' loop. Its own checkpoints nothing, prepares no quantised model, casts no
                  adapters, clips nothing, leaves use_cache on, divides logits in place, and holds the outputs of a
                  micro-batch and the logits of all completions until the next ones exist. A value model trains in the
@@ -200,6 +205,7 @@ class TrainerFacts(NamedTuple):
     packs: bool = False
     rescores: bool = False
     backbone: str = ""
+    no_dropout: bool = False
     own_loop: bool = False
 
     @property
@@ -210,17 +216,17 @@ class TrainerFacts(NamedTuple):
 
 TRAINERS = {
     "sft": TrainerFacts(packs=True),
-    "dpo": TrainerFacts("own", rows=2, packs=True, backbone="fused"),
-    "kto": TrainerFacts("own", least=2, backbone="fused"),
-    "orpo": TrainerFacts(rows=2, older=True, likelihood=True),
-    "cpo": TrainerFacts(rows=2, older=True, likelihood=True),
-    "simpo": TrainerFacts(rows=2, older=True),
-    "reward": TrainerFacts(rows=2),
+    "dpo": TrainerFacts("own", rows=2, packs=True, backbone="fused", no_dropout=True),
+    "kto": TrainerFacts("own", least=2, backbone="fused", no_dropout=True),
+    "orpo": TrainerFacts(rows=2, older=True, likelihood=True, no_dropout=True),
+    "cpo": TrainerFacts(rows=2, older=True, likelihood=True, no_dropout=True),
+    "simpo": TrainerFacts(rows=2, older=True, no_dropout=True),
+    "reward": TrainerFacts(rows=2, no_dropout=True),
     "grpo": TrainerFacts("none", ("reward",), completions=8, backbone="fused"),  # beta is 0; RLOO's is 0.05
     "rloo": TrainerFacts("own", ("reward",), completions=2, rescores=True),
     # trl 1.12.0 experimental/ppo/ppo_config.py, 0.24.0 trainer/utils.py OnPolicyConfig: response_length
-    "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, own_loop=True),
-    "gkd": TrainerFacts(models=("teacher",), packs=True),
+    "ppo": TrainerFacts("own", ("reward", "value"), completions=1, tokens=53, no_dropout=True, own_loop=True),
+    "gkd": TrainerFacts(models=("teacher",), packs=True, no_dropout=True),
     "distill": TrainerFacts(models=("teacher",), completions=1, backbone="every"),
 }
 PAIRED = tuple(name for name, facts in TRAINERS.items() if facts.older)

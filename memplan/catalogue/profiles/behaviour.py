@@ -92,6 +92,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers        every layer holds a causal mask for all positions, used or not
     one_mask              eager attention has one causal mask for the entire batch, unless there is padding
     float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
+    window_masks          LitGPT's layers with a window make a mask of all pairs, however short the sequence is
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
     packs_without_flash   it also does so with other attention than flash-attn's
@@ -109,6 +110,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers: bool
     one_mask: bool
     float_masks: bool
+    window_masks: bool
     masks_padding: bool
     packing: tuple[str, ...]
     packs_without_flash: tuple[str, ...]
@@ -124,6 +126,7 @@ class CheckpointingBehaviour(NamedTuple):
     frozen_inputs    the embeddings' output requires a gradient even if the embeddings are frozen
     adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
+    last_of_n        of every n layers the last one is checkpointed, not the first
     keeps_last       offloaded checkpoints leave the last block's input on the GPU
     saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), trl (OffloadActivations),
                      or not counted yet
@@ -134,6 +137,7 @@ class CheckpointingBehaviour(NamedTuple):
     frozen_inputs: bool
     adapted_inputs: bool
     passes_keywords: bool
+    last_of_n: bool
     keeps_last: bool
     saved_tensors: Literal["", "torch", "trl"]
 

@@ -18,7 +18,6 @@ _TARGETS = {
     "lora_mlp": ("gate_proj", "up_proj", "down_proj"),
     "lora_head": ("lm_head",),
 }
-_WINDOWED = ("phi-3-mini-", "phi-4-mini-")  # litgpt 0.5.13 config.py: those of Phi-3 with a window
 # Precision -> the dtypes of the weights and of autocast.
 _PRECISIONS = {
     "bf16-true": ("bf16", None),
@@ -39,9 +38,6 @@ _OPTIMIZERS = {"AdamW": "", "SGD": "sgd", "PagedAdamW": "paged_adamw_32bit", "Pa
 def _model(config: Config) -> None:
     """The folder of a checkpoint is named as its model on the Hub; its head is not tied to the embeddings."""
     name = (config.text("checkpoint_dir") or "").strip("/")
-    if any(start in name.lower() for start in _WINDOWED):
-        text = "LitGPT's masks of its window are not counted yet; of Phi-3, Phi-3.5-mini-instruct and phi-4 are"
-        raise config.error("checkpoint_dir", text)
     trainer.set_model(config, "/".join(name.split("/")[-2:]), "checkpoint_dir")
     model = trainer.model_of(config)
     if model is not None and model.config.get("tie_word_embeddings") and not config.flag("train.tie_embeddings"):

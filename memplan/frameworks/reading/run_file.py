@@ -49,7 +49,7 @@ _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
 _LATER = {
-    "model_class": "LLaMA-Factory v1's (USE_V1=1: a preview with its own trainer and loss)",
+    **dict.fromkeys(("model_class", "dist_config", "kernel_config"), "LLaMA-Factory v1's (USE_V1=1: a preview)"),
     "policy_model": "torchtune's PPO",
     "grpo_samples": "torchtune's GRPO",
     "checkpointer": "torchtune's evaluation and generation",

@@ -67,8 +67,6 @@ def _trainer(config: Config) -> None:
         raise config.refuse("rlhf_type", ", ".join(_TRAINERS))
     name = _TRAINERS[kind]
     if name == "ppo":
-        if config.get("tuner_type") != "full":
-            raise config.error("tuner_type", "ppo of adapters, whose value model has some, too, is not supported yet")
         trainer.ppo(config, "reward_model", "response_length", "rlhf_type")
     elif name != "grpo":
         name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
@@ -135,6 +133,20 @@ def _method(config: Config) -> None:
     if model is not None and model.has_tower:
         parts = {"vision": "freeze_vit", "projector": "freeze_aligner", "language": "freeze_llm"}
         config.set("method.frozen", [part for part, key in parts.items() if config.flag(key)], *parts.values())
+
+
+def _other_models(config: Config) -> None:
+    """PPO's value model, like the reward model, gets adapters as the model does, and all are loaded in its format:
+    pipelines/train/rlhf.py _prepare_single_model."""
+    method = {field: origin.value for field, origin in config.found.items() if field.startswith("method.")}
+    if config.value("trainer") != "ppo" or method["method.kind"] == "full":
+        return
+    config.set("roles.value.model", config.value("roles.reward.model"), why=f"{config.title} trains the reward model's")
+    for field, value in method.items():
+        stored = field.removeprefix("method.")
+        config.set(f"roles.value.{field}", value, why="as the model's")
+        if stored.startswith("quantization."):
+            config.set(f"roles.reward.{stored}", value, why="as the model's")
 
 
 def _adapters(config: Config) -> None:
@@ -241,7 +253,17 @@ def _environment(config: Config) -> None:
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "ms-swift": (
-        *(_program, _method, _batch, _kernels, trainer.optimizer, trainer.loop, _environment, _parallelism),
+        *(
+            _program,
+            _method,
+            _other_models,
+            _batch,
+            _kernels,
+            trainer.optimizer,
+            trainer.loop,
+            _environment,
+            _parallelism,
+        ),
         *(_precision, _evaluation),
     ),
 }

@@ -43,11 +43,16 @@ def _model(config: Config) -> None:
 
 
 def _kernels(config: Config) -> None:
-    mode = config.word("activation_checkpoint.mode", "none", "selective", "full")
-    if mode == "selective" and config.get("activation_checkpoint.selective_ac_option") != "op":
-        config.leave("activation_checkpoint.mode", "selective: counted as none, which takes more")
-        mode = "none"
-    config.set("kernels.checkpointing", mode or "none", "activation_checkpoint.mode")
+    key, option = "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option"
+    mode = config.word(key, "none", "selective", "full")
+    if mode == "selective" and config.get(option) != "op":
+        n = config.whole(option) or 1
+        mode = "full" if n == 1 or (config.whole("parallelism.pipeline_parallel_degree") or 1) == 1 else "none"
+        if mode == "none":
+            config.leave(key, f"every {n} layers of a pipeline's stage: counted as none, which takes more")
+        elif n > 1:
+            config.set("kernels.every_n_layers", n, option)
+    config.set("kernels.checkpointing", mode or "none", key)
     name = config.text("optimizer.name") or "AdamW"
     if name not in ("AdamW", "Adam"):
         raise config.error("optimizer.name", f"{shown(name)} is not supported yet; supported: AdamW, Adam")

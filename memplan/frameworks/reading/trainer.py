@@ -81,8 +81,14 @@ def fused_loss(config: Config, key: str) -> None:
 
 
 def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
-    """A trainer of TRL, and whether its reference's log-probabilities are precomputed."""
+    """A trainer of TRL, whether its reference's log-probabilities are precomputed, and whether it has dropout."""
     config.set("trainer", name, *keys, why=why)
+    key = "disable_dropout"
+    if config.said(key) is not None and config.flag(key) != TRAINERS[name].no_dropout:
+        if config.flag(key):
+            config.set("method.dropout", 0.0, key)
+        else:
+            config.leave(key, "dropout is counted as off")
     if config.flag("precompute_ref_log_probs"):
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 

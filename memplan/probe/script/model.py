@@ -60,7 +60,7 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
             if parts.fullmatch(name):
                 parameter.requires_grad_(False)
     if kind in ADAPTERS:
-        model = _adapt(model, run)
+        model = adapt(model, run)
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)
     if trains and run.kernels.checkpointing != "none":
@@ -273,7 +273,7 @@ def _arguments(model: Any) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
-def _adapt(model: Any, run: RunSpec) -> Any:
+def adapt(model: Any, run: RunSpec) -> Any:
     """Return the model with peft's adapters on the targets, in `adapter_dtype` (default: fp32, as in peft)."""
     peft, method, objective = library("peft"), run.method, objective_of(run)
     saved = list(modules_to_train(objective, method.modules_to_save, hasattr(model, "score")))

@@ -18,10 +18,12 @@ import torch
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.probe.libraries import library
 from memplan.probe.script.distributed_wrapping import unreduced_gradients, wrap
+from memplan.probe.script.model import adapt
 from memplan.probe.script.parameter_counts import parameters
 from memplan.probe.script.trl_generation import GenerationScript
 from memplan.probe.script.trl_trainers import TrainerScript, always, trainer_module
-from memplan.resolve.roles import scoring_run
+from memplan.resolve.ranks import without_preparation
+from memplan.resolve.roles import models_of, scoring_run
 from memplan.spec.run import RunSpec, changed
 
 
@@ -126,6 +128,10 @@ class PPOScript(GenerationScript):
         """The other models of the step."""
         reference = self._built(self.run) if self._copies else None
         scalars = {f"{role}_model": self._built(scoring_run(self.run, role)) for role in ("reward", "value")}
+        method = models_of(self.run)["value"].method
+        if method is not None and method.kind != "full":  # which ms-swift makes of the value model
+            alone = scoring_run(self.run, "value").model_copy(update={"method": without_preparation(method)})
+            scalars["value_model"] = adapt(self._built(alone), alone)
         return {**scalars, "ref_model": reference}
 
     @property

@@ -286,6 +286,7 @@ class TrainerScript:
                 task_type="SEQ_CLS" if run.trainer == "reward" else "CAUSAL_LM",
                 r=method.rank,
                 lora_alpha=8,
+                lora_dropout=method.dropout,
                 target_modules=target_modules(run, model),
                 use_dora="dora" in method.kind,
             )
@@ -308,7 +309,7 @@ class TrainerScript:
         )
         others = {}
         for role, other in run.roles.named:
-            if role == "reward" or other.location == "server":
+            if role in ("reward", "value") or other.location == "server":
                 continue
             others[f"{role}_model"] = self._other(run, other)
         return kind(

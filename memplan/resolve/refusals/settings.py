@@ -86,11 +86,11 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
 
 
 def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
-    """Yield errors for checkpointing of some layers that transformers, or memplan so far, does not do."""
+    """Yield errors for checkpointing of some layers that a library, or memplan so far, does not do."""
     field, n = "kernels.every_n_layers", r.kernels.every_n_layers
     if r.kernels.checkpointing == "none":
         yield refused(field, f"{n} only applies with checkpointing, and kernels.checkpointing is none")
-    if r.code != "transformers" or r.is_megatron_model:
+    if r.code == "litgpt" or r.is_megatron_model:
         yield not_yet_with(field, r.profile, "1")
     if r.kernels.checkpointing == "offload" or r.kernels.reentrant:
         yield not_yet_with(field, f"{'offload' if not r.kernels.reentrant else 'reentrant'} checkpointing", "1")

@@ -66,6 +66,8 @@ _ROLES = {"teacher": DISTILLING, "reward": _SCORING, "value": _SCORING}  # role 
 def roles(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for other models that the trainer's step does not have, or not where they are."""
     for role, other in run.roles.named:
+        if role != "value" and other.method is not None:
+            yield refused(f"roles.{role}.method", "only applies to a value model, which trains; leave it out")
         if role not in _ROLES:
             kinds = "--reference copy, adapters or precomputed; or of a teacher, reward or value model"
             yield refused(f"roles.{role}", f"a checkpoint of its own is not supported yet; supported: {kinds}")
