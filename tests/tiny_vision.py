@@ -89,6 +89,18 @@ TINY: dict[str, dict[str, Any]] = {
         "projection_hidden_size": 64,
         "tie_word_embeddings": False,
     },
+    "lfm2_vl": {
+        "text_config": {"model_type": "lfm2", **TEXTS["lfm2"]},
+        "vision_config": {
+            "model_type": "siglip2_vision_model",
+            **_SIGLIP,
+            "patch_size": 16,
+            "num_patches": 64,
+            "vision_use_head": False,
+        },
+        "projector_hidden_size": 208,
+        "image_token_id": 290,
+    },
     "llama4": {
         "text_config": {**TEXTS["llama4_text"], "model_type": "llama4_text"},
         "vision_config": {

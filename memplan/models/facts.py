@@ -84,6 +84,7 @@ class ImageFacts(NamedTuple):
     is_fixed         its processor resizes every image to the same size
     is_packed        the tower reads all images as one packed sequence, which is split only for sdpa
     has_masks        the tower's layers take masks, which offloading checkpoints would also move
+    sets_dtype       a linear layer to whose weight's dtype pixels are cast, also if that is quantised; "" if none is
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
     pictures         how many pictures the tower reads of a video's frames of a height and width, and one of them; None
                      if it takes no videos
@@ -104,6 +105,7 @@ class ImageFacts(NamedTuple):
     is_fixed: bool = False
     is_packed: bool = False
     has_masks: bool = False
+    sets_dtype: str = ""
     by_keyword: bool = False
     pictures: Callable[[ModelFacts, int, int, int], tuple[int, Picture]] | None = None
     clip: Callable[[ModelFacts, int | None], tuple[int, Picture]] | None = None

@@ -32,6 +32,7 @@ class PeftMethod(NamedTuple):
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
     refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
     again    whether checkpointed layers can compute it again: peft refuses a prefix, and a pass's hooks end with it
+    own_loss whether its model computes the loss again, from the logits that the model below returns
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
              values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
              rows of the embeddings (`tokens`)
@@ -47,6 +48,7 @@ class PeftMethod(NamedTuple):
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
     again: bool = True
+    own_loss: bool = False
     on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
 
 
@@ -157,6 +159,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         again=False,
         on="prefix",
     ),
+    "cpt": PeftMethod(options={"cpt_token_ids": None}, formats=BITSANDBYTES, conv1d=True, own_loss=True, on="prompt"),
     "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
@@ -307,4 +310,12 @@ def filled_options(method: str, options: Mapping[str, Value], model_type: str) -
         filled["feedforward_modules"] = FEEDFORWARD.get(model_type, "")
     if isinstance(filled.get("adapters"), Mapping):  # X-LoRA's paths by name
         filled["adapters"] = len(cast(Mapping[str, Value], filled["adapters"]))
+    if "cpt_token_ids" in filled:
+        filled["cpt_token_ids"] = virtual_tokens(options)
     return filled
+
+
+def virtual_tokens(options: Mapping[str, object]) -> int:
+    """Return the number of trained tokens before each sequence; CPT's config lists the tokens that they start as."""
+    given = options.get("cpt_token_ids", options.get("num_virtual_tokens")) or 0
+    return len(cast(tuple[object, ...], given)) if isinstance(given, tuple) else int(cast(int, given))

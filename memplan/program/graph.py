@@ -22,7 +22,7 @@ from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_al
 from memplan.catalogue.kernels.wiring import TRAINERS, Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
-from memplan.catalogue.methods.peft_layers import with_orthogonality
+from memplan.catalogue.methods.own_losses import with_own_loss
 from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
@@ -294,8 +294,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     )
     if graph.wiring.keeps_last and stack.after:
         stack = stack._replace(after=with_last_input(stack.after))
-    if recipe.kind == "adalora" and graph.loss == "hf" and graph.inference is None:
-        stack = with_orthogonality(stack)
+    if graph.loss == "hf":
+        stack = with_own_loss(stack, recipe.kind, graph.has_one_sequence, graph.inference is None)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 

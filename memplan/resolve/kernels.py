@@ -202,6 +202,12 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
             "states to its layers by keyword: they are neither offloaded nor get gradients from reentrant "
             "checkpointing; supported: none, full, not reentrant",
         )
+    if images.sets_dtype and recipe.quantization and images.sets_dtype not in recipe.skip:
+        raise refused(
+            "method.quantization.skip",
+            f"{model.model_type} casts pixels to the dtype of {images.sets_dtype}, which is an integer if quantised: "
+            f"name {images.sets_dtype} there, and lm_head",
+        )
     if images.by_keyword and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
         raise refused(
             "precision.weights",

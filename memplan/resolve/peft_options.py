@@ -48,14 +48,14 @@ def _is_init(value: Any) -> bool:
     return isinstance(value, bool) or value in _INITS or re.fullmatch(r"pissa_niter_\d+", str(value)) is not None
 
 
-def token_indices(field: str, value: Any) -> Iterator[SpecError]:
-    """Yield an error for what is not a list of token numbers."""
+def token_indices(field: str, value: Any, repeats: bool = False) -> Iterator[SpecError]:
+    """Yield an error for what is not a list of token numbers, of which each is named once unless it `repeats`."""
     numbers = cast(tuple[Any, ...], value if isinstance(value, tuple) else ())
     if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in numbers):
-        given = "must be given (--peft-options token_indices=[5,6])"
+        given = f"must be given (--peft-options {field.rpartition('.')[2]}=[5,6])"
         shown = given if value is None else f"must be a list of whole numbers, not {value!r:.40}"
         yield refused(field, f"{shown}: the numbers of the tokens whose embeddings train")
-    elif len(set(numbers)) < len(numbers):
+    elif len(set(numbers)) < len(numbers) and not repeats:
         yield refused(field, "names a token twice")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from memplan.core.errors import UnknownNameError, refused
 from memplan.core.frozen import FrozenDict
-from memplan.models.peft_methods import PEFT_METHODS, trains_prefix
+from memplan.models.peft_methods import PEFT_METHODS, trains_prefix, virtual_tokens
 from memplan.spec.base import Count, Dtype, Flag, Json, Names, Natural, Number, Part
 from memplan.spec.checks import Strict
 from memplan.spec.formats import Quantization
@@ -26,6 +26,7 @@ MethodKind = Literal[
     "boft",
     "c3a",
     "cartridge",
+    "cpt",
     "deft",
     "delora",
     "fourierft",
@@ -78,10 +79,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 
 # The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
 # kind of parameters.
-_NEAREST = {
-    "lora": "shadow",
-    "prompt_tuning": "cpt",
-}
+_NEAREST = {"lora": "shadow"}
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
 
 
@@ -170,7 +168,7 @@ class Method(Part):
     def virtual_tokens(self) -> int:
         """Number of trained tokens that the method puts before each sequence."""
         has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on in ("prompt", "prefix")
-        return int(self.options.get("num_virtual_tokens") or 0) if has_prompt else 0
+        return virtual_tokens(self.options) if has_prompt else 0
 
     @property
     def trained_tokens(self) -> int:

@@ -127,6 +127,26 @@ def test_an_image_of_command_a_vision_is_cut_into_tiles(size: Any, tiles: int) -
     assert (picture.tiles, picture.tokens) == (tiles, tiles * 17 + 2)
 
 
+# A token covers 32 pixels, and two frame the image: 9 x 13; 8 x 8, which 100 x 100 is enlarged to; 16 x 16. 1000 x 1200
+# is shrunk to 14 x 17, next to 3 x 3 tiles of 256 tokens, each with one more as the whole image has.
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens", "unread"),
+    [
+        ((300, 420), 1, 9 * 13 + 2, 256 - 9 * 13),
+        (100, 1, 8 * 8 + 2, 256 - 8 * 8),
+        (512, 1, 256 + 2, 0),
+        ((1000, 1200), 10, 14 * 17 + 9 * 256 + 10 + 2, 256 - 14 * 17),
+    ],
+)
+def test_every_tile_of_lfm2_vl_has_as_many_rows(size: Any, tiles: int, tokens: int, unread: int) -> None:
+    spec = ModelSpec({"model_type": "lfm2_vl", **TINY["lfm2_vl"]})
+    picture = picture_of(spec, size)
+    assert (picture.tiles, picture.tokens, picture.patches) == (tiles, tokens, 1024)
+    assert axes_of(spec, 3, picture)["unread"] == 3 * unread
+    asked = run("lfm2_vl", batch={"sequence": tokens, "images": 1, "image_size": size})
+    assert decide(asked).structure.graph.wiring.pads_tower is (unread > 0)
+
+
 def test_an_image_of_aya_vision_is_one_tile() -> None:
     spec = ModelSpec({"model_type": "aya_vision", **TINY["aya_vision"]})
     assert {picture_of(spec, size)[:4] for size in (None, 28, (8000, 100))} == {(8, 8, 16, 2)}
@@ -158,7 +178,7 @@ def test_a_clip_is_read_in_windows(family: str, seconds: int | None, windows: in
 )
 def test_silence_after_a_clip_is_masked_by_qwen2_audio_alone(family: str, seconds: int, pads: bool) -> None:
     asked = run(family, batch={"sequence": 50, "clips": 1, "clip_seconds": seconds})
-    assert decide(asked).structure.graph.wiring.pads_clips is pads
+    assert decide(asked).structure.graph.wiring.pads_tower is pads
 
 
 @pytest.mark.parametrize(
@@ -309,6 +329,11 @@ CUT: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vision_config": {**TINY["cohere2_vision"]["vision_config"], "vision_use_head": True}},
         "vision_feature_layer: cohere2_vision's images are only supported with -1, and vision_use_head false",
     ),
+    "a head of LFM2-VL": (
+        "lfm2_vl",
+        {"vision_config": {**TINY["lfm2_vl"]["vision_config"], "vision_use_head": True}},
+        "vision_config.vision_use_head: lfm2_vl's images are only supported with false",
+    ),
     "a rest of patches": (
         "aya_vision",
         {"downsample_factor": 3},
@@ -419,6 +444,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "images and audio": (
         {"model": model("voxtral"), "batch": {"images": 1, "clips": 1}},
         "batch.images: voxtral has no vision tower",
+    ),
+    "pixels as integers": (
+        {"model": model("lfm2_vl"), "batch": {"images": 1, "image_size": 56}, "method": "qlora"},
+        "method.quantization.skip: lfm2_vl casts pixels to the dtype of patch_embedding, which is an integer if ",
     ),
     "a clip's mask on the host": (
         {"model": model("qwen2_audio"), "batch": {"clips": 1}, "kernels": {"checkpointing": "offload"}},

@@ -6,8 +6,8 @@ python tests/golden/trace_inference.py llama mistral
 Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or the named ones, at its small size: a forward pass,
 and a prompt with a few generated tokens, with eager attention and with padding; some in other dtypes, with adapters,
 quantised, with other caches, beams and sampling. Also encoder-decoders (tests/encoders.py) with beams, mllama with
-images (`images`), audio (`audio`), special cases (`apart`), and some cards at full size (`real`). Runs that cannot be
-traced are listed on standard error.
+images (`images`), padded images (`padded`), audio (`audio`), special cases (`apart`), and some cards at full size
+(`real`). Runs that cannot be traced are listed on standard error.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
 )
 IMAGES = {"micro": 3, "sequence": 75, "new_tokens": 4, "images": 2}
+PICTURED = {"micro": 2, "sequence": 300, "images": 2, "image_size": (300, 420), "new_tokens": 3}
 SEEN: tuple[dict[str, Any], ...] = (  # mllama, whose layers attend to images in addition to tokens
     *(
         {"batch": {**IMAGES, "micro": micro, "images": 1}, "precision": weights, "generation": {"num_beams": beams}}
@@ -163,6 +164,13 @@ HEARD: tuple[dict[str, Any], ...] = (
         {"batch": {"micro": 2, "sequence": 110, "clips": 2, "new_tokens": 4}, "generation": {"num_beams": beams}}
         for beams in (1, 2)
     ),
+)
+PADDED: tuple[dict[str, Any], ...] = (  # images, which pad a tile to its most patches
+    {"batch": {**PICTURED, "new_tokens": 0}, "task": "forward"},
+    {"batch": {**PICTURED, "new_tokens": 0}, "task": "forward", "precision": "fp32"},
+    {"batch": {**PICTURED, "new_tokens": 0}, "task": "forward", "kernels": {"attention": "eager"}},
+    {"batch": PICTURED},
+    {"batch": PICTURED, "generation": {"num_beams": 2}},
 )
 REAL_ACROSS: tuple[dict[str, Any], ...] = (
     {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
@@ -189,6 +197,9 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
         yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for name, fields in product(("qwen2_audio", "voxtral"), HEARD) if not names or "audio" in names else ():
+        config = {"config": {"model_type": name, **TOWERS[name]}}
+        yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
+    for name, fields in product(("lfm2_vl",), PADDED) if not names or "padded" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for fields in REAL_ACROSS if not names or "real" in names else ():

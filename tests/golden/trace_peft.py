@@ -47,6 +47,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"num_virtual_tokens": 20}},
         {"options": {"num_virtual_tokens": 33, "num_frozen_tokens": 0}},
     ),
+    "cpt": ({"options": {"cpt_token_ids": [7] * 20}}, {"options": {"cpt_token_ids": [*range(33)]}}),
     "deft": ({"rank": 4, "dropout": 0.1}, {"options": {"para": True}}),
     "delora": ({"rank": 4},),
     "fourierft": ({"options": {"n_frequency": 300}},),

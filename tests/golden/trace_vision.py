@@ -46,10 +46,15 @@ LLAMA4 = (
 )
 
 
-def method(name: str, kind: str) -> dict[str, Any]:
-    """Return a method that peft supports for the family."""
+def method(name: str, kind: str, sees: bool) -> dict[str, Any]:
+    """Return a method that peft supports for the family, and that runs if it `sees` images."""
     named = kind != "full" and name.replace("-", "").startswith("llama4")
-    return {"kind": kind, **({"targets": LLAMA4} if named else {})}
+    skips = kind == "qlora" and sees and name.startswith("lfm2")
+    return {
+        "kind": kind,
+        **({"targets": LLAMA4} if named else {}),
+        **({"quantization": {"skip": ["lm_head", "patch_embedding"]}} if skips else {}),
+    }
 
 
 def runs(
@@ -86,7 +91,7 @@ def runs(
                 f"{name}-{kind}",
                 RunSpec(
                     model=model,
-                    method={**method(name, kind), "frozen": frozen},
+                    method={**method(name, kind, bool(batch)), "frozen": frozen},
                     batch={"micro": 2 if name in TINY else 1, "sequence": length, **batch},
                     kernels={"checkpointing": checkpointing, "attention": attention},
                     gpu="a100-sxm-80gb",

@@ -93,7 +93,7 @@ def _listening(
     own = Wiring(
         wiring.tower or "flash",
         "eager" if wiring.tower == "eager" else "efficient",
-        padded=wiring.pads_clips,
+        padded=wiring.pads_tower,
         causal=False,
         records=wiring.records,
     )
@@ -163,7 +163,7 @@ def qwen2_audio(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("v.projected"),
     )
     mask = Tensor("feature_attention_mask", "b images 2 grid", "int32")
-    held = ("v.encoded", "v.heard", *(t.name for t in _LENGTHS), *(("v.mask",) if wiring.pads_clips else ()))
+    held = ("v.encoded", "v.heard", *(t.name for t in _LENGTHS), *(("v.mask",) if wiring.pads_tower else ()))
     stack = _listening(m, wiring, after, scattered(joined=False), held, (mask,), True)
     single = wiring.is_single_sequence and not wiring.padded
     return stack._replace(loss=cross_entropy("logits", "half", single))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.catalogue.decoder.decoder import stack_of
-from memplan.catalogue.families import fixed_images
+from memplan.catalogue.families import fixed_images, padded_images
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.uncalled_towers import newline, siglip, two_layers
 from memplan.core.ir import Stack
@@ -36,6 +36,8 @@ def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
 
 
 def lfm2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    if wiring.images:
+        return padded_images.lfm2_vl(m, wiring)
     norm = "layer_norm" if m.get("projector_use_layernorm", True) else ""
     projector = two_layers(_PROJECTOR, "valigned", "vm", bias=m.get("projector_bias", True), norm=norm)
     return siglip(m, _text(m, wiring), projector, numbered=False)

@@ -141,11 +141,11 @@ def _label_smoothing(stack: Stack, hold_outputs: bool, converts: bool, logits: s
         after = tuple(_held(op) if any(t.name == returned for t in op.writes) else op for op in after)
     rows = "shifted_rows v" if is_causal else given.shape
     lead = rows.rpartition(" ")[0]
-    shifted = _shifted(returned, Tensor("shifted", rows), source, single) if is_causal else ()
+    shifting = shifted_rows(returned, Tensor("shifted", rows), source, single) if is_causal else ()
     x, targets = ("shifted", "targets") if is_causal else (returned, "labels")
     clamped, padding = Tensor("clamped", lead, "int64"), Tensor("padding", lead, "bool")
     smoothed = (
-        *shifted,
+        *shifting,
         Op("loss.log_softmax", (x,), (Tensor("log_probs", rows),), (), (Keep("log_probs", x),), autocast="fp32"),
         ops.scale("loss.negative", "log_probs", "negative", rows),
         *((ops.release_names("shifted"),) if is_causal else ()),
@@ -235,7 +235,7 @@ def cross_entropy(
             if form == "model" and held
             else ()
         ),
-        *_shifted(kernel_logits, Tensor("shifted", "shifted_rows v"), source, single),
+        *shifted_rows(kernel_logits, Tensor("shifted", "shifted_rows v"), source, single),
         *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v"),
         ops.release_names("shifted", "targets", kernel_logits, *((logits,) if form == "shifted" else ()), "n"),
     )
@@ -282,7 +282,7 @@ def _float(logits: str, source: str) -> Op:
     return Op("loss.float", (logits,), (Tensor("logits32", "b s v", "fp32"),), cast=True, source=source)
 
 
-def _shifted(x: str, rows: Tensor, source: str, single: bool) -> tuple[Op, ...]:
+def shifted_rows(x: str, rows: Tensor, source: str, single: bool) -> tuple[Op, ...]:
     """Drop the last row of `x` and the first label. The gradient of `x` gets its full size back in a new tensor."""
     labels = (Tensor("targets", "shifted_labels", "int64"),)
     return (
@@ -542,7 +542,7 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool, shifted: bool, 
             temporaries = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
     chunk = Tensor("logits of a chunk", "fc v", autocast or "")
     return (
-        *(_shifted("n", Tensor(hidden, rows), source, single) if shifted else (_targets(source),)),
+        *(shifted_rows("n", Tensor(hidden, rows), source, single) if shifted else (_targets(source),)),
         Op(
             "loss.fused",
             (hidden, "targets"),

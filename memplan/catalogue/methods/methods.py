@@ -37,7 +37,7 @@ from memplan.catalogue.quantization.inference_formats import (
 from memplan.catalogue.quantization.quantization import experts_fp8, family_of, quantised_linear, stored
 from memplan.core.ir import Block, Op, Stack, Weight, operations, outside
 from memplan.core.records import NamedTuple
-from memplan.models.peft_methods import PEFT_METHODS, Value, trains_prefix
+from memplan.models.peft_methods import PEFT_METHODS, Value, trains_prefix, virtual_tokens
 
 if TYPE_CHECKING:
     from memplan.catalogue.methods.selection import Selection
@@ -128,7 +128,7 @@ class Recipe(NamedTuple):
     @property
     def virtual_tokens(self) -> int:
         """Number of trained tokens before each sequence."""
-        return next((int(value or 0) for name, value in self.options if name == "num_virtual_tokens"), 0)
+        return virtual_tokens(dict(self.options))
 
     @property
     def prefix(self) -> int:

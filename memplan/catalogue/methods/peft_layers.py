@@ -12,10 +12,10 @@ from math import prod
 from typing import Any
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import matrix, renamed, rewrite
+from memplan.catalogue.kernels.rewriting import matrix, renamed
 from memplan.catalogue.quantization.fused_4bit import Copies
 from memplan.catalogue.quantization.quantization import family_of, quantised_linear
-from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.core.records import NamedTuple
 
 
@@ -391,39 +391,6 @@ def adalora(layer: Wrapped) -> Iterator[Op]:
     add, in_place = ops.add(f"{n}.add", result, f"{p}.delta", p, shape), layer.is_4bit or not layer.is_bitsandbytes
     yield add._replace(view=True, writes=(Tensor(p, shape, f"={result}"),)) if in_place else add
     yield ops.release_names(x, inner, f"{p}.ranknum")
-
-
-def with_orthogonality(stack: Stack) -> Stack:
-    """AdaLoRA's model with the regularisation that it adds to the loss, which makes A and B orthogonal.
-
-    It is added last, so backward computes its gradients of all A and B first. They wait for those of the loss.
-    Source: peft 0.21.2 tuners/adalora/model.py AdaLoraModel.forward.
-    """
-    known = "orthogonality"
-
-    def of_loss(op: Op) -> tuple[Op, ...]:
-        adapters = tuple(w for w in op.weights if w.trains and w.name.endswith((".lora_A", ".lora_B")))
-        if not adapters:
-            return (op,)
-        keeps = tuple(Keep(known, w.name, is_gradient=True) for w in adapters)
-        added = tuple(Scratch(Tensor("gradient to add", w.shape, w.dtype), w.name) for w in adapters)
-        return Op(known, (known,)), op._replace(keeps=(*op.keeps, *keeps), scratch_back=(*op.scratch_back, *added))
-
-    waiting = tuple(
-        Tensor(f"{known}, gradients of {run.times} {block.name} {w.name}", f"{run.times} {w.shape}", w.dtype)
-        for run in stack.runs
-        for block in run.blocks
-        for op in block.ops
-        for w in op.weights
-        if w.trains and w.name.endswith((".lora_A", ".lora_B"))
-    )
-    stack = rewrite(stack, of_loss)
-    source = "peft 0.21.2 tuners/adalora/model.py AdaLoraModel.forward"
-    constant = Op(known, (), (Tensor(known, "1", "fp32"),), gradient="none")
-    last = Op(
-        known, ("loss",), (Tensor("loss", "", "=loss"),), gradient="same", view=True, wraps=waiting, source=source
-    )
-    return stack._replace(before=(constant, *stack.before), loss=(*stack.loss, last))
 
 
 def oft(layer: Wrapped) -> Iterator[Op]:

@@ -2,7 +2,7 @@
 
 Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
 tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cartridge/model.py,
-tuners/multitask_prompt_tuning/model.py.
+tuners/multitask_prompt_tuning/model.py, tuners/cpt/model.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memplan.catalogue.kernels.rewriting import once_each, rewrite_blocks
 from memplan.catalogue.methods.adaption_prompt import with_adaption_prompts
 from memplan.catalogue.methods.trained_tokens import with_trained_tokens
 from memplan.core.ir import Keep, Op, Stack, Tensor, Weight
-from memplan.models.peft_methods import trains_prefix
+from memplan.models.peft_methods import trains_prefix, virtual_tokens
 
 _SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
 TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s` includes
@@ -35,7 +35,7 @@ def with_trained_inputs(
         return with_adaption_prompts(stack, int(options["adapter_len"]), dtypes[1])
     if trains_prefix(kind):
         return with_prefix(stack, options)
-    return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
+    return with_prompt(stack, options) if virtual_tokens(options) else stack
 
 
 def with_prefix(stack: Stack, options: Mapping[str, Any]) -> Stack:
@@ -99,7 +99,7 @@ def _encoded(options: Mapping[str, Any], number: str, every: str, lead: str) -> 
 
 def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:
     """Return the stack with trained virtual tokens before the embedded ones, and labels that leave them out."""
-    number = str(options["num_virtual_tokens"])
+    number = str(virtual_tokens(options))
     table = next(op for op in stack.before if op.reads == ("ids",) and any(w.group == "embedding" for w in op.weights))
     module = [op for op in stack.before if op is table or op.name.startswith(f"{table.name}.")]
     embeds = next(t.name for op in reversed(module) for t in op.writes)
@@ -130,10 +130,42 @@ def _of_tasks(options: Mapping[str, Any], number: str, prompt: str) -> Iterator[
     yield weighed._replace(reads=(*weighed.reads, "prompt.clone"), view=True, keeps=keeps)
 
 
+def _labels_and_types(name: str, text: str, number: str) -> Op:
+    """Return the labels of prompt and text and the type of each token, which tells what the loss reads."""
+    whole, prefix = "b s", f"b {number}"
+    return Op(
+        name,
+        (f"labels.{text}",),
+        (
+            Tensor("types.text", f"b {text}", "fp32"),
+            Tensor("labels.prefix", prefix, "int64"),
+            Tensor("labels", whole, "int64"),
+            Tensor("types.prefix", prefix, "int64"),
+            Tensor("types", whole, "fp32"),
+            Tensor("labelled", whole, "bool"),
+        ),
+        gradient="none",
+        holds="forward",
+        source="peft 0.21.2 peft_model.py PeftModelForCausalLM._cpt_forward",
+    )
+
+
+def _in_context(name: str, ids: str, y: str, number: str) -> Iterator[Op]:
+    """The frozen embeddings of the tokens, and what trains: a difference, whose storage each pass replaces."""
+    one = f"1 {number} h"
+    frozen = Weight(f"{name}.embedding.weight", f"{number} h", "adapter", "fp32", trains=False, rows=1)
+    trained = frozen._replace(name=f"{name}.delta_embedding.weight", trains=True)
+    yield ops.lookup(f"{name}.embedding", ids, f"{y}.frozen", one, frozen)
+    yield ops.lookup(f"{name}.delta_embedding", ids, f"{y}.delta", one, trained)
+    yield ops.add(f"{name}.add", f"{y}.frozen", f"{y}.delta", y, one)
+    yield ops.release_names(f"{y}.frozen", f"{y}.delta")
+
+
 def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> Iterator[Op]:
     """The virtual tokens, put before the embeddings `text` of the others, and their labels."""
     n, one, rows = "prompt_encoder", f"1 {number} h", f"b {number} h"
-    yield Op(
+    in_context = "cpt_token_ids" in options
+    labels = Op(
         f"{n}.labels",
         (f"labels.{TEXT}",),
         (Tensor("labels.prefix", f"b {number}", "int64"), Tensor("labels", "b s", "int64")),
@@ -141,10 +173,14 @@ def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> 
         holds="forward",
         source=_SOURCE,
     )
+    yield _labels_and_types(labels.name, TEXT, number) if in_context else labels
     yield Op(f"{n}.tokens", (), (Tensor("prompt.ids", f"b {number}", "int64"),), gradient="none", source=_SOURCE)
     table = Weight(f"{n}.embedding.weight", f"{number} h", "adapter", "fp32", rows=1)
     prompt = "prompt.embedded"
-    yield ops.lookup(f"{n}.embedding", "prompt.ids", prompt, rows if "num_tasks" in options else one, table)
+    if in_context:
+        yield from _in_context(n, "prompt.ids", prompt, number)
+    else:
+        yield ops.lookup(f"{n}.embedding", "prompt.ids", prompt, rows if "num_tasks" in options else one, table)
     if "num_tasks" in options:
         yield from _of_tasks(options, number, prompt)
     if "encoder_hidden_size" in options:

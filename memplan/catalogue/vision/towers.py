@@ -239,6 +239,7 @@ def encoder_block(
     wiring: Wiring,
     normalise: Callable[[str, str, str, str, str], tuple[Op, ...]] = norm,
     lead: str = "b images grid",
+    mask: str = "",
 ) -> Block:
     """Return a block of CLIP's or SigLIP's tower, which attends to all images of a batch in one call."""
     heads = (
@@ -246,7 +247,7 @@ def encoder_block(
             linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, flat=False)
             for n in ("q", "k", "v")
         ),
-        *joint_attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring),
+        *joint_attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring, mask=mask, converts=True),
         linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
@@ -293,12 +294,22 @@ PACKED = TowerAttention("", f"{P} va vd", "packed", "")
 
 
 def attention(
-    name: str, q: str, k: str, v: str, y: str, kernel: str, over: TowerAttention, mask: str = "", keys: str = ""
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    kernel: str,
+    over: TowerAttention,
+    mask: str = "",
+    keys: str = "",
+    records: bool = True,
 ) -> Op:
     """Return the flash or memory-efficient kernel, see `memplan.catalogue.attention.attention`.
 
     Several calls reuse the scratch of one, and each keeps 512 bytes of RNG state. `keys`: the axis of the keys that a
-    query attends to, if it is not all rows of a call.
+    query attends to, if it is not all rows of a call. `records`: autograd does, without which the memory-efficient
+    kernel returns no row sums.
     """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     state = f"b {over.calls} 64" if over.calls else ""
@@ -313,6 +324,7 @@ def attention(
         source = f"{_ATEN}/transformers/cuda/flash_attn/flash_api.cpp mha_bwd"
     else:
         sums = f"b {over.calls} va {rows}32" if over.calls else f"{batch} va {rows}32"
+        sums = sums if records else "0"
         workspace = "batched" if batch else rows
         long = P if rows == "packed" else rows
         scratch = (
@@ -349,13 +361,19 @@ def joint_attention(
     over: TowerAttention = BATCH,
     mask: str = "",
     softmax: str = "fp32",
+    converts: bool = False,
 ) -> tuple[Op, ...]:
     """Return attention over all images of a batch in one call, by a fused kernel or transformers' eager products.
 
-    Only the memory-efficient kernel takes a `mask`.
+    Only the memory-efficient kernel takes a `mask`. Each call of it `converts` a boolean one to the dtype of q.
     """
     if wiring.tower == "eager":
         return eager(name, q, k, v, y, over, mask, softmax, wiring.is_one_image)
+    if converts and mask:
+        bias = Tensor(f"{y}.bias", f"{over.batch} {over.rows} {over.rows}", f"={q}")
+        source = f"{_ATEN}/transformers/attention.cpp convert_boolean_attn_mask"
+        converted = Op(f"{name}.mask", (mask,), (bias,), autocast="lower", gradient="none", source=source)
+        return (converted, attention(name, q, k, v, y, "efficient", over, bias.name, records=wiring.records))
     return (attention(name, q, k, v, y, "efficient" if mask else wiring.tower, over, mask),)
 
 

@@ -74,14 +74,14 @@ def _heard(m: ModelFacts, windows: int, picture: Picture) -> Mapping[str, int]:
     """Return the axes of audio windows.
 
     pooled   tokens of a window before its silence is cut
-    unheard  tokens that are cut, if the encoder does not attend to silence
+    unread   tokens that are cut, if the encoder does not attend to silence
     """
     grid, pooled = picture.patches, picture.patches // picture.merge
     return {
         **grid_axes(windows, picture),
         "merged": windows * picture.tokens,
         "pooled": pooled,
-        "unheard": pooled - picture.tokens,
+        "unread": pooled - picture.tokens,
         "grid8": -(-grid // 8) * 8,
         "grid_uneven": grid if grid % 8 else 0,
     }

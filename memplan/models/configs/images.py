@@ -43,6 +43,17 @@ def _only_image(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, in
     return _lined(m, images, picture)
 
 
+def _padded(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of images whose tiles all have as many rows as the largest: LFM2-VL's.
+
+    slots   tokens of the rows of all tiles
+    unread  those among them that padding fills
+    """
+    slots = images * picture.tiles * picture.patches // picture.merge**2
+    merged = images * (picture.tokens - (picture.tiles + 2 if picture.tiles > 1 else 2))
+    return {**grid_axes(images, picture), "merged": merged, "slots": slots, "unread": slots - merged}
+
+
 def picture_of(m: ModelFacts, pixels: int | tuple[int, int] | None) -> Picture:
     """Return an image of this size (a side, or height and width) as the model's processor resizes it.
 
@@ -352,7 +363,15 @@ COHERE2 = AYA._replace(
         "image_size": 512,
     },
 )
-SIGLIP_2 = SIGLIP._replace(defaults={**GEMMA3.defaults, "num_patches": 256})
+SIGLIP_2 = SIGLIP._replace(
+    defaults={**GEMMA3.defaults, "num_patches": 256},
+    picture=processors.lfm2,
+    axes=_padded,
+    is_called=True,
+    is_fixed=False,
+    has_masks=True,
+    sets_dtype="patch_embedding",
+)
 IDEFICS3 = CLIP._replace(
     defaults={
         **CLIP.defaults,

@@ -230,6 +230,47 @@ def cohere2(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(side, side, seen * ((side // merge) ** 2 + 1) + 2, merge, seen)
 
 
+# Source: transformers 5.24 models/lfm2_vl/image_processing_lfm2_vl.py Lfm2VlImageProcessor.
+_LFM2_TOKENS, _LFM2_TILE = (64, 256), 512  # fewest and most tokens of an image, and pixels of a tile's side
+
+
+def lfm2(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to whole merged patches; cut an image of twice the most pixels into 2 to 10 tiles, and add all of it.
+
+    Each tile has as many rows as the most patches. Two tokens frame the image, and one comes before each of several
+    tiles.
+
+    Source: transformers 5.24 models/lfm2_vl/image_processing_lfm2_vl.py, processing_lfm2_vl.py.
+    """
+    patch, merge = size(m, "patch_size"), m.config_int("downsample_factor", 2)
+    factor, (least, most) = patch * merge, _LFM2_TOKENS
+    side = max(1, _LFM2_TILE // patch)
+    h, w = (max(1, round(n / factor)) for n in (height, width))
+    cut = _closest(height, width, 10) if h * w > 2 * most else 0
+    if h * w > most:
+        beta = sqrt(height * width / (most * factor**2))
+        h, w = (max(1, floor(n / beta / factor)) for n in (height, width))
+    elif h * w < least:
+        beta = sqrt(least * factor**2 / (height * width))
+        h, w = (ceil(n * beta / factor) for n in (height, width))
+    patches = max(most * merge**2, side**2)
+    return Picture(1, patches, cut * (ceil(side / merge) ** 2 + 1) + h * w + (3 if cut else 2), merge, cut + 1)
+
+
+def _closest(height: int, width: int, most: int) -> int:
+    """Return the tiles of the rectangle, of 2 to `most` tiles, whose sides are most like the image's.
+
+    Of equal ones the first is taken, or the last that has no more than twice the image's pixels.
+    """
+    found, difference = 1, float("inf")
+    sides = {(w, h) for n in range(2, most + 1) for w in range(1, n + 1) for h in range(1, n + 1) if 2 <= w * h <= most}
+    for w, h in sorted(sides, key=lambda pair: (pair[0] * pair[1], pair)):
+        apart = abs(width / height - w / h)
+        if apart < difference or (apart == difference and 2 * width * height > _LFM2_TILE**2 * w * h):
+            found, difference = w * h, apart
+    return found
+
+
 def aya(m: ModelFacts, height: int, width: int) -> Picture:
     """Resize to one tile of the tower's image size, whose patches are merged.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from math import isqrt
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
@@ -211,7 +212,8 @@ def cohere2_vision(m: ModelFacts) -> dict[str, int]:
 
 
 def lfm2_vl(m: ModelFacts) -> dict[str, int]:
-    return _aligned(m, size(m, "num_patches"), m.config_int("projector_hidden_size", 2560))
+    positions = size(m, "num_patches")
+    return {**_aligned(m, positions, m.config_int("projector_hidden_size", 2560)), "vside": isqrt(positions)}
 
 
 def _aligned(m: ModelFacts, positions: int, width: int) -> dict[str, int]:

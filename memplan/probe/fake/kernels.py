@@ -59,12 +59,14 @@ def data_free_kernels() -> dict[Any, Callable[..., Any]]:
     """Return replacements for operations whose outputs depend on the data.
 
     LLM.int8 finds no outliers. A mask selects exactly as many positions as there are values for them, or all of them.
+    All values of a tensor are equal.
     A replacement returns NotImplemented for a call that does not depend on the data.
     """
     replacements = {
         "bitsandbytes::int8_vectorwise_quant": _quantise_rows,
         "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
         "aten::masked_scatter_backward": _select_masked,
+        "aten::_unique2": _one_value,
         "aten::index.Tensor": _rows_of_mask,
         "aten::index_put_": _put_rows_of_mask,
         "_c10d_functional::wait_tensor": _identity,
@@ -81,6 +83,12 @@ def _identity(tensor: Any) -> Any:
 
 def _alias(tensor: Any) -> Any:
     return torch.ops.aten.alias.default(tensor)
+
+
+def _one_value(values: Any, *_: Any, **__: Any) -> Any:
+    """Return the only value, without where it is and how often."""
+    none = torch.empty(0, device=values.device, dtype=torch.int64)
+    return torch.empty(1, device=values.device, dtype=values.dtype), none, none.clone()
 
 
 def _quantise_rows(values: Any, threshold: float = 0.0) -> Any:

@@ -78,8 +78,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     kinds[:, :merged] = _VIDEO if has_video else _IMAGE
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
-    if batch.clips:
-        return _audio_inputs(base, axes, len(ids) * each, ids)
+    if batch.clips or "slots" in axes:
+        return (_audio_inputs if batch.clips else _padded_inputs)(base, picture, axes, each, ids)
     side = axes["patch"]
     match model.model_type:
         case _ if is_packed:
@@ -126,20 +126,60 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             raise AssertionError(other)
 
 
-def _audio_inputs(base: Any, axes: Mapping[str, int], windows: int, ids: torch.Tensor) -> dict[str, Any]:
+def _padded_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return patches of tiles that are padded to as many each, and the sizes of each tile: the last has the rest of an
+    image's tokens."""
+    merge, patches, merged = picture.merge, picture.patches, axes["merged"]
+    slots = patches // merge**2
+    tokens = [*[slots] * (picture.tiles - 1), merged // each - slots * (picture.tiles - 1)] * (each * len(ids))
+    if _has_no_data(ids):
+        tower = sys.modules[type(base.model.vision_tower).__module__]
+        tower.torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+        tower.create_bidirectional_mask = _mask_of_padding if axes["unread"] else lambda **_: None  # pyright: ignore
+        selections[(len(tokens) * slots,)] = sum(tokens)
+        _list_as(ids, tokens)
+    mask = torch.zeros(len(tokens), patches, dtype=torch.int32)
+    for row, number in zip(mask, tokens, strict=True):
+        row[: number * merge**2] = 1
+    return {
+        "pixel_values": torch.empty(len(tokens), patches, axes["vin"], device=ids.device).normal_(),
+        "pixel_attention_mask": mask.to(ids.device),
+        "spatial_shapes": torch.tensor([[merge, merge * number] for number in tokens]).to(ids.device),
+    }
+
+
+def _mask_of_padding(**arguments: Any) -> Any:
+    """Return transformers' mask although the text has no padding."""
+    masks = library("transformers.masking_utils")
+    skips, masks.fast_all = masks.fast_all, lambda _: False  # pyright: ignore[reportUnknownLambdaType]
+    try:
+        return masks.create_bidirectional_mask(**arguments)
+    finally:
+        masks.fast_all = skips
+
+
+def _list_as(tensor: torch.Tensor, values: list[int]) -> None:
+    """Let tensors without data have these values when they are listed."""
+    fake: Any = type(tensor)
+    fake.tolist = lambda _: values  # pyright: ignore[reportUnknownLambdaType]
+
+
+def _audio_inputs(base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor) -> dict[str, Any]:
     """Return mel features of audio windows, whose tokens are at the start of `ids`, and Qwen2-Audio's mask of them."""
-    frames = 2 * axes["grid"]
+    windows, frames = len(ids) * each, 2 * picture.patches
     features = {"input_features": torch.empty(windows, axes["uin"], frames, device=ids.device).normal_()}
     if _has_no_data(ids):
         hidden, tokens = base.config.get_text_config().hidden_size, len(ids) * axes["merged"]
         selections[(*ids.shape, hidden)], selections[windows, axes["pooled"]] = tokens * hidden, tokens
         module, masks = _module(base), library("transformers.masking_utils")
         module.is_torchdynamo_compiling = lambda: True  # Qwen2-Audio then counts no tokens
-        module.create_bidirectional_mask = masks.create_bidirectional_mask if axes["unheard"] else lambda **_: None  # pyright: ignore[reportUnknownLambdaType]
+        module.create_bidirectional_mask = masks.create_bidirectional_mask if axes["unread"] else lambda **_: None  # pyright: ignore[reportUnknownLambdaType]
     if base.config.model_type == "voxtral":
         return features
     mask = torch.zeros(windows, frames, dtype=torch.int32)
-    mask[:, : frames - 4 * axes["unheard"]] = 1
+    mask[:, : frames - 4 * axes["unread"]] = 1
     return {**features, "feature_attention_mask": mask.to(ids.device)}
 
 

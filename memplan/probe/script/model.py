@@ -359,6 +359,9 @@ def _settings(method: Method, model_type: str) -> dict[str, Any]:
     options = filled_options(method.kind, method.options, model_type)
     if method.kind == "ia3":
         options["feedforward_modules"] = str(options["feedforward_modules"] or "").split()  # pyright: ignore
+    if "cpt_token_ids" in options:
+        tokens = options.pop("cpt_token_ids")
+        settings |= {"cpt_token_ids": [0] * tokens, "cpt_tokens_type_mask": [4] * tokens}  # pyright: ignore
     if method.kind == "adalora":
         settings["total_step"] = 1000  # when the ranks are fixed does not change a step's memory
     return {**settings, **_plain(options)}

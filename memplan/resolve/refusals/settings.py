@@ -45,6 +45,8 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(
             "method.kind", f"{method.kind} on {r.parallelism.world} GPUs", f"{', '.join(LORA)}, or one GPU"
         )
+    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].own_loss and r.trains:
+        yield from _own_loss(r)
     if method.kind in LORA and method.options.get("bias", "none") != "none" and r.parallelism.world > 1:
         yield not_yet("method.options.bias", method.options["bias"], "none on several GPUs")
     if method.kind in LORA and method.trained_tokens and (r.parallelism.world > 1 or not r.trains):
@@ -143,6 +145,14 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
+def _own_loss(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for losses of a model whose method computes another one from its logits."""
+    if r.kernels.loss != "hf" or "cross_entropy" in (r.kernels.fused or ()):
+        yield not_yet_with("kernels.loss", f"{r.method.kind}, which computes its own loss of all logits", "hf")
+    if r.library.loss.logits != "padded":
+        yield not_yet_with("profile", r.method.kind, "transformers-5")
+
+
 # Settings without a default in peft, by what a method trains.
 _REQUIRED = {
     **dict.fromkeys(("prompt", "prefix"), ("num_virtual_tokens",)),
@@ -166,7 +176,13 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         from memplan.resolve.peft_options import token_indices
 
         yield from token_indices("method.options.token_indices", m.options.get("token_indices"))
+    if "cpt_token_ids" in row.options:
+        from memplan.resolve.peft_options import token_indices
+
+        yield from token_indices("method.options.cpt_token_ids", m.options.get("cpt_token_ids"), repeats=True)
     for name in _REQUIRED.get(row.on, ()):
+        if name not in row.options:
+            continue
         value = m.options.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             given = f"must be given (--peft-options {name}=8)"
