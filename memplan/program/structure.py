@@ -36,6 +36,7 @@ class Structure(NamedTuple):
     clips          gradients are clipped
     scales         a gradient scaler is used
     trainer        the script is transformers' Trainer
+    projects_head  a low-rank optimizer projects the head's gradient, too
     holds_outputs  outputs that the script references stay alive in the optimizer step
     on_host        the optimizer's states and step are in host memory
     ranks          how ranks divide weights, gradients and states
@@ -57,6 +58,7 @@ class Structure(NamedTuple):
     clips: bool = True
     scales: bool = False
     trainer: bool = False
+    projects_head: bool = True
     holds_outputs: bool = False
     on_host: bool = False
     ranks: Ranks = SINGLE_RANK

@@ -476,6 +476,7 @@ def _build_structure(run: OpenTraining) -> None:
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
+        projects_head=run.library.trainer.projects_head,
         holds_outputs=loop.hold_outputs == "step"
         or run.library.loss.holds_previous_outputs
         or run.code == "torchtitan"  # its trainer keeps references to a step's batches until the step ends

@@ -624,3 +624,15 @@ def test_torchs_plain_attention_keeps_its_scores_in_half_precision_before_2_5() 
 
     scores = 4 * 8 * 2048 * 2048
     assert kept("transformers-4.45") - kept("transformers-4.38") > 2 * scores
+
+
+@pytest.mark.parametrize(
+    ("profile", "projects"), [("transformers-5", True), ("llamafactory-0.9", False), ("ms-swift-3", False)]
+)
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_adamw"])
+def test_only_transformers_projects_the_heads_gradient(profile: str, projects: bool, optimizer: str) -> None:
+    answer = estimate(RunSpec(model=model(), optimizer=optimizer, profile=profile, batch={"sequence": 8}))
+    head, vocabulary = "lm_head.weight exp_avg", LLAMA["vocab_size"]
+    [moment] = [line for line in answer.ledger if line.what == head]
+    numbers = vocabulary * (128 if projects else LLAMA["hidden_size"])
+    assert moment.bytes == rounded(numbers * 2)

@@ -636,6 +636,8 @@ SWIFT_CASES: dict[str, dict[str, Any]] = {
     },
     "tuner_type: lora\ntask_type: seq_cls\nnum_labels: 2": {"objective": "sequence_classification"},
     "tuner_type: full\ndeepspeed: zero3_offload": {"parallelism.offload.parameters": True},
+    "tuner_type: full\nuse_galore: true\ngalore_optim_per_parameter: true": {"optimizer.name": "galore_adamw"},
+    "tuner_type: full\nuse_galore: true\noptim: adamw_8bit": {"optimizer.name": "galore_adamw_8bit"},
 }
 
 
@@ -666,6 +668,15 @@ def test_ms_swift_before_3_6_evaluates_unless_nothing_is_split_off(
     assert found.get("also.evaluation.micro") == evaluates
 
 
+@pytest.mark.parametrize(("version", "overlaps"), [("3.0", True), ("3.2.1", True), ("3.2.2", False), ("4.6", False)])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_ms_swifts_own_deepspeed_configs_are_those_of_the_version(
+    tmp_path: Path, name: str, version: str, overlaps: bool
+) -> None:
+    text = f"model: qwen2-0.5b\ntuner_type: lora\ndeepspeed: {name}\nENV: {{NPROC_PER_NODE: 2}}\n"
+    assert values(read(tmp_path, text, f"ms-swift-{version}"))["parallelism.zero.overlap_comm"] is overlaps
+
+
 def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> None:
     text = "model: qwen2-0.5b\ntrain_type: full\nmax_length: 64\n"
     old, new = (read(tmp_path, text, f"ms-swift{version}").fields for version in ("-3.3", ""))
@@ -674,6 +685,7 @@ def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> Non
     assert [run.optimizer.name for run in runs] == ["adamw_torch", "adamw_torch_fused"]
 
 
+SWIFT_GALORE = "model: a\ntuner_type: full\nuse_galore: true\n"
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: ppo": "run.yaml:3: stage: ppo is not supported yet: its own",
     f"{LLAMAFACTORY_LORA}use_galore: true": "use_galore: LLaMA-Factory does not combine it with adapters; set one",
@@ -701,6 +713,8 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
+    "model: a\ntuner_type: lora\nuse_galore: true": "run.yaml:3: use_galore: GaLore projects the gradients of full",
+    f"{SWIFT_GALORE}galore_quantization: true": "run.yaml:4: galore_quantization: Q-GaLore is not supported yet",
     "actor_rollout_ref: {model: a}\nalgorithm: {adv_estimator: mine}": "adv_estimator: 'mine' is not supported",
     "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
     "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
@@ -729,6 +743,10 @@ _FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
 NOT_COUNTED = {
     f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
     f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    f"{SWIFT_GALORE}max_length: 8\ngalore_rank: 64\ngalore_with_embedding: true": (
+        "galore_rank (run.yaml:5): rank 128 is counted, ms-swift's default",
+        "galore_with_embedding (run.yaml:6): all linear layers but the head are counted as projected",
+    ),
     "base_model: a\nqat: {a: 1}\nmicro_batch_size: 1\n\n\n\n\n\n\ntiled_mlp: true": (
         "qat.a (run.yaml:2): not counted, not supported yet",
         "tiled_mlp (run.yaml:10): not counted, not supported yet",

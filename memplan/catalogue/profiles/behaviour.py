@@ -265,6 +265,7 @@ class TrainerBehaviour(NamedTuple):
     fused_adapters     DPO's such loss works with adapters
     reward_caches      a reward model that is a decoder keeps its cache while it scores completions
     copies_adapters    the trainer gets a model with adapters, so the reference has a frozen copy of them
+    projects_head      GaLore and APOLLO project the head's gradient, too
     """
 
     trainers: tuple[str, ...]
@@ -285,6 +286,7 @@ class TrainerBehaviour(NamedTuple):
     fused_adapters: bool
     reward_caches: bool
     copies_adapters: bool
+    projects_head: bool
 
 
 class LibraryBehaviour(NamedTuple):

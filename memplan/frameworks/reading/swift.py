@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
+from memplan.catalogue.optimizers.parameter_rules import RANK
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, Typed, shown
+from memplan.frameworks.reading.config import Config, Rule, Typed, shown, version_number
 from memplan.frameworks.reading.document import Document
 
-_BUCKETS = {"overlap_comm": False, "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8}
-_AUTO = {"overlap_comm": False, "reduce_bucket_size": "auto"} | dict.fromkeys(
-    ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
+_BUCKETS = {"allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8}
+_AUTO = dict.fromkeys(
+    ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
 )
 _HOST = {"device": "cpu"}
+_NO_OVERLAP = (3, 2, 2)  # the first version whose DeepSpeed configs say overlap_comm: false
 # Names of its own DeepSpeed configs -> what memory depends on in them.
 _DEEPSPEED: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0, **_BUCKETS},
@@ -192,11 +194,32 @@ def _kernels(config: Config) -> None:
         config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "use_liger_kernel")
 
 
+def _optimizer(config: Config) -> None:
+    """GaLore's projections. With an optimizer for each parameter, too, all of them step after backward."""
+    trainer.optimizer(config)
+    if not config.flag("use_galore"):
+        return
+    if config.value("method.kind") != "full":
+        raise config.error("use_galore", "GaLore projects the gradients of full training; set tuner_type: full")
+    if config.flag("galore_quantization"):
+        raise config.error("galore_quantization", "Q-GaLore is not supported yet; leave it out")
+    eight_bits = "_8bit" if "8bit" in str(config.get("optim")) else ""
+    config.set("optimizer.name", f"galore_adamw{eight_bits}", "use_galore")
+    config.read.add("galore_optim_per_parameter")
+    if (config.whole("galore_rank") or RANK) != RANK:
+        config.leave("galore_rank", f"rank {RANK} is counted, ms-swift's default")
+    for key in ("galore_target_modules", "galore_with_embedding"):
+        if config.said(key):
+            config.leave(key, "all linear layers but the head are counted as projected")
+
+
 def _parallelism(config: Config) -> None:
     """`deepspeed` and `fsdp` may name a config of ms-swift's own."""
     name = config.said("deepspeed")
     if isinstance(name, str) and name in _DEEPSPEED:
-        document = Document(f"{config.title}'s {name}.json", None, {"zero_optimization": _DEEPSPEED[name]}, {})
+        overlaps = version_number(config.title.rpartition(" ")[2]) < _NO_OVERLAP
+        zero = {**_DEEPSPEED[name], "overlap_comm": overlaps}
+        document = Document(f"{config.title}'s {name}.json", None, {"zero_optimization": zero}, {})
         config.companions = {"deepspeed": document, **config.companions}
         config.typed = {**config.typed, "deepspeed": Typed({}, config.why("deepspeed"))}
     if config.said("fsdp") == "fsdp2":
@@ -253,17 +276,7 @@ def _environment(config: Config) -> None:
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "ms-swift": (
-        *(
-            _program,
-            _method,
-            _other_models,
-            _batch,
-            _kernels,
-            trainer.optimizer,
-            trainer.loop,
-            _environment,
-            _parallelism,
-        ),
-        *(_precision, _evaluation),
+        *(_program, _method, _other_models, _batch, _kernels, _optimizer, trainer.loop, _environment),
+        *(_parallelism, _precision, _evaluation),
     ),
 }

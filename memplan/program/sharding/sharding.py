@@ -193,7 +193,7 @@ class Sharding:
             if not is_meant(w):
                 continue
             embedding = self.run.trainer and (i < last or w.name in looked_up_weights(self.graph))
-            target = w.matrix and not w.transposed
+            target = w.matrix and not w.transposed and (self.run.projects_head or w.group != "lm_head")
             vocabulary = w.group in ("embedding", "lm_head")
             p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding, target, vocabulary)
             if where:
