@@ -215,7 +215,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
         )
     if kernels.attention in _TOWER_KERNELS:
         return _TOWER_KERNELS[kernels.attention]
-    d = model.axes()["vd"]
+    d = model.axes().get("vd", 0)  # Gemma 4's unified model has no attention outside of the text's
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
         raise refused(count, f"sdpa is not supported yet for a head width of {d} in the tower")

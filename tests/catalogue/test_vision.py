@@ -147,6 +147,21 @@ def test_every_tile_of_lfm2_vl_has_as_many_rows(size: Any, tiles: int, tokens: i
     assert decide(asked).structure.graph.wiring.pads_tower is (unread > 0)
 
 
+# Two tokens frame at most 280, in whole rows and columns: 14.14 x 19.8 of an image of 200 x 280, and 8.4 x 33.5 of
+# 100 x 400. 1 x 300 would have no row, and keeps one.
+@pytest.mark.parametrize(("size", "tokens"), [((200, 280), 14 * 19), ((100, 400), 8 * 33), ((1, 300), 280)])
+def test_an_image_of_the_unified_gemma_4_has_at_most_280_tokens(size: Any, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "gemma4_unified", **TINY["gemma4_unified"]})
+    picture = picture_of(spec, size)
+    axes = axes_of(spec, 2, picture)
+    assert (picture.patches, picture.tokens, axes["merged"], axes["unread"]) == (
+        280,
+        tokens + 2,
+        2 * tokens,
+        2 * (280 - tokens),
+    )
+
+
 def test_an_image_of_aya_vision_is_one_tile() -> None:
     spec = ModelSpec({"model_type": "aya_vision", **TINY["aya_vision"]})
     assert {picture_of(spec, size)[:4] for size in (None, 28, (8000, 100))} == {(8, 8, 16, 2)}

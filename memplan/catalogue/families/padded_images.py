@@ -32,7 +32,7 @@ def tower_mask(wiring: Wiring) -> tuple[Op, ...]:
 
 
 def selected(name: str, x: str, rows: str, y: str, shape: str) -> tuple[Op, ...]:
-    """Return the rows of x, of so many `rows`, that a mask selects."""
+    """Return those of the `rows` of x that a mask selects."""
     count = shape.rpartition(" ")[0]
     places = Tensor("places", count, "int64")
     return (

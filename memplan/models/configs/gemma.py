@@ -7,6 +7,8 @@ from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict
+from memplan.models.configs import processors
+from memplan.models.configs.images import padded_axes
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
 from memplan.models.configs.uncalled_towers import gemma4_towers, unified_embedders
 from memplan.models.facts import Family, ImageFacts, ModelFacts, flash_width
@@ -191,8 +193,9 @@ FAMILIES = {
     "gemma4_unified": _UNIFIED._replace(
         keys=_UNIFIED.keys._replace(decoder="text_config"),
         axes=_unified_axes,
+        stack="gemma4_unified",
         attention=MASKS_IMAGES,
-        images=ImageFacts(is_called=False),
+        images=ImageFacts(picture=processors.gemma4, axes=padded_axes),
     ),
     "gemma4_unified_text": _UNIFIED,
 }

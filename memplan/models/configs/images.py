@@ -43,8 +43,8 @@ def _only_image(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, in
     return _lined(m, images, picture)
 
 
-def _padded(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
-    """Return the axes of images whose tiles all have as many rows as the largest: LFM2-VL's.
+def padded_axes(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of images whose tiles all have as many rows as the largest: LFM2-VL's, and Gemma 4's.
 
     slots   tokens of the rows of all tiles
     unread  those among them that padding fills
@@ -366,7 +366,7 @@ COHERE2 = AYA._replace(
 SIGLIP_2 = SIGLIP._replace(
     defaults={**GEMMA3.defaults, "num_patches": 256},
     picture=processors.lfm2,
-    axes=_padded,
+    axes=padded_axes,
     is_called=True,
     is_fixed=False,
     has_masks=True,

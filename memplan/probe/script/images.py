@@ -79,7 +79,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     if batch.clips or "slots" in axes:
-        return (_audio_inputs if batch.clips else _padded_inputs)(base, picture, axes, each, ids)
+        build = _positioned_inputs if model.model_type.startswith("gemma4") else _padded_inputs
+        return (_audio_inputs if batch.clips else build)(base, picture, axes, each, ids)
     side = axes["patch"]
     match model.model_type:
         case _ if is_packed:
@@ -147,6 +148,26 @@ def _padded_inputs(
         "pixel_values": torch.empty(len(tokens), patches, axes["vin"], device=ids.device).normal_(),
         "pixel_attention_mask": mask.to(ids.device),
         "spatial_shapes": torch.tensor([[merge, merge * number] for number in tokens]).to(ids.device),
+    }
+
+
+def _positioned_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return patches of images that are padded to as many each, and the column and row of each: -1 of padding."""
+    images, tokens = each * len(ids), axes["merged"] // each
+    places = torch.full((images, picture.patches, 2), -1, dtype=torch.int64)
+    places[:, : tokens * picture.merge**2] = 0
+    if _has_no_data(ids):
+        selections[images, picture.patches] = images * tokens
+        selections[(*ids.shape, base.config.get_text_config().hidden_size)] = images * tokens * axes["h"]
+        _list_as(ids, [tokens] * images)
+    kinds = torch.zeros_like(ids)
+    kinds[:, : each * tokens] = _IMAGE
+    return {
+        "pixel_values": torch.empty(images, picture.patches, axes["vin"], device=ids.device).normal_(),
+        "image_position_ids": places.to(ids.device),
+        "mm_token_type_ids": kinds,
     }
 
 
