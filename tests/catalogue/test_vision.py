@@ -162,6 +162,15 @@ def test_an_image_of_the_unified_gemma_4_has_at_most_280_tokens(size: Any, token
     )
 
 
+# 112 per side: 8 x 8 patches a tile. A single image of 300 x 420 is cut; of several, each is a tile and one more token.
+def test_several_images_of_llava_onevision_are_not_cut() -> None:
+    spec = ModelSpec({"model_type": "llava_onevision", **TINY["llava_onevision"]})
+    seen = {n: pictures_of(spec, n, 0, (300, 420)) for n in (1, 2, 3)}
+    assert seen[1][1].tiles > 1
+    assert seen[2] == (2, picture_of(spec, 1)._replace(tiles=1, tokens=64 + 1))
+    assert axes_of(spec, *seen[3])["merged"] == 3 * 65
+
+
 def test_an_image_of_aya_vision_is_one_tile() -> None:
     spec = ModelSpec({"model_type": "aya_vision", **TINY["aya_vision"]})
     assert {picture_of(spec, size)[:4] for size in (None, 28, (8000, 100))} == {(8, 8, 16, 2)}
@@ -377,10 +386,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "batch.images: images are not supported yet for gemma4",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
-    "several that are cut": (
-        {"model": model("llava_onevision"), "batch": {"images": 2, "image_size": 56, "sequence": 1024}},
-        "batch.images: several images of a sequence are not supported yet for llava_onevision; use 1",
-    ),
     "a strip": (
         {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
         "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other, such as 14 x 2801",

@@ -134,6 +134,11 @@ def llava_onevision(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(rows(m), rows(m), rows(m) ** 2 + high * (wide + 1), tiles=tiles)
 
 
+def whole(m: ModelFacts) -> Picture:
+    """Return one of several images of LLaVA-OneVision, which are not cut: a tile, followed by one more token."""
+    return Picture(rows(m), rows(m), rows(m) ** 2 + 1)
+
+
 def _tiles_of(m: ModelFacts, height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
     """Return the tiles of an image, counting the one that is all of it, and its rows and columns without padding."""
     side = size(m, "image_size")

@@ -99,7 +99,9 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         case "llava_next" | "llava_onevision":
             tiles = _pixels(images * picture.tiles, picture, side, device)
             sizes = [batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2] * images
-            return {"pixel_values": tiles.view(images, picture.tiles, *tiles.shape[1:]), "image_sizes": sizes}
+            several = {"batch_num_images": [each] * len(ids)} if each > 1 and tower_of(model).several else {}
+            pixels = tiles.view(images, picture.tiles, *tiles.shape[1:])
+            return {"pixel_values": pixels, "image_sizes": sizes, **several}
         case "idefics3" | "smolvlm":
             pixels = _pixels(images, picture, side, device)
             if _has_no_data(ids):
