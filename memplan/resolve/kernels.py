@@ -179,7 +179,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
     """Return the attention kernel of the vision tower or audio encoder, by the same rules as `attention_wiring`."""
     images = model.family.images
     assert images is not None
-    count, media = ("batch.images", "images") if images.clip is None else ("batch.clips", "clips")
+    count, media = ("batch.images", "images") if images.picture is not None else ("batch.clips", "clips")
     known = ("sdpa", "sdpa_efficient", "eager", *(("flash_attention_2",) if images.is_packed else ()))
     if kernels.attention not in known:
         raise refused(

@@ -197,6 +197,17 @@ def test_a_clip_is_read_in_windows(family: str, seconds: int | None, windows: in
         estimate(run(family, batch=batch))
 
 
+# 16,000 samples a second, 112 of which are a token here: 142.9 and 428.6, and two tokens frame the clip.
+@pytest.mark.parametrize(("seconds", "tokens"), [(1, 143), (3, 429)])
+def test_a_clip_of_the_unified_gemma_4_is_its_samples(seconds: int, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "gemma4_unified", **TINY["gemma4_unified"]})
+    count, picture = pictures_of(spec, 0, 0, None, 2, seconds)
+    assert (count, picture.tokens) == (2, tokens + 2)
+    assert axes_of(spec, 2, picture)["merged"] == 2 * tokens
+    asked = run("gemma4_unified", batch={"sequence": 2 * tokens + 4, "clips": 2, "clip_seconds": seconds})
+    assert decide(asked).structure.graph.wiring.hears
+
+
 @pytest.mark.parametrize(
     ("family", "seconds", "pads"), [("qwen2_audio", 1, True), ("qwen2_audio", 2, False), ("voxtral", 1, False)]
 )
@@ -456,6 +467,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "audio that rests": (
         {"model": {"config": RESTING["gemma4-small"]}, "batch": {"clips": 1}},
         "batch.clips: clips are not supported yet for gemma4; supported: 0 (text only)",
+    ),
+    "no length": (
+        {"model": model("gemma4_unified"), "batch": {"clips": 1}},
+        "batch.clip_seconds: the tokens of a clip of gemma4_unified depend on its length",
     ),
     "images that are heard": (
         {"model": model("voxtral"), "batch": {"images": 1}},

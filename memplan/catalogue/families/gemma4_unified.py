@@ -6,7 +6,7 @@ Source: transformers 5.24 models/gemma4_unified/modeling_gemma4_unified.py.
 from __future__ import annotations
 
 from memplan.catalogue.families.gemma4 import gemma4, rms_norm
-from memplan.catalogue.families.padded_images import selected
+from memplan.catalogue.families.padded_images import selected, selected_by
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
@@ -79,6 +79,25 @@ def _seen(m: ModelSpec) -> Tower:
     return Tower(inputs, (), (), features)
 
 
+def _heard() -> Tower:
+    """The layer that embeds samples, from `input_features` to `features`."""
+    n, wide = "model.embed_audio", f"{_LEAD} uo"
+    project = t.linear(f"{n}.embedding_projection", "v.normed", "v.projected", "h", "uo", "audio", _LEAD, False, False)
+    features = (
+        ops.cast(f"{n}.to", "input_features", "v.sound", wide, f"={project.weights[0].name}"),
+        *rms_norm(f"{n}.embedding_pre_projection_norm", "v.sound", "v.normed", wide, "uo", affine=False),
+        project,
+        ops.release_names("v.sound", "v.normed"),
+        selected_by("input_features_mask", "audio_features", "v.projected", "features", _FEATURES),
+    )
+    inputs = (
+        Tensor("input_features", wide, "fp32"),
+        Tensor("input_features_mask", _LEAD, "bool"),
+        Tensor("mm_token_type_ids", "b s", "int64"),
+    )
+    return Tower(inputs, (), (), features)
+
+
 def unified(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build the unified model: no per-layer embeddings, embedders in place of towers, and masks.
 
@@ -99,8 +118,10 @@ def unified(m: ModelSpec, wiring: Wiring) -> Stack:
         text = text._replace(before=(*text.before[:at], made, *text.before[at:]), after=after)
     if not wiring.images:
         return unified_embedders(m, text)
-    text = text_with_tower(wiring, text, _seen(m), scattered(checks=True), ("image_embeds", "image_tokens"))
-    return unified_embedders(m, text, "vision_config")
+    held = ("image_embeds", "image_tokens", *(("v.projected",) if wiring.hears else ()))
+    tower, scatter = _heard() if wiring.hears else _seen(m), scattered(joined=not wiring.hears, checks=True)
+    called = "audio_config" if wiring.hears else "vision_config"
+    return unified_embedders(m, text_with_tower(wiring, text, tower, scatter, held), called)
 
 
 BUILDERS = {"gemma4_unified": unified}

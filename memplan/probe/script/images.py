@@ -19,7 +19,7 @@ from memplan.probe.libraries import library
 from memplan.resolve.batches import check_sees
 from memplan.spec.run import RunSpec
 
-_IMAGE, _VIDEO = 1, 2  # the values of their tokens in mm_token_type_ids and token_type_ids
+_IMAGE, _VIDEO, _AUDIO = 1, 2, 3  # the values of their tokens in mm_token_type_ids and token_type_ids
 
 
 class ImageGrid:
@@ -80,7 +80,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     if batch.clips or "slots" in axes:
         build = _positioned_inputs if model.model_type.startswith("gemma4") else _padded_inputs
-        return (_audio_inputs if batch.clips else build)(base, picture, axes, each, ids)
+        hear = _audio_inputs if "pooled" in axes else _sampled_inputs
+        return (hear if batch.clips else build)(base, picture, axes, each, ids)
     side = axes["patch"]
     match model.model_type:
         case _ if is_packed:
@@ -162,13 +163,30 @@ def _positioned_inputs(
     places[:, : tokens * picture.merge**2] = 0
     if _has_no_data(ids):
         selections[images, picture.patches] = images * tokens
-        selections[(*ids.shape, base.config.get_text_config().hidden_size)] = images * tokens * axes["h"]
+        selections[(*ids.shape, axes["h"])] = images * tokens * axes["h"]
         _list_as(ids, [tokens] * images)
     kinds = torch.zeros_like(ids)
     kinds[:, : each * tokens] = _IMAGE
     return {
         "pixel_values": torch.empty(images, picture.patches, axes["vin"], device=ids.device).normal_(),
         "image_position_ids": places.to(ids.device),
+        "mm_token_type_ids": kinds,
+    }
+
+
+def _sampled_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return the samples of clips, and a mask of the tokens that they make."""
+    clips, tokens = each * len(ids), picture.patches
+    if _has_no_data(ids):
+        selections[clips, tokens] = clips * tokens
+        selections[(*ids.shape, axes["h"])] = clips * tokens * axes["h"]
+    kinds = torch.zeros_like(ids)
+    kinds[:, : each * tokens] = _AUDIO
+    return {
+        "input_features": torch.empty(clips, tokens, axes["uo"], device=ids.device).normal_(),
+        "input_features_mask": torch.ones(clips, tokens, dtype=torch.bool, device=ids.device),
         "mm_token_type_ids": kinds,
     }
 
