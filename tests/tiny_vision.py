@@ -70,6 +70,14 @@ TINY: dict[str, dict[str, Any]] = {
         "boi_token_index": 1991,
         "eoi_token_index": 1992,
     },
+    "gemma4_unified": {
+        "text_config": {**TEXTS["gemma4_unified_text"], "model_type": "gemma4_unified_text"},
+        "vision_config": {"patch_size": 4, "mm_embed_dim": 160, "mm_posemb_size": 128, "output_proj_dims": 160},
+        "audio_config": {"audio_embed_dim": 112},
+        "image_token_id": 290,
+        "video_token_id": 291,
+        "audio_token_id": 292,
+    },
     "idefics3": _SMOL,
     "internvl": {
         "text_config": {**_TEXT, "model_type": "qwen2"},

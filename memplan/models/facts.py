@@ -86,6 +86,7 @@ class ImageFacts(NamedTuple):
     has_masks        the tower's layers take masks, which offloading checkpoints would also move
     sets_dtype       a linear layer to whose weight's dtype pixels are cast, also if that is quantised; "" if none is
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
+    several          each of several images in a sequence, if it is not what `picture` makes of a single one
     pictures         how many pictures the tower reads of a video's frames of a height and width, and one of them; None
                      if it takes no videos
     clip             how many windows the audio encoder reads of a clip of some seconds, and one of them; None if it
@@ -107,6 +108,7 @@ class ImageFacts(NamedTuple):
     has_masks: bool = False
     sets_dtype: str = ""
     by_keyword: bool = False
+    several: Callable[[ModelFacts], Picture] | None = None
     pictures: Callable[[ModelFacts, int, int, int], tuple[int, Picture]] | None = None
     clip: Callable[[ModelFacts, int | None], tuple[int, Picture]] | None = None
     video: Literal["", "frames", "pixels"] = ""

@@ -177,6 +177,7 @@ class Resolver:
             images=sees,
             is_one_image=is_single and dict(pictures).get("images") == 1,
             has_uneven_patches=sees and dict(pictures).get("seen", 0) % 8 != 0,
+            hears=batch.clips > 0,
             pads_tower=sees and dict(pictures).get("unread", 0) > 0,
             microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
             ungrouped=_ungrouped(run, batch) if batch.generations and run.roles.value is None else "",

@@ -214,6 +214,7 @@ def _read_batch(r: OpenInference) -> None:
         images=r.batch.sees,
         is_one_image=is_single and dict(r.pictures).get("images") == 1,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
+        hears=r.batch.clips > 0,
         pads_tower=dict(r.pictures).get("unread", 0) > 0,
     )
 

@@ -180,7 +180,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
     """Return the attention kernel of the vision tower or audio encoder, by the same rules as `attention_wiring`."""
     images = model.family.images
     assert images is not None
-    count, media = ("batch.images", "images") if images.clip is None else ("batch.clips", "clips")
+    count, media = ("batch.images", "images") if images.picture is not None else ("batch.clips", "clips")
     known = ("sdpa", "sdpa_efficient", "eager", *(("flash_attention_2",) if images.is_packed else ()))
     if kernels.attention not in known:
         raise refused(
@@ -216,7 +216,7 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
         )
     if kernels.attention in _TOWER_KERNELS:
         return _TOWER_KERNELS[kernels.attention]
-    d = model.axes()["vd"]
+    d = model.axes().get("vd", 0)  # Gemma 4's unified model has no attention outside of the text's
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
         raise refused(count, f"sdpa is not supported yet for a head width of {d} in the tower")

@@ -31,6 +31,7 @@ class BatchFacts(NamedTuple):
     images              the batch has images
     is_one_image        its vision tower reads one image, or one tile
     has_uneven_patches  the image patches are not a multiple of 8
+    hears               these are audio clips
     pads_tower          audio clips or images are padded, and the padding is masked
     microbatches        micro-batches per step of a pipeline, else 1
     ungrouped           why a step's completions are not those of whole prompts; empty if they are
@@ -46,6 +47,7 @@ class BatchFacts(NamedTuple):
     images: bool = False
     is_one_image: bool = False
     has_uneven_patches: bool = False
+    hears: bool = False
     pads_tower: bool = False
     microbatches: int = 1
     ungrouped: str = ""

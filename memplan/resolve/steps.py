@@ -97,6 +97,7 @@ def wire(run: OpenRun) -> None:
         packages=run.kernels.packages,
         is_one_image=facts.is_one_image,
         pads_image_mask=facts.has_uneven_patches,
+        hears=facts.hears,
         pads_tower=facts.pads_tower,
         tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.images else "",
     )

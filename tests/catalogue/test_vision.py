@@ -147,6 +147,30 @@ def test_every_tile_of_lfm2_vl_has_as_many_rows(size: Any, tiles: int, tokens: i
     assert decide(asked).structure.graph.wiring.pads_tower is (unread > 0)
 
 
+# Two tokens frame at most 280, in whole rows and columns: 14.14 x 19.8 of an image of 200 x 280, and 8.4 x 33.5 of
+# 100 x 400. 1 x 300 would have no row, and keeps one.
+@pytest.mark.parametrize(("size", "tokens"), [((200, 280), 14 * 19), ((100, 400), 8 * 33), ((1, 300), 280)])
+def test_an_image_of_the_unified_gemma_4_has_at_most_280_tokens(size: Any, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "gemma4_unified", **TINY["gemma4_unified"]})
+    picture = picture_of(spec, size)
+    axes = axes_of(spec, 2, picture)
+    assert (picture.patches, picture.tokens, axes["merged"], axes["unread"]) == (
+        280,
+        tokens + 2,
+        2 * tokens,
+        2 * (280 - tokens),
+    )
+
+
+# 112 per side: 8 x 8 patches a tile. A single image of 300 x 420 is cut; of several, each is a tile and one more token.
+def test_several_images_of_llava_onevision_are_not_cut() -> None:
+    spec = ModelSpec({"model_type": "llava_onevision", **TINY["llava_onevision"]})
+    seen = {n: pictures_of(spec, n, 0, (300, 420)) for n in (1, 2, 3)}
+    assert seen[1][1].tiles > 1
+    assert seen[2] == (2, picture_of(spec, 1)._replace(tiles=1, tokens=64 + 1))
+    assert axes_of(spec, *seen[3])["merged"] == 3 * 65
+
+
 def test_an_image_of_aya_vision_is_one_tile() -> None:
     spec = ModelSpec({"model_type": "aya_vision", **TINY["aya_vision"]})
     assert {picture_of(spec, size)[:4] for size in (None, 28, (8000, 100))} == {(8, 8, 16, 2)}
@@ -171,6 +195,17 @@ def test_a_clip_is_read_in_windows(family: str, seconds: int | None, windows: in
     batch = {"sequence": 2 * windows * tokens - 1, "clips": 2, "clip_seconds": seconds}
     with pytest.raises(SpecError, match=rf"batch\.clips: {2 * windows} windows of .* at least {2 * windows * tokens}"):
         estimate(run(family, batch=batch))
+
+
+# 16,000 samples a second, 112 of which are a token here: 142.9 and 428.6, and two tokens frame the clip.
+@pytest.mark.parametrize(("seconds", "tokens"), [(1, 143), (3, 429)])
+def test_a_clip_of_the_unified_gemma_4_is_its_samples(seconds: int, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "gemma4_unified", **TINY["gemma4_unified"]})
+    count, picture = pictures_of(spec, 0, 0, None, 2, seconds)
+    assert (count, picture.tokens) == (2, tokens + 2)
+    assert axes_of(spec, 2, picture)["merged"] == 2 * tokens
+    asked = run("gemma4_unified", batch={"sequence": 2 * tokens + 4, "clips": 2, "clip_seconds": seconds})
+    assert decide(asked).structure.graph.wiring.hears
 
 
 @pytest.mark.parametrize(
@@ -362,10 +397,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "batch.images: images are not supported yet for gemma4",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
-    "several that are cut": (
-        {"model": model("llava_onevision"), "batch": {"images": 2, "image_size": 56, "sequence": 1024}},
-        "batch.images: several images of a sequence are not supported yet for llava_onevision; use 1",
-    ),
     "a strip": (
         {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
         "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other, such as 14 x 2801",
@@ -436,6 +467,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "audio that rests": (
         {"model": {"config": RESTING["gemma4-small"]}, "batch": {"clips": 1}},
         "batch.clips: clips are not supported yet for gemma4; supported: 0 (text only)",
+    ),
+    "no length": (
+        {"model": model("gemma4_unified"), "batch": {"clips": 1}},
+        "batch.clip_seconds: the tokens of a clip of gemma4_unified depend on its length",
     ),
     "images that are heard": (
         {"model": model("voxtral"), "batch": {"images": 1}},

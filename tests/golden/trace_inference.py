@@ -142,7 +142,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
 )
 IMAGES = {"micro": 3, "sequence": 75, "new_tokens": 4, "images": 2}
-PICTURED = {"micro": 2, "sequence": 300, "images": 2, "image_size": (300, 420), "new_tokens": 3}
+PICTURED = {"micro": 2, "sequence": 600, "images": 2, "image_size": (300, 420), "new_tokens": 3}
 SEEN: tuple[dict[str, Any], ...] = (  # mllama, whose layers attend to images in addition to tokens
     *(
         {"batch": {**IMAGES, "micro": micro, "images": 1}, "precision": weights, "generation": {"num_beams": beams}}
@@ -199,7 +199,8 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
     for name, fields in product(("qwen2_audio", "voxtral"), HEARD) if not names or "audio" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
-    for name, fields in product(("lfm2_vl",), PADDED) if not names or "padded" in names else ():
+    padded = (*product(("lfm2_vl",), PADDED), *product(("gemma4_unified",), PADDED[:3]))
+    for name, fields in padded if not names or "padded" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for fields in REAL_ACROSS if not names or "real" in names else ():

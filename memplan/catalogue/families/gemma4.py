@@ -27,8 +27,7 @@ from memplan.catalogue.inference.decoding import for_last
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.catalogue.vision.uncalled_towers import gemma4_towers, unified_embedders
-from memplan.catalogue.vision.vision import masked_text, outlived
+from memplan.catalogue.vision.uncalled_towers import gemma4_towers
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.configs.gemma import REUSED, STORED
 from memplan.models.layers import Layer
@@ -288,11 +287,14 @@ def _mixture(x: str, y: str) -> tuple[Op, ...]:
     )
 
 
+_MASKS = ("image_mask", "video_mask", "audio_mask", "any_mask")
+
+
 def _text_embeddings(has_per_layer: bool) -> tuple[Op, ...]:
     """The multimodal model's embedding of a text: it looks for image tokens among the ids, and replaces them."""
-    masks = tuple(Tensor(f"{what} mask", "b s", "bool") for what in ("image", "video", "audio", "any"))
+    masks = tuple(Tensor(name, "b s", "bool") for name in _MASKS)
     return (
-        Op("model.text_ids", ("ids",), (Tensor("text.ids", "b s", "int64"),), scratch=masks, gradient="none"),
+        Op("model.text_ids", ("ids",), (Tensor("text.ids", "b s", "int64"), *masks), gradient="none"),
         scaled_embedding()._replace(reads=("text.ids",), keeps=(Keep("text.ids", "model.embed_tokens.weight"),)),
         *(
             (Op("model.text_embeds", ("embeds",), (Tensor("text.embeds", "b s h"),), gradient="none"),)
@@ -381,7 +383,7 @@ def release_shared(last: tuple[Op, ...], m: ModelSpec, has_per_layer: bool, whol
     `whole`: what the multimodal model holds is released as well.
     """
     stored = {name for layer in m.layers if layer.mixer == STORED for name in shared_names(layer.sliding)}
-    held = ("text.ids", *(("text.embeds", "ple.table") if has_per_layer else ())) if whole else ()
+    held = ("text.ids", *_MASKS, *(("text.embeds", "ple.table") if has_per_layer else ())) if whole else ()
     names = (*sorted(stored), *(("per_layer_inputs",) if has_per_layer else ()), *held)
     i = next(i for i, op in enumerate(last) if op.name == "return" and "embeds" in op.reads)
     return (*last[:i], last[i]._replace(reads=(*last[i].reads, *names)), *last[i + 1 :])
@@ -392,21 +394,4 @@ def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
     return gemma4_towers(m, gemma4(m, wiring, is_multimodal=True))
 
 
-def unified(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build the unified model as it reads a text: no per-layer embeddings, embedders in place of towers, and masks.
-
-    Masks are made even of a text without padding, from the number of each token's image, unless images are read as text
-    is.
-    """
-    masked = m.config.get("use_bidirectional_attention", "vision") == "vision"
-    text = masked_text(masked, wiring, lambda masked: gemma4(m, masked, is_multimodal=True))
-    if masked:
-        ids = (Tensor("blocks", "b s", "int64"), Tensor("blocks.padded", "b kv" if wiring.decodes else "b s", "int64"))
-        first, *others = text.before
-        made = Op("model.block_sequence_ids", (), ids, gradient="none", source=f"{_SOURCE} Gemma4Model.forward")
-        after = outlived(text.after, tuple(t.name for t in ids))
-        text = text._replace(before=(first, made, *others), after=after)
-    return unified_embedders(m, text)
-
-
-BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4, "gemma4_unified": unified, "gemma4_unified_text": gemma4}
+BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4, "gemma4_unified_text": gemma4}

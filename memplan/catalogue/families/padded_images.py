@@ -32,14 +32,19 @@ def tower_mask(wiring: Wiring) -> tuple[Op, ...]:
 
 
 def selected(name: str, x: str, rows: str, y: str, shape: str) -> tuple[Op, ...]:
-    """Return the rows of x, of so many `rows`, that a mask selects."""
-    count = shape.rpartition(" ")[0]
-    places = Tensor("places", count, "int64")
+    """Return those of the `rows` of x that a mask selects."""
+    mask = f"{y}.selected"
     return (
-        Op(f"{name}.mask", (), (Tensor(f"{y}.selected", rows, "bool"),), gradient="none"),
-        ops.index(name, x, f"{y}.selected", y, shape)._replace(scratch=(places,), scratch_back=(Scratch(places),)),
-        ops.release_names(f"{y}.selected"),
+        Op(f"{name}.mask", (), (Tensor(mask, rows, "bool"),), gradient="none"),
+        selected_by(mask, name, x, y, shape),
+        ops.release_names(mask),
     )
+
+
+def selected_by(mask: str, name: str, x: str, y: str, shape: str) -> Op:
+    """Return the rows of x that the `mask` selects."""
+    places = Tensor("places", shape.rpartition(" ")[0], "int64")
+    return ops.index(name, x, mask, y, shape)._replace(scratch=(places,), scratch_back=(Scratch(places),))
 
 
 def _positions(name: str) -> tuple[Op, ...]:

@@ -66,8 +66,9 @@ def gemma4_towers(m: ModelSpec, made: Stack) -> Stack:
     return made
 
 
-def unified_embedders(m: ModelSpec, made: Stack) -> Stack:
-    """Return the stack with the layers by which the unified Gemma 4 embeds pixels and sound, if the config has them."""
+def unified_embedders(m: ModelSpec, made: Stack, called: str = "") -> Stack:
+    """Return the stack with the layers by which the unified Gemma 4 embeds pixels and sound, if the config has them and
+    they are not those that are `called`."""
     n, name, group = "model.embed_vision", "embedding_projection", "projector"
     pixels = (
         _norm(f"{n}.patch_ln1", "vin", True),
@@ -79,7 +80,8 @@ def unified_embedders(m: ModelSpec, made: Stack) -> Stack:
     )
     sound = (_linear(f"model.embed_audio.{name}", "h", "uo", group="audio"),)
     parts = (("vision_config", pixels), ("audio_config", sound))
-    return _with_tower(made, tuple(op for key, layers in parts if m.part(key) for op in layers), ())
+    uncalled = tuple(op for key, layers in parts if m.part(key) and key != called for op in layers)
+    return _with_tower(made, uncalled, ())
 
 
 def _vision_outside(standardizes: bool) -> tuple[Op, ...]:

@@ -38,14 +38,16 @@ def text_with_tower(
         return text._replace(before=before, runs=(*skipped_runs, *text.runs))
     at = next(i for i, op in enumerate(text.before) if any(w.name == "embeds" for w in op.writes))
     inputs, *embedding = text.before[: at + 1]
+    inputs = inputs._replace(writes=(*inputs.writes, *tower.inputs))
+    own = renamed(tuple(embedding), {"embeds": "text"})
+    if not tower.runs:
+        joined = (*tower.before, *tower.after, *renamed(scatter, {"stream": "embeds"}))
+        before = (inputs, *own, *joined, *text.before[at + 1 :])
+        return text._replace(before=before, after=outlived(text.after, held))
     rest = renamed(text.before[at + 1 :], {"embeds": "stream"})
     first, *others = (r._replace(before=renamed(r.before, {"embeds": "stream"})) for r in text.runs)
     return text._replace(
-        before=(
-            inputs._replace(writes=(*inputs.writes, *tower.inputs)),
-            *renamed(tuple(embedding), {"embeds": "text"}),
-            *tower.before,
-        ),
+        before=(inputs, *own, *tower.before),
         runs=(*tower.runs, first._replace(before=(*tower.after, *scatter, *rest)), *others),
         after=outlived(renamed(text.after, {"embeds": "stream"}), held),
     )
@@ -67,13 +69,15 @@ def outlived(after: tuple[Op, ...], held: tuple[str, ...]) -> tuple[Op, ...]:
     return (*after[:index], after[index]._replace(reads=(*after[index].reads, *held)), *after[index + 1 :])
 
 
-def scattered(joined: bool = True) -> tuple[Op, ...]:
+def scattered(joined: bool = True, checks: bool = False) -> tuple[Op, ...]:
     """Replace the embeddings of image tokens by the tower's features.
 
     `joined`: features are split into images and concatenated again. Backward expands the mask to the hidden axis, and
-    each marked element takes an index of three numbers.
+    each marked element takes an index of three numbers. `checks`: elements that the mask, which is there already, marks
+    are selected to be counted.
     """
     shape, whole = "b merged h", "b s h"
+    indices = Tensor("indices", f"3 {shape}", "int64")
     parts = (
         (
             ops.view("images.split", "features", "images.parts", shape, gradient="new"),
@@ -86,7 +90,22 @@ def scattered(joined: bool = True) -> tuple[Op, ...]:
     return (
         *parts,
         ops.cast("images.to", "images.all", "image_embeds", shape, "=text"),
-        Op("image_mask", (), (Tensor("image_mask", "b s", "bool"),), scratch=(Tensor("video mask", "b s", "bool"),)),
+        *(
+            (
+                Op("image_check", ("image_mask",), (Tensor("image_tokens", "", "int64"),), gradient="none"),
+                Op("image_check.places", ("text",), scratch=(spread, indices)),
+                Op("image_check.rows", ("text",), scratch=(indices, Tensor("marked", shape, "=text"))),
+            )
+            if checks
+            else (
+                Op(
+                    "image_mask",
+                    (),
+                    (Tensor("image_mask", "b s", "bool"),),
+                    scratch=(Tensor("video mask", "b s", "bool"),),
+                ),
+            )
+        ),
         Op(
             "masked_scatter",
             ("text", "image_embeds", "image_mask"),
@@ -96,7 +115,7 @@ def scattered(joined: bool = True) -> tuple[Op, ...]:
             scratch=(spread, Tensor("prefix sums", whole, "int64")),
             scratch_back=(
                 Scratch(spread, "image_embeds"),
-                Scratch(Tensor("indices", f"3 {shape}", "int64"), "image_embeds"),
+                Scratch(indices, "image_embeds"),
             ),
             source=_INDEX,
         ),

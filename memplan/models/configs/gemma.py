@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memplan.core.errors import ConfigError, UnsupportedModelError
+from memplan.core.errors import ConfigError, UnsupportedModelError, refused
 from memplan.core.frozen import FrozenDict
+from memplan.models.configs import processors
+from memplan.models.configs.images import padded_axes
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
 from memplan.models.configs.uncalled_towers import gemma4_towers, unified_embedders
 from memplan.models.facts import Family, ImageFacts, ModelFacts, flash_width
@@ -16,6 +18,7 @@ from memplan.models.family_facts import (
     DirectReads,
     GenerationFacts,
     ParallelFacts,
+    Picture,
     TrainingFacts,
 )
 from memplan.models.layers import Layer, as_json
@@ -23,6 +26,7 @@ from memplan.models.layers import Layer, as_json
 # Mixers of layers that compute keys and values for themselves, compute them for later layers too, or reuse them.
 OWN, STORED, REUSED = "attention", "attention, shares its keys", "attention, shared keys"
 MASKS_IMAGES = AttentionFacts(no_flash_2="it drops the mask over image tokens")
+_SAMPLES = 16_000  # of a second. Source: Gemma4UnifiedAudioFeatureExtractor
 SPARSE = "sparse"  # an FFN with sparse activation: only its largest gates are kept
 
 
@@ -128,6 +132,18 @@ def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **gemma4_towers(m)}
 
 
+def _samples(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
+    """Return a clip, of which as many samples make a token as embeddings of sound are wide; two more tokens frame it.
+
+    Source: transformers 5.24 models/gemma4_unified/feature_extraction_gemma4_unified.py. Raises SpecError without its
+    length.
+    """
+    if seconds is None:
+        raise refused("batch.clip_seconds", f"the tokens of a clip of {m.name or m.model_type} depend on its length")
+    tokens = -(-seconds * _SAMPLES // unified_embedders(m)["uo"])
+    return 1, Picture(tokens, 1, tokens + 2)
+
+
 def _unified_axes(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **unified_embedders(m)}
 
@@ -191,8 +207,9 @@ FAMILIES = {
     "gemma4_unified": _UNIFIED._replace(
         keys=_UNIFIED.keys._replace(decoder="text_config"),
         axes=_unified_axes,
+        stack="gemma4_unified",
         attention=MASKS_IMAGES,
-        images=ImageFacts(is_called=False),
+        images=ImageFacts(picture=processors.gemma4, axes=padded_axes, clip=_samples),
     ),
     "gemma4_unified_text": _UNIFIED,
 }

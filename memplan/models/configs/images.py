@@ -36,15 +36,8 @@ def _lined(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
     return {**grid_axes(images, picture), "merged": images * picture.tokens, "cells": cells, "lined": lined}
 
 
-def _only_image(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
-    """Return the axes of a sequence's only image: LLaVA-OneVision does not cut several ones into tiles."""
-    if images > 1:
-        raise refused("batch.images", f"several images of a sequence are not supported yet for {m.model_type}; use 1")
-    return _lined(m, images, picture)
-
-
-def _padded(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
-    """Return the axes of images whose tiles all have as many rows as the largest: LFM2-VL's.
+def padded_axes(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of images whose tiles all have as many rows as the largest: LFM2-VL's, and Gemma 4's.
 
     slots   tokens of the rows of all tiles
     unread  those among them that padding fills
@@ -89,9 +82,9 @@ def pictures_of(
             raise refused("batch.clips", f"{why} not supported yet for {m.model_type}; use 0")
         windows, picture = clip(m, seconds)
         return clips * windows, picture
-    picture = picture_of(m, pixels)
+    picture, several = picture_of(m, pixels), tower_of(m).several
     if not frames:
-        return images, picture
+        return images, picture if several is None or images < 2 else several(m)
     pictures = tower_of(m).pictures
     if images or pictures is None:
         other = f"a video is not supported yet for {m.model_type}; use batch.images"
@@ -349,7 +342,9 @@ SIGLIP = CLIP._replace(
     picture=None,
     is_called=False,
 )
-ONEVISION = SIGLIP._replace(picture=processors.llava_onevision, is_called=True, is_fixed=False, axes=_only_image)
+ONEVISION = SIGLIP._replace(
+    picture=processors.llava_onevision, is_called=True, is_fixed=False, axes=_lined, several=processors.whole
+)
 AYA = SIGLIP._replace(picture=processors.aya, is_called=True)
 COHERE2 = AYA._replace(
     picture=processors.cohere2,
@@ -366,7 +361,7 @@ COHERE2 = AYA._replace(
 SIGLIP_2 = SIGLIP._replace(
     defaults={**GEMMA3.defaults, "num_patches": 256},
     picture=processors.lfm2,
-    axes=_padded,
+    axes=padded_axes,
     is_called=True,
     is_fixed=False,
     has_masks=True,

@@ -103,7 +103,7 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
 
 def _kind(name: str) -> str:
     tower = family(name).images
-    sees = tower is not None and tower.clip is None
+    sees = tower is not None and (tower.clip is None or tower.picture is not None)
     return "vision-language" if sees or "_vl" in name.removesuffix("_text") else kind_of(name)
 
 

@@ -134,6 +134,11 @@ def llava_onevision(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(rows(m), rows(m), rows(m) ** 2 + high * (wide + 1), tiles=tiles)
 
 
+def whole(m: ModelFacts) -> Picture:
+    """Return one of several images of LLaVA-OneVision, which are not cut: a tile, followed by one more token."""
+    return Picture(rows(m), rows(m), rows(m) ** 2 + 1)
+
+
 def _tiles_of(m: ModelFacts, height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
     """Return the tiles of an image, counting the one that is all of it, and its rows and columns without padding."""
     side = size(m, "image_size")
@@ -255,6 +260,24 @@ def lfm2(m: ModelFacts, height: int, width: int) -> Picture:
         h, w = (ceil(n * beta / factor) for n in (height, width))
     patches = max(most * merge**2, side**2)
     return Picture(1, patches, cut * (ceil(side / merge) ** 2 + 1) + h * w + (3 if cut else 2), merge, cut + 1)
+
+
+_GEMMA_TOKENS = 280  # of an image. Source: transformers 5.24 models/gemma4/image_processing_gemma4.py max_soft_tokens
+
+
+def gemma4(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to the most whole merged patches that keep the sides' ratio; two more tokens frame the image.
+
+    Source: transformers 5.24 models/gemma4/image_processing_gemma4.py get_aspect_ratio_preserving_size.
+    """
+    most, merge = _GEMMA_TOKENS, size(m, "pooling_kernel_size", 3)
+    side = size(m, "patch_size", 16) * merge
+    factor = sqrt(most * side**2 / (height * width))
+    high, wide = (floor(factor * n / side) for n in (height, width))
+    if not high or not wide:
+        long, short = max(height, width), min(height, width)
+        high, wide = (1, min(long // short, most)) if not high else (min(long // short, most), 1)
+    return Picture(1, most, high * wide + 2)
 
 
 def _closest(height: int, width: int, most: int) -> int:

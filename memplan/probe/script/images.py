@@ -19,7 +19,7 @@ from memplan.probe.libraries import library
 from memplan.resolve.batches import check_sees
 from memplan.spec.run import RunSpec
 
-_IMAGE, _VIDEO = 1, 2  # the values of their tokens in mm_token_type_ids and token_type_ids
+_IMAGE, _VIDEO, _AUDIO = 1, 2, 3  # the values of their tokens in mm_token_type_ids and token_type_ids
 
 
 class ImageGrid:
@@ -79,7 +79,9 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     if batch.clips or "slots" in axes:
-        return (_audio_inputs if batch.clips else _padded_inputs)(base, picture, axes, each, ids)
+        build = _positioned_inputs if model.model_type.startswith("gemma4") else _padded_inputs
+        hear = _audio_inputs if "pooled" in axes else _sampled_inputs
+        return (hear if batch.clips else build)(base, picture, axes, each, ids)
     side = axes["patch"]
     match model.model_type:
         case _ if is_packed:
@@ -98,7 +100,9 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         case "llava_next" | "llava_onevision":
             tiles = _pixels(images * picture.tiles, picture, side, device)
             sizes = [batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2] * images
-            return {"pixel_values": tiles.view(images, picture.tiles, *tiles.shape[1:]), "image_sizes": sizes}
+            several = {"batch_num_images": [each] * len(ids)} if each > 1 and tower_of(model).several else {}
+            pixels = tiles.view(images, picture.tiles, *tiles.shape[1:])
+            return {"pixel_values": pixels, "image_sizes": sizes, **several}
         case "idefics3" | "smolvlm":
             pixels = _pixels(images, picture, side, device)
             if _has_no_data(ids):
@@ -147,6 +151,43 @@ def _padded_inputs(
         "pixel_values": torch.empty(len(tokens), patches, axes["vin"], device=ids.device).normal_(),
         "pixel_attention_mask": mask.to(ids.device),
         "spatial_shapes": torch.tensor([[merge, merge * number] for number in tokens]).to(ids.device),
+    }
+
+
+def _positioned_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return patches of images that are padded to as many each, and the column and row of each: -1 of padding."""
+    images, tokens = each * len(ids), axes["merged"] // each
+    places = torch.full((images, picture.patches, 2), -1, dtype=torch.int64)
+    places[:, : tokens * picture.merge**2] = 0
+    if _has_no_data(ids):
+        selections[images, picture.patches] = images * tokens
+        selections[(*ids.shape, axes["h"])] = images * tokens * axes["h"]
+        _list_as(ids, [tokens] * images)
+    kinds = torch.zeros_like(ids)
+    kinds[:, : each * tokens] = _IMAGE
+    return {
+        "pixel_values": torch.empty(images, picture.patches, axes["vin"], device=ids.device).normal_(),
+        "image_position_ids": places.to(ids.device),
+        "mm_token_type_ids": kinds,
+    }
+
+
+def _sampled_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return the samples of clips, and a mask of the tokens that they make."""
+    clips, tokens = each * len(ids), picture.patches
+    if _has_no_data(ids):
+        selections[clips, tokens] = clips * tokens
+        selections[(*ids.shape, axes["h"])] = clips * tokens * axes["h"]
+    kinds = torch.zeros_like(ids)
+    kinds[:, : each * tokens] = _AUDIO
+    return {
+        "input_features": torch.empty(clips, tokens, axes["uo"], device=ids.device).normal_(),
+        "input_features_mask": torch.ones(clips, tokens, dtype=torch.bool, device=ids.device),
+        "mm_token_type_ids": kinds,
     }
 
 

@@ -375,12 +375,14 @@ class _AboveNothing:
 
 
 # Patterns for the paths of modules and parameters in each part of models with a tower.
-_PROJECTOR = r"visual\.(deepstack_)?merger|multi_modal_projector"
+_PROJECTOR = (
+    r"visual\.(deepstack_)?merger|multi_modal_projector|embed_vision\.(multimodal_embedder|embedding_projection)"
+)
 _PARTS = {
-    "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model).*",
-    "audio": r".*audio_tower.*",
+    "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model|embed_vision).*",
+    "audio": r".*(audio_tower|embed_audio).*",
     "projector": rf".*({_PROJECTOR}).*",
-    "language": r"(?!.*(visual\.|vision_tower|vision_model|audio_tower|multi_modal_projector)).*",
+    "language": r"(?!.*(visual\.|vision_(tower|model)|embed_(vision|audio)|audio_tower|multi_modal_projector)).*",
 }
 
 
