@@ -157,7 +157,8 @@ def _ranks(run: OpenRun) -> Ranks:
         return Ranks(p.strategy, copies, knobs=knobs._replace(divides_loading=False), storage=q.storage)
     if p.strategy not in FSDP:
         waits = trainer and accumulates and p.bucket_view  # gradients stay outside of the buckets until reduced
-        return Ranks(p.strategy, copies, views=p.bucket_view, delayed=waits)
+        records = p.strategy == "ddp" and not run.is_megatron_model and run.library.sharding.records_streams
+        return Ranks(p.strategy, copies, views=p.bucket_view, delayed=waits, records_streams=records)
     is_nf4 = run.method.kind == "qlora" and q is not None and q.format == "nf4"
     stages = is_nf4 and p.strategy == "fsdp2" and run.library.sharding.stages_nf4
     ranks = Ranks(

@@ -500,6 +500,8 @@ def _check_trained(run: OpenTraining) -> None:
     refuse(trained_weights(run.structure, finds))
     if run.card is not None and run.card.usable is not None:
         run.structure = sharding_of(run.structure).on_gpu(run.card.usable)
+    if run.structure.ranks.records_streams:
+        run.notes.append("DDP: torch before 2.8 may keep segments as large as the weights, which it sent at the start")
 
 
 def _check_optimizer(run: OpenTraining) -> None:

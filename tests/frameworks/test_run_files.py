@@ -638,6 +638,7 @@ SWIFT_CASES: dict[str, dict[str, Any]] = {
     "tuner_type: full\ndeepspeed: zero3_offload": {"parallelism.offload.parameters": True},
     "tuner_type: full\nuse_galore: true\ngalore_optim_per_parameter: true": {"optimizer.name": "galore_adamw"},
     "tuner_type: full\nuse_galore: true\noptim: adamw_8bit": {"optimizer.name": "galore_adamw_8bit"},
+    "tuner_type: full\nuse_galore: true\noptim: adafactor": {"optimizer.name": "galore_adafactor"},
 }
 
 

@@ -325,6 +325,20 @@ def test_the_shards_of_all_ranks_are_the_model_and_padding(run: dict[str, Any], 
         assert 0 <= p.whole - p.own < world * row + (8 * 64 if strategy == "fsdp" else 0)
 
 
+def test_ddp_before_torch_2_8_keeps_segments_if_they_fit() -> None:
+    run: dict[str, Any] = {"model": "llama-3.2-3b", "method": "lora", "batch": {"sequence": 64}}
+    for gpu, keeps in (("a100-sxm-80gb", True), ("rtx-4060-ti-16gb", True), ("rtx-3060-12gb", False)):
+        old, new = (
+            answer({**run, "gpu": gpu, "profile": p}, "ddp", 2) for p in ("transformers-4.51", "transformers-5")
+        )
+        weights = old.categories["parameter"]
+        assert old.bytes.reserved - new.bytes.reserved == pytest.approx(weights * keeps, abs=weights * 0.05)
+        assert old.bytes.allocated == pytest.approx(new.bytes.allocated, rel=0.01)
+        assert old.verdict.answer == new.verdict.answer == "fits"
+        assert any("torch before 2.8" in note for note in old.notes) == keeps
+        assert not any("torch before 2.8" in note for note in new.notes)
+
+
 @laws
 @given(runs(kinds=("full", "lora")), st.integers(2, 64))
 def test_ddp_adds_its_buckets_and_nothing_else(run: dict[str, Any], world: int) -> None:

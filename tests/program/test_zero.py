@@ -16,12 +16,13 @@ from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.errors import SpecError
-from memplan.core.units import ITEMSIZE
+from memplan.core.units import ITEMSIZE, rounded
 from memplan.engine.storages import COMPUTING, REDUCING
 from memplan.program.graph import TensorGroup, operations_of, weights_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.megatron import buffers
 from memplan.program.sharding.zero import ZeroSharding
+from memplan.program.sharding.zero3 import Zero3Sharding
 from memplan.program.sharding.zero3_prefetch import gathered_peak
 from memplan.program.structure import Structure
 from memplan.program.training.program import program
@@ -181,6 +182,11 @@ def test_sub_groups_collect_partitions_up_to_their_size() -> None:
     layers = -(-(100_000_000 - EMBEDDING // 8) // (LAYER // 8))
     assert 100_000_000 <= zero_of(run).updated_at_once < EMBEDDING // 8 + (layers + 1) * LAYER // 8
     assert answer("zero3", 8, zero={"sub_group_size": 100_000_000}).phases[-1].peak < answer("zero3", 8).phases[-1].peak
+    sharding = zero_of(run)
+    assert isinstance(sharding, Zero3Sharding)
+    moments = [s.bytes for s in sharding.optimizer().states if s.what == "exp_avg"]
+    assert moments == [rounded(4 * numbers) for numbers in sharding.sub_groups]
+    assert len(moments) == -(-sharding.partition // sharding.updated_at_once)
 
 
 # gathered weights

@@ -162,6 +162,8 @@ class ShardingBehaviour(NamedTuple):
                                others their parts, in bytes
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
                                again
+    records_streams            torch records NCCL's stream for what it sends, so a block that is freed meanwhile is not
+                               reused until it has been sent
     """
 
     pipeline: Literal["megatron", "torch", "device_map"]
@@ -177,6 +179,7 @@ class ShardingBehaviour(NamedTuple):
     quantises_before_sharding: bool
     stages_nf4: bool
     regathers_weights: bool
+    records_streams: bool
 
 
 class GenerationBehaviour(NamedTuple):

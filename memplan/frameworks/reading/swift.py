@@ -195,7 +195,7 @@ def _kernels(config: Config) -> None:
 
 
 def _optimizer(config: Config) -> None:
-    """GaLore's projections. With an optimizer for each parameter, too, all of them step after backward."""
+    """GaLore, if it is on. Even with an optimizer for each parameter, all of them step after backward."""
     trainer.optimizer(config)
     if not config.flag("use_galore"):
         return
@@ -203,8 +203,9 @@ def _optimizer(config: Config) -> None:
         raise config.error("use_galore", "GaLore projects the gradients of full training; set tuner_type: full")
     if config.flag("galore_quantization"):
         raise config.error("galore_quantization", "Q-GaLore is not supported yet; leave it out")
-    eight_bits = "_8bit" if "8bit" in str(config.get("optim")) else ""
-    config.set("optimizer.name", f"galore_adamw{eight_bits}", "use_galore")
+    name = str(config.get("optim"))
+    kind = "adafactor" if name == "adafactor" else "adamw_8bit" if "8bit" in name else "adamw"
+    config.set("optimizer.name", f"galore_{kind}", "use_galore")
     config.read.add("galore_optim_per_parameter")
     if (config.whole("galore_rank") or RANK) != RANK:
         config.leave("galore_rank", f"rank {RANK} is counted, ms-swift's default")

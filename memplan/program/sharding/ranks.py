@@ -39,6 +39,7 @@ class Ranks(NamedTuple):
                      last block stays gathered
     has_one_unit     everything is one FSDP unit, as TRL wraps a reference model under FSDP2
     views            gradients are views of DDP's buckets
+    records_streams  no buffer in which DDP broadcasts weights is reused before all weights are sent
     replicated       there are several such groups of ranks, which sum their reduced gradients (hybrid sharding)
     offloads         the rank's weights, gradients and states are in host memory, where the optimizer steps
     reduces          dtype that FSDP2 reduces gradients in, empty if it is the dtype weights are gathered in
@@ -65,6 +66,7 @@ class Ranks(NamedTuple):
     ends_apart: bool = False
     has_one_unit: bool = False
     views: bool = False
+    records_streams: bool = False
     replicated: bool = False
     offloads: bool = False
     reduces: str = ""

@@ -279,6 +279,10 @@ class Sharding:
         """Return the peak bytes while ranks are sent `weights` bytes of the first one's; 0 if none are sent."""
         return 0
 
+    def broadcast_buffers(self) -> Iterable[int]:
+        """Return the bytes of buffers that take segments of their own while ranks are sent weights."""
+        return ()
+
     def on_gpu(self, room: int) -> Structure:
         """Return the run on GPUs with `room` usable bytes."""
         return self.run
@@ -374,6 +378,20 @@ class DataParallel(Sharding):
 
     def broadcasting(self, weights: int) -> int:
         return 0 if self.run.buffers else weights + min(weights, BROADCASTS * BROADCAST)
+
+    def broadcast_buffers(self) -> Iterable[int]:
+        """Return the buffers if torch records NCCL's stream for them: the process runs ahead of that stream, so each
+        is freed before it is sent, and all of them together are as large as the weights.
+
+        Source: torch 2.7 csrc/distributed/c10d/comm.cpp broadcast_coalesced, c10/cuda/CUDACachingAllocator.cpp free.
+        """
+        full, rest = divmod(total_bytes(self.weights()) if self.ranks.records_streams else 0, BROADCAST)
+        return [BROADCAST] * full + [rest] * bool(rest)
+
+    def on_gpu(self, room: int) -> Structure:
+        """Return the run on GPUs with `room` usable bytes. On a full one torch waits until buffers have been sent."""
+        records = self.ranks.records_streams and 2 * total_bytes(self.weights()) <= room
+        return self.run._replace(ranks=self.ranks._replace(records_streams=records))
 
 
 def with_copies(block: Iterable[tuple[Parameter, int]]) -> list[Parameter]:

@@ -129,6 +129,10 @@ class Zero3Sharding(ZeroSharding):
         """Yield nothing: reduced gradients are the rank's partition, one of the reduction buffers."""
         yield from ()
 
+    def trained(self) -> list[Parameter]:
+        """Return the parameters passed to the optimizer, one after another: the sub-groups of the partition."""
+        return [Parameter("partition", (numbers,), "fp32") for numbers in self.sub_groups]
+
     def optimizer(self) -> OptimizerMemory:
         """Return the optimizer's memory. It steps one sub-group after another, with the scratch of one."""
         memory = super().optimizer()

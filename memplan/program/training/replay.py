@@ -249,6 +249,7 @@ def _load(sharding: Sharding, events: SizedEvents) -> None:
     """Append loading the model, and allocations of gradient and reduction buffers, which exist before the first
     step."""
     append_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), events)
+    events.free([events.alloc(bytes_) for bytes_ in sharding.broadcast_buffers()])
     buffers = sharding.gradients() if sharding.run.grads else ()
     for held in (*buffers, *sharding.reduction_buffers(), *sharding.run.engine):
         events.alloc_copies(held.bytes, held.copies)
