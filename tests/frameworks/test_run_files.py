@@ -479,6 +479,26 @@ def test_targets_that_a_model_does_not_have_are_skipped(tmp_path: Path) -> None:
     assert estimate(run).bytes == estimate(alone).bytes
 
 
+FLEXIBLE = {
+    "base_model: qwen2-0.5b\nmicro_batch_size: 2\nflex_attention: true\n": True,
+    "base_model: gemma-4-31b\nmicro_batch_size: 2\nflex_attention: true\n": False,
+    "base_model: qwen2-0.5b\nmicro_batch_size: 2\nattn_implementation: flex_attention\nsample_packing: true\n": False,
+    "model: qwen2-0.5b\ntuner_type: lora\nattn_impl: flex_attention\n": True,
+    "model: qwen2-0.5b\ntuner_type: lora\nattn_impl: flex_attention\nrlhf_type: dpo\n": False,
+    "model_name_or_path: qwen2-0.5b\nuse_peft: true\nmax_length: 64\nattn_implementation: flex_attention\n": True,
+}
+
+
+@pytest.mark.parametrize(("text", "is_counted"), FLEXIBLE.items())
+def test_flex_attention_is_read_where_it_is_counted(tmp_path: Path, text: str, is_counted: bool) -> None:
+    file = read(tmp_path, text)
+    note = "flex_attention: sdpa, or eager without it, is counted instead"
+    assert [each.note for each in file.unread if "flex" in each.note] == ([] if is_counted else [note])
+    assert values(file).get("kernels.attention") == ("flex_attention" if is_counted else None)
+    answer = estimate(RunSpec.model_validate(file.fields))
+    assert answer.run.kernels.attention == ("flex_attention" if is_counted else "sdpa")
+
+
 def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
     """transformers runs gpt-oss with flash attention that knows sinks, but not with flash_attention_2."""
     text = "base_model: gpt-oss-20b\nmicro_batch_size: 1\nattn_implementation: "

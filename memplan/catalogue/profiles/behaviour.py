@@ -92,6 +92,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers        every layer holds a causal mask for all positions, used or not
     one_mask              eager attention has one causal mask for the entire batch, unless there is padding
     float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
+    flex                  flex attention runs as in transformers 5, in supervised fine-tuning
     window_masks          LitGPT's layers with a window make a mask of all pairs, however short the sequence is
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
@@ -110,6 +111,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers: bool
     one_mask: bool
     float_masks: bool
+    flex: bool
     window_masks: bool
     masks_padding: bool
     packing: tuple[str, ...]

@@ -203,10 +203,10 @@ def _attention(config: Config) -> None:
     if config.said("attn_implementation") is None and old:
         config.defaults = {**config.defaults, old[0]: _OLD_ATTENTION[old[0]]}
         kind = _OLD_ATTENTION[old[0]]
-        if kind in ("sdpa", "eager", "flash_attention_2"):
-            config.set("kernels.attention", kind, old[0])
-        else:
+        if kind in ("xformers", "sage"):
             config.leave(old[0], "sdpa is counted instead")
+        else:
+            config.set("kernels.attention", kind, old[0])
     elif config.flag("gemma4_hybrid_attn_impl"):  # flash_attention_2 in layers with a window, sdpa in the others
         config.get("attn_implementation")
         config.leave("gemma4_hybrid_attn_impl", "sdpa is counted in every layer")

@@ -543,7 +543,7 @@ def read_as(
     profile = form.profile or profile_of(form.defaults[0], asked or version)
     nearness = "" if profile.endswith(f"-{version}") else "nearest "
     config.set("profile", profile, why=f"the {nearness}profile of {config.title}")  # some rules ask for it
-    for rule in form.rules:
+    for rule in (*form.rules, trainer.settle_attention):
         rule(config)
     if "profile" in config.found:  # a typed one is not
         config.found["profile"] = config.found.pop("profile")  # shown last
