@@ -37,6 +37,8 @@ class ModelBehaviour(NamedTuple):
     has_family                 the version supports the model's family
     experts                    how experts are written: stacked (one 3-D parameter), modules (linear layers), own (the
                                framework's)
+    names_linears              the trainer gives peft the names of all linear layers for all-linear, which leaves out
+                               experts and routers that are parameters
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
@@ -50,6 +52,7 @@ class ModelBehaviour(NamedTuple):
     code: Literal["transformers", "litgpt", "torchtitan"]
     has_family: bool
     experts: Literal["stacked", "modules", "own"]
+    names_linears: bool
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool

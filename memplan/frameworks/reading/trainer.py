@@ -563,3 +563,16 @@ def model_of(config: Config) -> ModelSpec | None:
         return find_model(name) if name is not None else None
     except MemplanError:
         return None
+
+
+def towers(model: ModelSpec) -> list[str]:
+    """Return the parts of a model that see or hear."""
+    return [part for part, key in (("vision", "vision_config"), ("audio", "audio_config")) if model.get(key)]
+
+
+def frozen(config: Config, tower: str, projector: str, language: str) -> None:
+    """The parts that the keys freeze, of a model that sees or hears."""
+    model = model_of(config)
+    if model is not None and model.has_tower:
+        keys = {**dict.fromkeys(towers(model), tower), "projector": projector, "language": language}
+        config.set("method.frozen", [part for part, key in keys.items() if config.flag(key)], *keys.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -168,11 +168,12 @@ def flex_attention(query: Any, key: Any, value: Any, training: bool = False, **o
 def _captured(read: Any) -> Iterator[Any]:
     """Yield the tensors that a function, or functions that it calls, have captured, which autograd saves, too."""
     for cell in getattr(read, "__closure__", None) or ():
-        value = cell.cell_contents
-        if isinstance(value, torch.Tensor):
-            yield value
-        for inner in value if isinstance(value, tuple) else (value,):
-            yield from _captured(inner)
+        value: Any = cell.cell_contents
+        for inner in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
+            if isinstance(inner, torch.Tensor):
+                yield inner
+            else:
+                yield from _captured(inner)
 
 
 def create_block_mask(**options: Any) -> Any:
