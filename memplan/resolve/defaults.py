@@ -130,10 +130,11 @@ def fill_precision(p: Precision, trains: bool = True) -> Precision:
     return with_defaults(p, compute=compute, **({"grads": p.weights} if trains else {}))
 
 
-def complete_method(m: Method, model: ModelSpec, adapts_experts: bool = False) -> Method:
-    """Return the method with what peft and LLaMA-Factory fill in: scale, targets, the modules that are trained.
+def complete_method(m: Method, model: ModelSpec, adapts_experts: bool = False, names_linears: bool = False) -> Method:
+    """Return the method with what peft and trainers fill in: scale, targets, the modules that are trained.
 
-    `adapts_experts`: all-linear includes quantised experts.
+    adapts_experts  all-linear includes quantised experts
+    names_linears   all-linear is the names of all linear layers, among which stacked experts and their router are not
     """
     if m.kind == "freeze":  # like LLaMA-Factory: all layers, if there are fewer
         return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
@@ -144,20 +145,19 @@ def complete_method(m: Method, model: ModelSpec, adapts_experts: bool = False) -
         update={
             "alpha": (m.alpha or PEFT_ALPHA) if m.kind in LORA else m.alpha,
             "modules_to_save": saved,
-            "targets": m.targets if adapts_experts and m.targets == "all-linear" else _filled_targets(model, m),
+            "targets": m.targets
+            if adapts_experts and m.targets == "all-linear"
+            else _filled_targets(model, m, names_linears),
         }
     )
 
 
-def _filled_targets(model: ModelSpec, m: Method) -> tuple[str, ...] | str:
-    """Return the targets as peft gets them.
-
-    Axolotl passes the names of all linear layers, so quantised experts and their router, which are none, are left out.
-    Source: axolotl 0.21 loaders/adapter.py find_all_linear_names.
-    """
+def _filled_targets(model: ModelSpec, m: Method, names_linears: bool) -> tuple[str, ...] | str:
+    """Return the targets as peft gets them. Experts are only quantised by Axolotl, which names all linear layers."""
     if m.targets == "default":
         return _default_targets(model, m.kind)
-    if m.targets == "all-linear" and m.quantization is not None and m.quantization.experts and stacks(model):
+    named = names_linears or (m.quantization is not None and m.quantization.experts)
+    if m.targets == "all-linear" and named and stacks(model):
         paths = (path for path, dims in linears(model).items() if path != "lm_head" and model.vocab_size not in dims)
         return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     return m.targets

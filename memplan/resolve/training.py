@@ -314,7 +314,9 @@ def _refuse_adapted_parameters(run: OpenTraining) -> None:
 def _complete_parts(run: OpenTraining) -> None:
     """Fill in the defaults of torch, peft and the optimizer."""
     run.precision = fill_precision(run.precision)
-    run.method = complete_method(run.method, run.model, run.library.defaults.method_quantization_experts)
+    run.method = complete_method(
+        run.method, run.model, run.library.defaults.method_quantization_experts, run.library.model.names_linears
+    )
     run.optimizer = fill_optimizer(run.optimizer)
 
 

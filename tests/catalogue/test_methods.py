@@ -441,6 +441,18 @@ def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
     assert casts == {(f"n{i}",): f"b {chunk} h" for i, chunk in chunks.items()}
 
 
+def test_trainers_that_name_all_linear_layers_leave_out_experts_that_are_parameters() -> None:
+    """Others pass all-linear to peft, which adapts experts and has no dropout for them."""
+
+    def targets(profile: str, **method: Any) -> Any:
+        run = RunSpec(model="qwen3-30b-a3b", profile=profile, method={"kind": "lora", **method})
+        return estimate(run).run.method.targets
+
+    for profile in ("ms-swift", "axolotl", "llamafactory"):
+        assert targets(profile, dropout=0.05) == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert targets("trl") == "all-linear"
+
+
 def test_unsloth_quantises_stacked_experts_and_adapts_them() -> None:
     for model, said, expected in (
         ("olmoe-1b-7b", None, True),

@@ -197,6 +197,12 @@ def test_ligers_loss_of_pairs_has_the_key_of_its_version(tmp_path: Path, version
     assert (values(file)["trainer"], values(file).get("kernels.loss")) == ("dpo", loss)
 
 
+def test_losses_that_take_the_same_memory_are_not_listed(tmp_path: Path) -> None:
+    assert read(tmp_path, f"{SWIFT_LORA}rlhf_type: grpo\nmax_length: 512\nloss_type: sapo").notes == ()
+    assert read(tmp_path, f"{SWIFT_LORA}rlhf_type: dpo\nmax_length: 512\nloss_type: sigmoid").notes == ()
+    assert len(read(tmp_path, f"{SWIFT_LORA}rlhf_type: dpo\nloss_type: [sigmoid, sft]").notes) == 1
+
+
 def test_the_value_model_of_ppo_trains_as_the_model_does(tmp_path: Path) -> None:
     text = "model: a\nrlhf_type: ppo\nreward_model: [qwen2-0.5b]\nquant_method: bnb\nquant_bits: 4\nlora_rank: 4\n"
     found = read(tmp_path, text).fields
@@ -479,6 +485,41 @@ def test_targets_that_a_model_does_not_have_are_skipped(tmp_path: Path) -> None:
     assert estimate(run).bytes == estimate(alone).bytes
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base_model: voxtral-mini-3b\nmicro_batch_size: 1\nadapter: lora\nlora_target_modules: "
+        r"'model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj'",
+        "model: voxtral-mini-3b\ntuner_type: lora",
+        "model_name_or_path: voxtral-mini-3b\nfinetuning_type: lora\nfreeze_vision_tower: true",
+    ],
+)
+def test_a_frozen_tower_may_be_one_that_hears(tmp_path: Path, text: str) -> None:
+    fields = read(tmp_path, text).fields
+    assert fields["method"]["frozen"] == ["audio", "projector"]
+    assert estimate(RunSpec.model_validate(fields)).run.method.frozen == ("audio", "projector")
+
+
+FLEXIBLE = {
+    "base_model: qwen2-0.5b\nmicro_batch_size: 2\nflex_attention: true\n": True,
+    "base_model: gemma-4-31b\nmicro_batch_size: 2\nflex_attention: true\n": False,
+    "base_model: qwen2-0.5b\nmicro_batch_size: 2\nattn_implementation: flex_attention\nsample_packing: true\n": False,
+    "model: qwen2-0.5b\ntuner_type: lora\nattn_impl: flex_attention\n": True,
+    "model: qwen2-0.5b\ntuner_type: lora\nattn_impl: flex_attention\nrlhf_type: dpo\n": False,
+    "model_name_or_path: qwen2-0.5b\nuse_peft: true\nmax_length: 64\nattn_implementation: flex_attention\n": True,
+}
+
+
+@pytest.mark.parametrize(("text", "is_counted"), FLEXIBLE.items())
+def test_flex_attention_is_read_where_it_is_counted(tmp_path: Path, text: str, is_counted: bool) -> None:
+    file = read(tmp_path, text)
+    note = "flex_attention: sdpa, or eager without it, is counted instead"
+    assert [each.note for each in file.unread if "flex" in each.note] == ([] if is_counted else [note])
+    assert values(file).get("kernels.attention") == ("flex_attention" if is_counted else None)
+    answer = estimate(RunSpec.model_validate(file.fields))
+    assert answer.run.kernels.attention == ("flex_attention" if is_counted else "sdpa")
+
+
 def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
     """transformers runs gpt-oss with flash attention that knows sinks, but not with flash_attention_2."""
     text = "base_model: gpt-oss-20b\nmicro_batch_size: 1\nattn_implementation: "
@@ -695,6 +736,7 @@ REFUSED: dict[str, str] = {
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: pPO": "run.yaml:3: rlhf_type: 'pPO' is not supported yet; supported: rm, ",
     "model: a\ntemplate: b\npeft_config: {name: lora}\ndist_config: {name: fsdp2}": "run.yaml:4: dist_config: LLaMA-F",
+    "model_name: a\ntokenizer_dir: b\ntrain: {micro_batch_size: 4}": "run.yaml:2: tokenizer_dir: LitGPT's pretraining",
     "model: a\ntuner_type: lora\nrlhf_type: gkd": "run.yaml:3: rlhf_type: gkd without a teacher_model of its own",
     "model: a\ntuner_type: lora\nrlhf_type: gkd\nteacher_model: a": "run.yaml:4: teacher_model: gkd without a",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",

@@ -153,6 +153,15 @@ FLEX = {
 }
 FLEX["flex_attention, heads repeated"] = attending("flex_attention", "qwen2-0.5b", method="lora")
 FLEX["flex_attention, autocast"] = attending("flex_attention", "smollm-135m", precision="amp")
+FLEX |= {
+    f"flex_attention, padded, {name}": {**case, "loop": {"padded": True}}
+    for name, case in (
+        ("full", attending("flex_attention", "smollm-135m")),
+        ("windows", FLEX["flex_attention, gemma2, full"]),
+        ("lora", {**FLEX["flex_attention, mistral, lora"], "batch": {"micro": 4, "sequence": 1000}}),
+        ("autocast", attending("flex_attention", "smollm-135m", precision="amp")),
+    )
+}
 FLEX["flex_attention, binding"] = attending(
     "flex_attention", **{**BINDING, "kernels": {"attention": "flex_attention", "loss": "fused"}}
 )

@@ -180,13 +180,23 @@ OFFLOADED: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...]
 )
 
 
+_FLEX = {"attention": "flex_attention"}
+FLEXIBLE: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
+    ("llama", "lora", BF16, 2, 2048, _FLEX),
+    ("gemma2", "full", BF16, 1, 1024, _FLEX),
+    ("qwen2", "qlora", BF16, 2, 1024, {**_FLEX, "checkpointing": "none"}),
+)
+
+
 def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile, as transformers' Trainer runs them."""
     framework = profile.rpartition("-")[0]
     offloaded = [(*case, {**changes, "checkpointing": "offloaded"}) for *case, changes in OFFLOADED]
-    others = {"unsloth": OF_UNSLOTH, "automodel": OF_AUTOMODEL, "trl": offloaded if profile == "trl-1.15" else ()}.get(
-        framework, ()
-    )
+    others = {
+        "unsloth": OF_UNSLOTH,
+        "automodel": OF_AUTOMODEL,
+        "trl": (*offloaded, *FLEXIBLE) if profile == "trl-1.15" else (),
+    }.get(framework, ())
     for family, method, precision, micro, tokens, changes in (*CASES, *others):
         if (framework, method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
@@ -256,7 +266,9 @@ def _suffix(changes: dict[str, Any]) -> str:
     names = {"none": " plain", "full": " checkpointed", "offloaded": " offloaded"}
     if "parallelism" in changes:
         return f" fsdp2 {changes['parallelism']['world']} x{changes['batch']['accumulation']}"
-    return names.get(changes.get("checkpointing", ""), "")
+    return names.get(changes.get("checkpointing", ""), "") + (
+        " flex" if changes.get("attention") in _FLEX.values() else ""
+    )
 
 
 def main(runs: Callable[[str], Iterator[tuple[str, RunSpec]]] = runs) -> None:

@@ -92,10 +92,13 @@ NO_FLEX: dict[str, tuple[dict[str, Any], str]] = {
     "narrow heads": ({"model": {"config": {**QWEN2, "num_attention_heads": 16}}}, "needs heads at least 16 wide"),
     "an old card": ({"gpu": "p100"}, "needs compute capability 7.0"),
     "another class": ({"model": "opt-125m"}, "is not supported yet for opt"),
-    "generating": ({"task": "generate"}, "is only supported yet in sft with profile transformers-5"),
-    "a profile": ({"profile": "trl"}, "is only supported yet in sft with profile transformers-5"),
-    "a trainer": ({"trainer": "dpo", "method": "lora"}, "is only supported yet in sft with profile transformers-5"),
-    "padding": ({"loop": {"padded": True}}, "is not supported yet with loop.padded"),
+    "generating": ({"task": "generate"}, "is only supported yet in sft, with transformers 5"),
+    "a profile": ({"profile": "trl-0.13"}, "is only supported yet in sft, with transformers 5"),
+    "a trainer": ({"trainer": "dpo", "method": "lora"}, "is only supported yet in sft, with transformers 5"),
+    "packing": (
+        {"batch": {"packing": "sample_packing"}, "profile": "axolotl"},
+        "is not supported yet with batch.packing",
+    ),
     "ranks": ({"parallelism": {"world": 2, "tp": 2}}, "is not supported yet with parallelism.tp"),
     "images": (
         {"model": "gemma-3-4b", "batch": {"images": 1}},

@@ -152,7 +152,7 @@ def _attention(
         case "flex" | "eager":
             laid = wiring.is_head_major
             return (
-                flex(name, q, k, v, y, grouped, mask, width)
+                flex(name, q, k, v, y, grouped, mask, width, wiring.padded)
                 if backend == "flex"
                 else eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
             )

@@ -60,7 +60,7 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> Ops:
     if not wiring.has_mask(sliding):
         return ()
     if wiring.backend == "flex":
-        return block_mask(name)
+        return block_mask(name, wiring.padded)
     if wiring.packed is not None and wiring.packed.mask == "given":
         return (ops.view(name, "pairs_mask", name, "b s s"),)
     if wiring.backend == "eager" or wiring.masks_rows:

@@ -37,6 +37,8 @@ class ModelBehaviour(NamedTuple):
     has_family                 the version supports the model's family
     experts                    how experts are written: stacked (one 3-D parameter), modules (linear layers), own (the
                                framework's)
+    names_linears              the trainer gives peft the names of all linear layers for all-linear, which leaves out
+                               experts and routers that are parameters
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
@@ -50,6 +52,7 @@ class ModelBehaviour(NamedTuple):
     code: Literal["transformers", "litgpt", "torchtitan"]
     has_family: bool
     experts: Literal["stacked", "modules", "own"]
+    names_linears: bool
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
@@ -92,6 +95,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers        every layer holds a causal mask for all positions, used or not
     one_mask              eager attention has one causal mask for the entire batch, unless there is padding
     float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
+    flex                  flex attention runs as in transformers 5, in supervised fine-tuning
     window_masks          LitGPT's layers with a window make a mask of all pairs, however short the sequence is
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
@@ -110,6 +114,7 @@ class AttentionBehaviour(NamedTuple):
     causal_buffers: bool
     one_mask: bool
     float_masks: bool
+    flex: bool
     window_masks: bool
     masks_padding: bool
     packing: tuple[str, ...]

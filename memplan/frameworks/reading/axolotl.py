@@ -98,7 +98,7 @@ def _method(config: Config) -> None:
     trainer.adapter(config, kind is not None, config.flag("peft_use_dora"), "adapter", "peft_use_dora")
     model, trained = trainer.model_of(config), config.names("unfrozen_parameters")
     if trained and model is not None and model.has_tower and all(_LANGUAGE.match(name) for name in trained):
-        config.set("method.frozen", ["vision", "projector"], "unfrozen_parameters")
+        config.set("method.frozen", [*trainer.towers(model), "projector"], "unfrozen_parameters")
     elif trained:
         config.leave("unfrozen_parameters", "what trains, not supported yet")
     if kind is not None:
@@ -151,9 +151,8 @@ def _targets(config: Config) -> None:
         config.set("method.targets", names, "lora_target_modules")
         model = trainer.model_of(config)
         if "language_model" in pattern["within"] and model is not None and model.has_tower:
-            config.set(
-                "method.frozen", ["vision", "projector"], "lora_target_modules", why="adapters of the language model"
-            )
+            why = "adapters of the language model"
+            config.set("method.frozen", [*trainer.towers(model), "projector"], "lora_target_modules", why=why)
     elif modules is not None:
         if any(not name.replace(".", "").replace("_", "").isalnum() for name in modules):
             config.leave("lora_target_modules", "a pattern: all linear layers are counted instead")
@@ -203,10 +202,10 @@ def _attention(config: Config) -> None:
     if config.said("attn_implementation") is None and old:
         config.defaults = {**config.defaults, old[0]: _OLD_ATTENTION[old[0]]}
         kind = _OLD_ATTENTION[old[0]]
-        if kind in ("sdpa", "eager", "flash_attention_2"):
-            config.set("kernels.attention", kind, old[0])
-        else:
+        if kind in ("xformers", "sage"):
             config.leave(old[0], "sdpa is counted instead")
+        else:
+            config.set("kernels.attention", kind, old[0])
     elif config.flag("gemma4_hybrid_attn_impl"):  # flash_attention_2 in layers with a window, sdpa in the others
         config.get("attn_implementation")
         config.leave("gemma4_hybrid_attn_impl", "sdpa is counted in every layer")

@@ -71,13 +71,9 @@ def _method(config: Config) -> None:
     if kind in ("lora", "oft"):
         _adapters(config, kind)
     model = trainer.model_of(config)
-    if model is not None and model.has_tower:
-        if config.said("image_max_pixels") is not None:
-            config.leave("image_max_pixels", "no images are counted; add --images")
-        parts = {"vision": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
-        parts["language"] = "freeze_language_model"
-        frozen = [part for part, key in parts.items() if config.flag(key)]
-        config.set("method.frozen", frozen, *parts.values())
+    if model is not None and model.has_tower and config.said("image_max_pixels") is not None:
+        config.leave("image_max_pixels", "no images are counted; add --images")
+    trainer.frozen(config, "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 
 
 def _parts_that_train(config: Config) -> None:

@@ -50,6 +50,7 @@ _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
 _LATER = {
     **dict.fromkeys(("model_class", "dist_config", "kernel_config"), "LLaMA-Factory v1's (USE_V1=1: a preview)"),
+    "tokenizer_dir": "LitGPT's pretraining",
     "policy_model": "torchtune's PPO",
     "grpo_samples": "torchtune's GRPO",
     "checkpointer": "torchtune's evaluation and generation",
@@ -60,8 +61,6 @@ _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
 _ADAPTER_FIELDS = tuple(
     f"method.{name}" for name in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 )
-
-
 _SEEN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # variables that say which GPUs a program sees
 
 
@@ -543,7 +542,7 @@ def read_as(
     profile = form.profile or profile_of(form.defaults[0], asked or version)
     nearness = "" if profile.endswith(f"-{version}") else "nearest "
     config.set("profile", profile, why=f"the {nearness}profile of {config.title}")  # some rules ask for it
-    for rule in form.rules:
+    for rule in (*form.rules, trainer.settle_attention):
         rule(config)
     if "profile" in config.found:  # a typed one is not
         config.found["profile"] = config.found.pop("profile")  # shown last

@@ -72,10 +72,13 @@ def _trainer(config: Config) -> None:
         trainer.ppo(config, "reward_model", "response_length", "rlhf_type")
     elif name != "grpo":
         name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
+        if config.names("loss_type") not in (None, ["sigmoid"]):  # DPO's default
+            config.leave("loss_type", "the loss, not supported yet")
         trainer.preference(config, name, "rlhf_type")
         if name == "gkd":
             _teacher(config)
     else:
+        config.get("loss_type")  # arithmetic of a few numbers per token
         config.defaults = {**config.defaults, "beta": 0.04}
         adapts = config.get("tuner_type") != "full"
         trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
@@ -131,10 +134,7 @@ def _method(config: Config) -> None:
         config.set("method.rank" if rank else "method.options", rank or said, *keys)
     if kind != "full":
         _adapters(config)
-    model = trainer.model_of(config)
-    if model is not None and model.has_tower:
-        parts = {"vision": "freeze_vit", "projector": "freeze_aligner", "language": "freeze_llm"}
-        config.set("method.frozen", [part for part, key in parts.items() if config.flag(key)], *parts.values())
+    trainer.frozen(config, "freeze_vit", "freeze_aligner", "freeze_llm")
 
 
 def _other_models(config: Config) -> None:

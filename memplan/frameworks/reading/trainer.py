@@ -17,7 +17,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.core.files import expanded
 from memplan.frameworks.deepspeed import read as deepspeed_parts
-from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
+from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Unread, shown
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.models.cards import card_names, find_config, find_model, is_bundled, other_format
 from memplan.models.model import ModelSpec
@@ -25,7 +25,8 @@ from memplan.spec.run import Batch
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-_ATTENTION = {name: name for name in ("sdpa", "eager", *FLASH[:2])} | {"flash_attention_4": "flash_attention_2"}
+_FLEX = "flex_attention"
+_ATTENTION = {name: name for name in ("sdpa", "eager", _FLEX, *FLASH[:2])} | {"flash_attention_4": "flash_attention_2"}
 # Old names of keys -> names that replaced them.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
@@ -202,6 +203,21 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
         config.leave(key, f"{shown(name)}: sdpa, or eager without it, is counted instead")
     else:
         config.set("kernels.attention", kind, key)
+
+
+def settle_attention(config: Config) -> None:
+    """Count torch's choice, with a note, for flex attention in a run with which memplan does not count it."""
+    if config.value("kernels.attention") != _FLEX:
+        return
+    model = model_of(config)
+    library = library_behaviour(str(config.value("profile")), "", False).attention
+    is_known = model is not None and model.family.attention.flex and not model.probability("attention_dropout")
+    others = ("batch.packing", "parallelism.tp", "parallelism.cp", "parallelism.pp")
+    is_alone = config.value("trainer") in (None, "sft") and all((config.value(name) or 1) == 1 for name in others)
+    if is_known and is_alone and library.flex:
+        return
+    where, _, key = config.found.pop("kernels.attention").why.rpartition(" ")
+    config.unread.append(Unread(where, key, f"{_FLEX}: sdpa, or eager without it, is counted instead"))
 
 
 def checkpointing(config: Config) -> None:
@@ -547,3 +563,16 @@ def model_of(config: Config) -> ModelSpec | None:
         return find_model(name) if name is not None else None
     except MemplanError:
         return None
+
+
+def towers(model: ModelSpec) -> list[str]:
+    """Return the parts of a model that see or hear."""
+    return [part for part, key in (("vision", "vision_config"), ("audio", "audio_config")) if model.get(key)]
+
+
+def frozen(config: Config, tower: str, projector: str, language: str) -> None:
+    """The parts that the keys freeze, of a model that sees or hears."""
+    model = model_of(config)
+    if model is not None and model.has_tower:
+        keys = {**dict.fromkeys(towers(model), tower), "projector": projector, "language": language}
+        config.set("method.frozen", [part for part, key in keys.items() if config.flag(key)], *keys.values())

@@ -9,8 +9,8 @@ Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp, cuda/sdp_uti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -158,10 +158,22 @@ def _repeated(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any
 
 def flex_attention(query: Any, key: Any, value: Any, training: bool = False, **options: Any) -> tuple[Any, Any]:
     """transformers' compile_friendly_flex_attention: the output, and row sums as `aux.lse`."""
-    tensors = (part for part in options["block_mask"].as_tuple() if isinstance(part, torch.Tensor))
+    mask = options["block_mask"]
+    tensors = [part for part in mask.as_tuple() if isinstance(part, torch.Tensor)] + [*_captured(mask.mask_mod)]
     apply: Any = _FlexAttention.apply  # pyright: ignore
     out, sums = apply(*(_autocast(t) for t in (query, key, value)), *tensors)
     return out, library("torch.nn.attention.flex_attention").AuxOutput(lse=sums)
+
+
+def _captured(read: Any) -> Iterator[Any]:
+    """Yield the tensors that a function, or functions that it calls, have captured, which autograd saves, too."""
+    for cell in getattr(read, "__closure__", None) or ():
+        value: Any = cell.cell_contents
+        for inner in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
+            if isinstance(inner, torch.Tensor):
+                yield inner
+            else:
+                yield from _captured(inner)
 
 
 def create_block_mask(**options: Any) -> Any:

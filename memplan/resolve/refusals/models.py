@@ -47,10 +47,9 @@ def flex_attention(r: OpenRun) -> Iterator[SpecError]:
         yield refused(field, f"{name} needs compute capability 7.0 or later; use sdpa")
     if not r.model.family.attention.flex:
         yield refused(field, f"{name} is not supported yet for {r.model.model_type}; use sdpa")
-    if not r.trains or r.trainer != "sft" or r.profile != "transformers-5":
-        yield refused(field, f"{name} is only supported yet in sft with profile transformers-5; use sdpa")
+    if not r.trains or r.trainer != "sft" or not r.library.attention.flex:
+        yield refused(field, f"{name} is only supported yet in sft, with transformers 5 and trainers of it; use sdpa")
     others = {
-        "loop.padded": r.loop.padded,
         "batch.packing": bool(r.batch_facts.packing),
         "method.kind": bool(r.method.virtual_tokens),
         "parallelism.offload": p.offload.activations,

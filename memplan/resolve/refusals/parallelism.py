@@ -104,7 +104,10 @@ def _strategy_settings(p: Parallelism) -> Iterator[SpecError]:
             "reshard_after_forward false; use strategy ddp",
         )
     elif p.world == 1 and p.strategy == "fsdp" and p.offload.parameters:
-        yield refused("parallelism.offload", "FSDP1 on one GPU keeps the weights there; use fsdp2 or zero3")
+        yield refused(
+            "parallelism.offload",
+            "FSDP1 on one GPU keeps the weights there; add --gpus if there are more, or use fsdp2 or zero3",
+        )
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:
