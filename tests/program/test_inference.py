@@ -338,7 +338,7 @@ def test_a_prompt_in_parts_is_that_of_the_decoder() -> None:
 
 OVER_SOURCE_REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("whisper", {"batch": {"new_tokens": 93}}, "93 new tokens after a decoder prompt of 4 exceed"),
-    ("t5", {"kernels": {"attention": "flash_attention_2"}}, "which adds its positions to the attention scores"),
+    ("t5", {"kernels": {"attention": "flash_attention_2"}}, "it adds positions to the attention scores; use sdpa"),
     ("whisper", {"profile": "transformers-4.51"}, "not supported yet for seq2seq_lm"),
     ("t5", {"generation": {"cache_implementation": "legacy"}}, "supported: dynamic, static"),
 ]

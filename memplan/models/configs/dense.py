@@ -12,6 +12,7 @@ from memplan.models.configs.windows import all_but_every, nas_layers, some_rotar
 from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     DECODER,
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -80,7 +81,7 @@ _BLOOM = _GPT_LIKE._replace(
     defaults={"tie_word_embeddings": True},
     keys=ConfigKeys(_BLOOM_NAMES),
     stack="bloom_mpt",
-    attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="views"),
+    attention=AttentionFacts(no_flash_2=NO_CLASS, rotary=False, single_sequence="views"),
     checkpoint=CheckpointFacts(gguf="bloom"),
 )
 _LAYER_NORM = Family({}, objectives=CLASSIFIER, stack="neox", gated=False)

@@ -13,6 +13,7 @@ from memplan.models import tensor_plans as plans
 from memplan.models.configs.moe import DENSE, EXPERTS, GGUF_BOTH_EXPERTS, expert_axes, numbers
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -318,7 +319,7 @@ _MAMBA_ROW = Family(
     _mixer_layers,
     _mamba_axes,
     stack="mamba",
-    attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="layers"),
+    attention=AttentionFacts(no_flash_2=NO_CLASS, rotary=False, single_sequence="layers"),
     training=TrainingFacts(fused_mixers=True, packages=_SCANS),
     generation=GenerationFacts(cache="mamba-1"),
     checkpoint=CheckpointFacts(gguf="mamba"),
