@@ -440,7 +440,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "lara_mini": _QWEN3_NEXT._replace(
         defaults={
-            **_DELTA,
+            **{key: value for key, value in _DELTA.items() if key.startswith("linear")},
             **_EXPERTS,
             "tie_word_embeddings": True,
             "head_dim": 128,
@@ -451,7 +451,6 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4,
             "sliding_window": 512,
         },
-        keys=ConfigKeys(fixed={"partial_rotary_factor": 1.0}),
         layers=_lara_layers,
         stack="lara_mini",
         training=TrainingFacts(),
