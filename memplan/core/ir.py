@@ -156,10 +156,11 @@ class Op(NamedTuple):
                        casts the tensor for the product, since the cast has that layout
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                        output is fp32 (`wide`)
-    holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `forward` (what
-                       the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
-                       that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
-                       until its loss is computed. `past`: the blocks find it as what is `past`, with its gradients
+    holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `call` (the
+                       model's variables), of `forward` (what it returns) or of the `step`; an encoder's `states` until
+                       an operation outside of blocks that `releases` them; a `cache` until the next pass, or that of a
+                       model inside another one's step until its loss is computed. `past`: the blocks find it as what
+                       is `past`, with its gradients
     releases           what it lets go that operations hold: all `states`, the `last states`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader

@@ -293,8 +293,8 @@ class Tape(LiveStorages):
         return gathered
 
     def end_forward(self) -> None:
-        """Close the autocast context and free the model's outputs."""
-        for storage in (*self._held.pop("autocast", ()), *self._held.pop("forward", ())):
+        """Close the autocast context and free the model's variables and outputs."""
+        for storage in (held for scope in ("autocast", "call", "forward") for held in self._held.pop(scope, ())):
             self.drop(storage)
 
     def forget(self, frame: Frame) -> None:

@@ -50,7 +50,7 @@ def _disabled(run: RunSpec) -> Value:
 
 def _attention(run: RunSpec) -> str:
     return {"eager": "disabled", "flash_attention_2": "fa2", "flash_attention_3": "fa3"}.get(
-        run.kernels.attention, "sdpa"
+        str(run.kernels.attention), "sdpa"
     )
 
 

@@ -120,10 +120,10 @@ def clip(run: RunSpec) -> Value:
     return run.loop.clip_grad_norm or 0.0
 
 
-def attention(run: RunSpec) -> str:
-    """The name for `attn_implementation`. torch chooses among sdpa's kernels."""
+def attention(run: RunSpec) -> str | None:
+    """The name for `attn_implementation`; None leaves it to the library. torch chooses among sdpa's kernels."""
     kind = run.kernels.attention
-    return "sdpa" if kind.startswith("sdpa") else kind
+    return "sdpa" if kind is not None and kind.startswith("sdpa") else kind
 
 
 def stage(run: RunSpec) -> int | None:
@@ -184,7 +184,7 @@ def uses(kernel: str) -> Callable[[RunSpec], bool]:
 def kernel_of_sdpa(run: RunSpec) -> Value:
     """A line of Python that restricts torch's attention to one kernel during training."""
     backend = {"sdpa_math": "MATH", "sdpa_efficient": "EFFICIENT_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}.get(
-        run.kernels.attention
+        str(run.kernels.attention)
     )
     return backend and f"with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.{backend}): trainer.train()"
 

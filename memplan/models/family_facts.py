@@ -27,6 +27,7 @@ Cache = Literal[
     "side_by_side",
     "two_widths",
 ]
+NO_CLASS = "its class does not support it"  # why an attention implementation does not run
 # The cache of the code published with the weights: always tuples, never of fixed size, or any of transformers'.
 PublishedCache = Literal["", "tuples", "grows", "any"]
 
@@ -51,7 +52,7 @@ class ConfigKeys(NamedTuple):
 class AttentionFacts(NamedTuple):
     """How its attention runs.
 
-    unsupported      attention implementations that its classes do not support
+    unsupported      attention implementations that its classes support, and its stack does not yet
     no_flash_2       why it does not run with flash_attention_2; "" if it does
     flash_3          a kernel of the Hub, named for FlashAttention 3, runs it nevertheless
     flex             its steps with flex_attention were traced

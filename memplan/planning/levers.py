@@ -244,7 +244,7 @@ def _loss(run: RunSpec) -> Iterator[Lever]:
 
 def _attention(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.attention in ("eager", "sdpa_math"):
-        yield _lever("attention_flash", "sdpa attention", "attention", ("kernels.attention", "sdpa"))
+        yield _lever("attention_flash", "sdpa attention", "attention", ("kernels.attention", None))
     if run.kernels.attention != "flash_attention_2" and run.precision.compute != "fp32":
         flash = ("kernels.attention", "flash_attention_2")
         yield _lever("attention_flash", "flash attention 2", "attention", flash)

@@ -34,6 +34,7 @@ from memplan.resolve.defaults import (
     fill_parts,
     fill_precision,
     loop_with_use_cache,
+    with_defaults,
     with_new_tokens,
     with_use_cache,
 )
@@ -329,6 +330,7 @@ def fill_defaults(run: RunSpec) -> RunSpec:
         update={
             "method": run.method.model_copy(update=alpha),
             "precision": fill_precision(run.precision),
+            "kernels": with_defaults(run.kernels, attention="sdpa"),
             "optimizer": fill_optimizer(run.optimizer),
         }
     )

@@ -30,6 +30,7 @@ from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import fill_precision, with_adapter_dtype, with_defaults
 from memplan.resolve.device_map import place_litgpt_blocks, place_on_devices
 from memplan.resolve.inference_formats import format_running, note_of
+from memplan.resolve.kernels import with_attention
 from memplan.resolve.method import loaded_wide, method_recipe, quantised_recipe
 from memplan.resolve.notes import expert_notes, published_code_note
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
@@ -139,7 +140,8 @@ def _find_card(r: OpenInference) -> None:
 def _fill_parts(r: OpenInference) -> None:
     """Fill in the compute dtype, and the kernels of a run without a backward pass."""
     r.precision = fill_precision(r.precision, trains=False)
-    r.kernels = r.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
+    kernels = with_attention(r.kernels, r.model, r.library)
+    r.kernels = kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
 
 
 def _read_checkpoint(r: OpenInference) -> None:

@@ -10,8 +10,10 @@ from memplan.catalogue.methods.methods import Recipe
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import refused
+from memplan.models.family_facts import NO_CLASS
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_dtype
+from memplan.resolve.defaults import with_defaults
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.training import Kernels, Method
@@ -39,6 +41,22 @@ def runs_varlen(run: OpenRun) -> bool:
     return run.attention == "sdpa" and run.attention_dtype != "fp32" and fits
 
 
+def default_attention(library: LibraryBehaviour) -> str:
+    """Return the attention that a model has by default: sdpa, or eager if its class has no sdpa."""
+    return "eager" if library.attention.no_sdpa is True else "sdpa"
+
+
+def with_attention(kernels: Kernels, model: ModelSpec, library: LibraryBehaviour) -> Kernels:
+    """Return the kernels with the default attention filled in. Raises SpecError for sdpa with a class that has none.
+
+    Source: transformers 5.24 modeling_utils.py get_correct_attn_implementation.
+    """
+    default, asked = default_attention(library), kernels.attention
+    if default == "eager" and asked is not None and asked.startswith("sdpa"):
+        raise refused("kernels.attention", f"{model.model_type} does not run with {asked}: {NO_CLASS}; use eager")
+    return with_defaults(kernels, attention=default)
+
+
 def version_attention(
     model: ModelSpec, kernels: Kernels, profile: str, library: LibraryBehaviour, capability: tuple[int, int] | None
 ) -> tuple[str, bool, list[str]]:
@@ -47,18 +65,17 @@ def version_attention(
     Raises SpecError for an attention that the framework's own model does not have.
     """
     unchecked = ("none", "selective") if model.is_megatron else ("none",)
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in unchecked, list[str]()
+    attention, checkpoints, notes = str(kernels.attention), kernels.checkpointing not in unchecked, list[str]()
     if attention == "eager" and library.model.code in ("litgpt", "torchtitan"):
         raise refused(
             "kernels.attention",
             f"{find_profile(profile).title} has no eager attention; supported: sdpa, sdpa_efficient, sdpa_math",
         )
-    no_sdpa, on = library.attention.no_sdpa, ""
-    if no_sdpa == "before 8.0":
-        no_sdpa, on = capability is not None and capability < (8, 0), " before compute capability 8.0"
-    if no_sdpa and attention == "sdpa":
+    is_old = capability is not None and capability < (8, 0)
+    if library.attention.no_sdpa == "before 8.0" and is_old and attention == "sdpa":
         attention = "eager"
-        notes.append(f"{profile} has no sdpa for {model.model_type}{on}: counted with eager attention")
+        on = f"{model.model_type} before compute capability 8.0"
+        notes.append(f"{profile} has no sdpa for {on}: counted with eager attention")
     if library.checkpointing.no_checkpoints and checkpoints:
         checkpoints = False
         notes.append(f"{profile} ignores gradient checkpointing for {model.model_type}: nothing is recomputed")
@@ -100,6 +117,7 @@ def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: st
 
 def attention_wiring(
     model: ModelSpec,
+    library: LibraryBehaviour,
     attention: str,
     dtype: str,
     recipe: Recipe,
@@ -142,8 +160,9 @@ def attention_wiring(
     if attention in FLASH_PACKAGES:
         facts = model.family.attention
         if facts.no_flash_2 and not (facts.flash_3 and FLASH_PACKAGES[attention] == "3"):
-            why, other = facts.no_flash_2, "flash_attention_3 or sdpa" if facts.flash_3 else "sdpa"
-            raise refused("kernels.attention", f"{model.model_type} does not run with {attention}: {why}; use {other}")
+            other = f"{'flash_attention_3 or ' * facts.flash_3}{default_attention(library)}"
+            why = f"{facts.no_flash_2}; use {other}"
+            raise refused("kernels.attention", f"{model.model_type} does not run with {attention}: {why}")
         target = recipe.compute if recipe.autocast else recipe.weights
         if target == "fp32":
             raise refused("kernels.attention", f"{attention} needs bf16 or fp16")

@@ -75,7 +75,7 @@ def wire(run: OpenRun) -> None:
     if run.attention == "flex_attention":
         refuse(flex_attention(run))
     args = run.attention_dtype, run.recipe, run.capability, padded, facts.windowed
-    wiring = with_profile_wiring(attention_wiring(run.model, run.attention, *args), library, run.attention)
+    wiring = with_profile_wiring(attention_wiring(run.model, library, run.attention, *args), library, run.attention)
     packed = facts.packed
     if packed is not None and not separates_rows(run.model, wiring._replace(packed=packed), run.code):
         packed = packed._replace(mask="", is_varlen=False)

@@ -36,7 +36,7 @@ from memplan.resolve import steps
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import complete_method, defaults_of, fill_optimizer, fill_parts, fill_precision
-from memplan.resolve.kernels import fused_kernels
+from memplan.resolve.kernels import fused_kernels, with_attention
 from memplan.resolve.method import check_head, check_time_steps, frozen_parts, loaded_wide, method_recipe
 from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrapping_notes
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
@@ -262,8 +262,9 @@ def _fill_from_profile(run: OpenTraining) -> None:
     """Fill in the defaults of the profile."""
     defaults, q = run.library.defaults, run.method.quantization
     stacked = run.library.model.experts == "stacked" and q is not None and q.format in ("nf4", "fp4")
+    kernels = with_attention(run.kernels, run.model, run.library)
     run.method, run.optimizer, run.kernels = fill_parts(
-        run.method, run.optimizer, run.kernels, run.precision, defaults, stacked and "E" in run.model.axes()
+        run.method, run.optimizer, kernels, run.precision, defaults, stacked and "E" in run.model.axes()
     )
 
 

@@ -391,7 +391,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Kernels": {
-        "attention": Option("kernels.attention", "{choices}.", aliases=("attn_implementation",)),
+        "attention": Option(
+            "kernels.attention", "{choices}. Default sdpa, else eager.", aliases=("attn_implementation",)
+        ),
         "loss": Option(
             "kernels.loss",
             "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "

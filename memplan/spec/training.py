@@ -258,7 +258,7 @@ class Optimizer(Part):
 class Kernels(Part):
     """Which implementations run.
 
-    attention       attention implementation, in transformers' terms
+    attention       attention implementation, in transformers' terms; by default sdpa, or eager for a class without it
     checkpointing   activation checkpointing; `offload` is `full` with the blocks' inputs in host memory. `selective`
                     keeps the outputs of matrix products and attention (torchtitan's SelectiveAC); under Megatron-core
                     it recomputes only attention
@@ -274,7 +274,7 @@ class Kernels(Part):
     compile         torch.compile
     """
 
-    attention: Attention = "sdpa"
+    attention: Attention | None = None
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
     every_n_layers: Count = 1
     reentrant: Flag | None = None

@@ -592,28 +592,47 @@ def test_a_step_of_an_older_version_equals_its_trace(row: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("profile", "family", "what"),
+    ("profile", "family"),
     [
-        ("transformers-4.48", "starcoder2", "ignores gradient checkpointing"),
-        ("transformers-4.45", "opt", "no sdpa"),
-        ("transformers-4.35", "llama", "no sdpa"),
+        ("transformers-5", "bloom"),
+        ("transformers-5", "gemma2"),
+        ("transformers-5", "gpt_oss"),
+        ("transformers-4.45", "opt"),
+        ("transformers-4.35", "llama"),
     ],
 )
-def test_features_missing_in_a_version_are_left_out_with_a_note(profile: str, family: str, what: str) -> None:
-    config = {
-        **LLAMA,
-        "model_type": family,
-        "ffn_dim": 1408,
-        "max_position_embeddings": 2048,
-        "word_embed_proj_dim": 512,
-    }
-    run = {"model": {"config": config}, "method": "lora", "batch": {"micro": 2, "sequence": 512}}
-    lacking = estimate(RunSpec(profile=profile, **run))
-    assert any(what in note for note in lacking.notes)
-    without = {"attention": "eager"} if what == "no sdpa" else {"checkpointing": "none"}
-    having = estimate(RunSpec(profile=profile, kernels=without, **run))
-    assert not any(what in note for note in having.notes)
-    assert abs(having.bytes.allocated - lacking.bytes.allocated) <= (0 if what == "no sdpa" else 2 * 2 * 512 * 512 * 2)
+def test_attention_is_eager_where_the_class_has_no_sdpa(profile: str, family: str) -> None:
+    def run(attention: str | None) -> Estimate:
+        model = {"config": {"model_type": family, **TINY[family]}}
+        batch = {"micro": 1, "sequence": 64}
+        return estimate(RunSpec(profile=profile, model=model, batch=batch, kernels={"attention": attention}))
+
+    assert run(None).run.kernels.attention == "eager"
+    assert run(None).bytes == run("eager").bytes
+    for attention in ("sdpa", "sdpa_math"):
+        with pytest.raises(SpecError, match=f"{family} does not run with {attention}: its class .*; use eager"):
+            run(attention)
+
+
+def test_gemma_2_has_sdpa_before_transformers_5_24() -> None:
+    def attention(profile: str, family: str) -> str | None:
+        return estimate(
+            RunSpec(model={"config": {"model_type": family, **TINY[family]}}, profile=profile)
+        ).run.kernels.attention
+
+    assert {attention(profile, "gemma2") for profile in ("transformers-5.14", "axolotl", "axolotl-0.12")} == {"sdpa"}
+    assert attention("transformers-5.14", "bloom") == "eager"
+
+
+def test_checkpointing_that_a_version_ignores_is_left_out_with_a_note() -> None:
+    config = {**LLAMA, "model_type": "starcoder2"}
+    run: dict[str, Any] = {"model": {"config": config}, "method": "lora", "batch": {"micro": 2, "sequence": 512}}
+    run["profile"] = "transformers-4.48"
+    ignoring = estimate(RunSpec(**run))
+    assert any("ignores gradient checkpointing" in note for note in ignoring.notes)
+    without = estimate(RunSpec(kernels={"checkpointing": "none"}, **run))
+    assert not any("ignores gradient checkpointing" in note for note in without.notes)
+    assert abs(without.bytes.allocated - ignoring.bytes.allocated) <= 2 * 2 * 512 * 512 * 2
 
 
 def test_torchs_plain_attention_keeps_its_scores_in_half_precision_before_2_5() -> None:

@@ -336,7 +336,7 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("attn_implementation: flash_attention_2",),
         ("flash_attn: fa2",),
     ),
-    "sdpa": (("attn_implementation: sdpa",), ("attn_implementation: sdpa",), ("flash_attn: sdpa",)),
+    "sdpa": (("# remove: attn_implementation",), ("# remove: attn_implementation",), ("flash_attn: sdpa",)),
     "fused loss": (
         ("use_liger_kernel: true", "liger_kernel_config: {rope: false, rms_norm: false, swiglu: false}"),
         (_LIGER, "liger_fused_linear_cross_entropy: true"),
@@ -382,7 +382,7 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "Muon": (("# remove: optim",), ("optimizer: muon",), ("use_muon: true", "# remove: optim")),
     "clipping": (("max_grad_norm: 0.0",), ("max_grad_norm: 0.0",), ("max_grad_norm: 0.0",)),
-    "efficient": ((_EFFICIENT,), (_EFFICIENT,), (_EFFICIENT,)),
+    "efficient": (("attn_implementation: sdpa", _EFFICIENT), ("attn_implementation: sdpa", _EFFICIENT), (_EFFICIENT,)),
     "freeze": (
         ("# Python: model.requires_grad_(False); model.model.layers[-3:].requires_grad_(True)",),
         (),

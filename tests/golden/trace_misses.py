@@ -313,6 +313,11 @@ CASES: dict[str, dict[str, Any]] = {
         "kernels": {"attention": "eager", "reentrant": True},
         "loop": {"trainer": True},
     },
+    "Mamba's last hidden states, which outputs do not hold": {
+        **small("mamba", {"mamba": {**DECODERS["mamba"], "hidden_size": 256}}),
+        "batch": {"micro": 2, "sequence": 64},
+        "loop": {"hold_outputs": True},
+    },
 }
 
 

@@ -277,7 +277,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
             "sequence": draw(st.integers(1, 500)),
             "new_tokens": draw(st.integers(2, 50)),
         },
-        "kernels": {"attention": draw(st.sampled_from(["sdpa", "eager"]))},
+        "kernels": {"attention": draw(st.sampled_from([None, "eager"]))},
         "loop": {"padded": draw(st.booleans())},
     }
 

@@ -167,7 +167,7 @@ def _mark_unmasked(wiring: Wiring, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
     return tuple(op._replace(product="whole attention") if op.product == "attention" else op for op in kernel)
 
 
-def _repeated(name: str, k: str, v: str, grouped: bool, width: str) -> tuple[Op, ...]:
+def repeated(name: str, k: str, v: str, grouped: bool, width: str) -> tuple[Op, ...]:
     """Repeat k and v for every query head (transformers' repeat_kv, torch's enable_gqa); copies only if grouped."""
     if not grouped:
         return (
@@ -237,7 +237,7 @@ def _efficient(
     if mask:
         q1, k1, v1 = f"{q}.lowered", "k.lowered", "v.lowered"
         inner = (
-            *_repeated(name, k, v, grouped, width),
+            *repeated(name, k, v, grouped, width),
             ops.lowered(f"{name}.q", q, q1, "b s a d"),
             ops.lowered(f"{name}.k", "k.heads", k1, "b s a d"),
             ops.lowered(f"{name}.v", "v.heads", v1, f"b s a {width}"),
@@ -255,7 +255,7 @@ def _efficient(
             ops.lowered(f"{name}.q", q, q1, "b s a d"),
             ops.lowered(f"{name}.k", k, "k.lowered", "b s k d"),
             ops.lowered(f"{name}.v", v, "v.lowered", f"b s k {width}"),
-            *_repeated(name, "k.lowered", "v.lowered", grouped, width),
+            *repeated(name, "k.lowered", "v.lowered", grouped, width),
         )
     kept = (q1, k1, v1, y, lse, seed, offset)
     bias = tuple(Keep(f"{y}.bias", of, seen="b a s s") for of in (q1, k1, v1)) if mask else ()
@@ -373,7 +373,7 @@ def eager(  # noqa: PLR0913, PLR0917 (each is a choice of its caller)
     n, scores = name, "b a s s"
     kv_contiguous = grouped or laid
     return (
-        *_repeated(n, k, v, grouped, width),
+        *repeated(n, k, v, grouped, width),
         ops.copy(f"{n}.q_flat", q, "q.flat", "b s a d"),
         *(() if kv_contiguous else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if kv_contiguous else "k.flat", "scores", scores),
@@ -416,7 +416,7 @@ def _math(
     if mask:
         spread = {"k": few, "v": f"b s k {width}"} if packed else {"k": heads, "v": values}
         prepared = (
-            *_repeated(n, k, v, grouped and not packed, width),
+            *repeated(n, k, v, grouped and not packed, width),
             *_lowered_heads(n, {q: heads, "k.heads": spread["k"], "v.heads": spread["v"]}),
             Op(
                 f"{n}.mask",

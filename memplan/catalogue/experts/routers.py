@@ -43,6 +43,22 @@ def fp32_gate(name: str, x: str, autocast: str = "lower") -> tuple[Op, ...]:
     )
 
 
+def gate_of_casts(name: str, x: str) -> tuple[Op, ...]:
+    """Return one logit per expert, from x and the weight cast to fp32."""
+    wide, w32, product = "router.x", "router.w32", gate(name, "router.x")
+    weights, w = product.weights, product.weights[0].name
+    return (
+        ops.cast(f"{name}.float", x, wide, "b s h", "fp32"),
+        Op(f"{name}.float_weight", (), (Tensor(w32, "E h", "fp32"),), weights, cast=True, gradient="none"),
+        product._replace(
+            reads=(wide, w32),
+            keeps=(Keep(w32, wide), Keep(wide, w)),
+            scratch_back=(Scratch(Tensor("gradient", "E h", "fp32"), w),),
+        ),
+        ops.release_names(wide, w32),
+    )
+
+
 def top_k(name: str, x: str, values: str) -> Op:
     """Return the `e` largest of a token's `E` numbers. The gradient has all `E` again."""
     return Op(
@@ -280,22 +296,13 @@ def late_sigmoid_router(name: str, x: str, normalise: bool) -> tuple[Op, ...]:
     Source: transformers 5.24 models/kolibri1/modeling_kolibri1.py Kolibri1TopKRouter.
     """
     logits, picked = "router.logits", "router.picked"
-    wide, w32, product = "router.x", "router.w32", gate(name, "router.x")
-    weights, w = product.weights, product.weights[0].name
     normal = (
         _total(f"{name}.normalise", "router.sigmoids", "router.total"),
         ops.divide(f"{name}.normalise", "router.sigmoids", "router.total", SCORES, PAIRS),
         ops.release_names("router.sigmoids", "router.total"),
     )
     return (
-        ops.cast(f"{name}.float", x, wide, "b s h", "fp32"),
-        Op(f"{name}.float_weight", (), (Tensor(w32, "E h", "fp32"),), weights, cast=True, gradient="none"),
-        product._replace(
-            reads=(wide, w32),
-            keeps=(Keep(w32, wide), Keep(wide, w)),
-            scratch_back=(Scratch(Tensor("gradient", "E h", "fp32"), w),),
-        ),
-        ops.release_names(wide, w32),
+        *gate_of_casts(name, x),
         _biased(name, logits, f"{name}.e_score_correction_bias"),
         top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
         gathered(f"{name}.gather", logits, CHOSEN, picked),

@@ -1,4 +1,4 @@
-"""BART, mBART, Marian, Pegasus and M2M-100: an encoder and a decoder whose branches have a norm before or after."""
+"""BART, mBART, Marian, Pegasus, M2M-100: encoder and decoder, with norms before or after branches; BioGPT's decoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from memplan.catalogue.decoder.encoder_decoder import (
     ids_of_labels,
     read_encoder_results,
 )
-from memplan.catalogue.decoder.frame import masks, returned
+from memplan.catalogue.decoder.frame import inputs, masks, returned
 from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss, vocabulary_projection
 from memplan.catalogue.families.bert import plain_attention_ops, table
+from memplan.catalogue.families.gpt import position_table
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
+from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
@@ -39,6 +41,7 @@ class _Row(NamedTuple):
     scaled    the model scales the embeddings, instead of the embedding module
     biased    the logits have a bias
     indices   the decoder's function has a name for the indices of its positions
+    apart     the activation is a statement of its own, before which the norm's output is gone
     """
 
     before: bool = True
@@ -47,6 +50,7 @@ class _Row(NamedTuple):
     scaled: bool = False
     biased: bool = True
     indices: bool = False
+    apart: bool = False
 
 
 def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
@@ -199,7 +203,7 @@ def _mlp(m: ModelSpec, row: _Row, x: str, y: str, width: str) -> tuple[Op, ...]:
         *begun,
         ops.linear("fc1", n, "up", width, "h", "mlp", bias=True),
         *activation(m, "activation_fn", "up", "act.whole", f"b s {width}"),
-        ops.release_names("up", *_own(n)),
+        ops.release_names("up", *(() if row.apart else _own(n))),
         *dropped("activation_dropout", "act.whole", "act", f"b s {width}", drops(m, "activation_dropout")),
         ops.linear("fc2", "act", "mo.whole", "h", width, "mlp", bias=True),
         ops.release_names("act"),
@@ -255,8 +259,48 @@ def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> B
     )
 
 
+def biogpt(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build BioGPT: a decoder of BART's layers, normalised before. It makes a padding mask of ones if it is given none.
+
+    Source: transformers 5.24 models/biogpt/modeling_biogpt.py BioGptModel.
+    """
+    name, row, rows = "biogpt", _Row(apart=True), str((m.max_position_embeddings or 0) + 2)
+    lookup = ops.embedding(f"{name}.embed_tokens", "ids", "tokens", "v", "h")
+    unscaled = Tensor("unscaled", "b s h", f"={lookup.weights[0].name}")
+    ones = () if wiring.padded else (Op("ones", (), (Tensor("attention_mask", "b s", "fp32"),)),)
+    before = (
+        inputs(wiring.padded),
+        lookup._replace(scratch=(unscaled,) if m.get("scale_embedding", True) else ()),
+        *ones,
+        *masks(wiring, "tokens"),
+        positions(),
+        Op("positions.offset", ("positions",), (Tensor("rows", "s", "int64"),)),
+        position_table(f"{name}.embed_positions", "rows", "places", f"{rows} h"),
+        ops.release_names("rows"),
+        ops.add("add_positions", "tokens", "places", "summed", "b s h"),
+        *dropped("dropout", "summed", "embeds", "b s h", drops(m, "dropout")),
+        ops.release_names("summed"),
+    )
+    block = Block(
+        f"{name}.layers",
+        (
+            *_self_attention(m, row, wiring),
+            *_mlp(m, row, "x1", "y", "f"),
+            ops.release_names("x1", "positions", *returned(wiring)),
+        ),
+    )
+    after = (
+        ops.layer_norm(f"{name}.layer_norm", "x", "n", "b s h", "h"),
+        ops.release_names("x", "tokens", "places", "positions", *(t.name for op in ones for t in op.writes)),
+        ops.release_names(*(op.name for op in masks(wiring, "tokens"))),
+        vocabulary_projection("output_projection", "n", f"{name}.embed_tokens.weight" * m.tie_word_embeddings),
+    )
+    return Stack(before, (Run((block,), "L"),), after)
+
+
 BUILDERS = {
     "bart": partial(_build, row=_Row(before=False, embedded=True, indices=True)),
+    "biogpt": biogpt,
     "m2m_100": partial(_build, row=_Row(table="buffer", biased=False)),
     "marian": partial(_build, row=_Row(before=False, table="frozen", scaled=True)),
     "mbart": partial(_build, row=_Row(embedded=True)),

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-BigCode, GPT-Neo and GPT-J: LayerNorm, biases, an MLP without a gate, dropout, positions from a table."""
+"""GPT-2, GPT-BigCode, GPT-Neo, GPT-J, CodeGen: LayerNorm, biases, MLPs without a gate, positions from a table."""
 
 from __future__ import annotations
 
@@ -228,11 +228,24 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build GPT-J: part of each head rotated from a table for all positions; one norm for attention and MLP in
     parallel.
     """
+    cast = ops.cast("transformer.rotary_emb.cast", "sincos32", "sincos", "s rot", "=embeds")
+    return _parallel_stack(m, wiring, _gptj_attention(m, _heads(m, wiring, wide=True)), ("sincos32", (cast,)))
+
+
+def codegen(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build CodeGen: GPT-J with one projection for q, k and v, which rotates heads in fp32."""
+    return _parallel_stack(m, wiring, _codegen_attention(m, _heads(m, wiring, wide=True)), ("sincos", ()))
+
+
+def _parallel_stack(
+    m: ModelSpec, wiring: Wiring, attention_ops: tuple[Op, ...], table: tuple[str, tuple[Op, ...]]
+) -> Stack:
+    """Assemble the model around its attention. `table`: what is looked up of sines and cosines, and what follows."""
     block = Block(
         "transformer.h",
         (
             ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
-            *_gptj_attention(m, _heads(m, wiring, wide=True)),
+            *attention_ops,
             *mlp(m, "n1", "mo", drops(m, "resid_pdrop"), ("fc_in", "fc_out")),
             ops.add("parallel", "ao", "mo", "branches", "b s h"),
             ops.add("residual", "branches", "x", "y", "b s h"),
@@ -240,8 +253,8 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
     )
     embedded = drops(m, "embd_pdrop")
-    width = m.rotary_width
-    table = Weight(
+    width, (looked_up, more) = m.rotary_width, table
+    rows = Weight(
         "transformer.rotary_emb.embed_positions", f"{m.max_position_embeddings} {width}", "buffer", "fp32", False
     )
     before = (
@@ -250,8 +263,8 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
         positions(),
         *masks(wiring, "tokens" if embedded else "embeds"),
         *((ops.dropout("transformer.drop", "tokens", "embeds", "b s h"),) if embedded else ()),
-        Op("transformer.rotary_emb", ("positions",), (Tensor("sincos32", "s rot", "fp32"),), (table,)),
-        ops.cast("transformer.rotary_emb.cast", "sincos32", "sincos", "s rot", "=embeds"),
+        Op("transformer.rotary_emb", ("positions",), (Tensor(looked_up, "s rot", "fp32"),), (rows,)),
+        *more,
     )
     last = after(m, wiring, held=("sincos", "tokens" if embedded else "embeds"))
     head = lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else "", bias=True)
@@ -266,6 +279,36 @@ def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") ->
     return (
         *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
         *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, QUERIES) for t in "qkv"),
+        *_partly_turned(name, "q", "k"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.release_names("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
+    )
+
+
+def _codegen_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") -> tuple[Op, ...]:
+    """Attention; q, k and v are copied out of a projection that is laid out in four parts.
+
+    Source: transformers 5.24 models/codegen/modeling_codegen.py CodeGenAttention.
+    """
+    return (
+        ops.linear(f"{name}.qkv_proj", "n1", "qkv", "qkv", "h", "attention"),
+        ops.split(f"{name}.split", "qkv", tuple(Tensor(f"{t}0", QUERIES) for t in "qvk")),
+        *(ops.copy(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, QUERIES) for t in "qkv"),
+        *_partly_turned(name, "q32", "k32"),
+        *(ops.cast(f"{name}.{t}_cast", f"{t}32", t, QUERIES, "=v") for t in "qk"),
+        ops.release_names("q32", "k32"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.release_names("q", "k", "v", "o", "qkv", "q1", "k1", "q.turned", "k.turned"),
+    )
+
+
+def _partly_turned(name: str, q: str, k: str) -> tuple[Op, ...]:
+    """Make q and k: the first part of each head of `q1` and `k1` rotated, and the remaining part."""
+    return (
         *(
             op
             for t in "kq"
@@ -275,11 +318,7 @@ def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") ->
             )
         ),
         *(op for t in "kq" for op in _rotate_pairs(f"{name}.rope_{t}", t)),
-        *(_concatenated(f"{name}.{t}_cat", t) for t in "kq"),
-        *kernel,
-        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
-        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
-        ops.release_names("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
+        *(ops.cat(f"{name}.{t}_cat", (f"{t}.part", f"{t}.pass"), y, QUERIES) for t, y in (("k", k), ("q", q))),
     )
 
 
@@ -297,10 +336,6 @@ def _rotate_pairs(name: str, t: str) -> tuple[Op, ...]:
         ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", QUERIES),
         ops.release_names(f"{t}.sin", f"{t}.cos"),
     )
-
-
-def _concatenated(name: str, t: str) -> Op:
-    return ops.cat(name, (f"{t}.part", f"{t}.pass"), t, QUERIES)
 
 
 def mlp(
@@ -346,4 +381,4 @@ def gpt_block(attention_ops: tuple[Op, ...], mlp_ops: tuple[Op, ...], held: tupl
     )
 
 
-BUILDERS = {"gpt2": gpt2, "gpt_bigcode": gpt_bigcode, "gpt_neo": gpt_neo, "gptj": gptj}
+BUILDERS = {"codegen": codegen, "gpt2": gpt2, "gpt_bigcode": gpt_bigcode, "gpt_neo": gpt_neo, "gptj": gptj}

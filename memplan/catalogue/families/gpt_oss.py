@@ -9,10 +9,11 @@ kernels-community/vllm-flash-attn3 flash_attn_interface.py FlashAttnFunc.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import SCORES, attention, cached, mask_name
-from memplan.catalogue.decoder.attention import project_heads
+from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES, attention, cached, mask_name, repeated
+from memplan.catalogue.decoder.attention import project_heads, rope
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import BOTH, after, before, decoder_block, returned, runs
+from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.rotation import PHI3, partly_rotated
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.kernels import ops
@@ -24,7 +25,7 @@ from memplan.models.model import ModelSpec
 
 _GPT_OSS = "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py"
 _WITH_SINK = "b a s s1"
-_SINKS = Weight("self_attn.sinks", "a", "attention")
+SINKS = Weight("self_attn.sinks", "a", "attention")
 
 
 def sink_attention(
@@ -84,7 +85,7 @@ def sink_attention(
     )
 
 
-def _append_sinks(name: str) -> tuple[Op, ...]:
+def _append_sinks(name: str, sinks: Weight = SINKS) -> tuple[Op, ...]:
     """Append the sinks to the scores. The gradients of both are views of one tensor."""
     return (
         ops.view(f"{name}.scores_part", "masked", "masked.part", _WITH_SINK),
@@ -92,7 +93,7 @@ def _append_sinks(name: str) -> tuple[Op, ...]:
             f"{name}.join",
             ("masked.part",),
             (Tensor("joined", _WITH_SINK),),
-            (_SINKS,),
+            (sinks,),
             gradient="same",
             source=f"{ops.DERIVATIVES}: cat",
         ),
@@ -133,7 +134,7 @@ def _attend(
     name, mask = "self_attn.attention", mask_name(layer.sliding)
     if wiring.backend == "flash_2":
         kernel = attention(name, "q", "k", "v", "o", wiring, grouped, layer.sliding)
-        return (Op(f"{name}.sinks", weights=(_SINKS,), gradient="none"), *kernel)
+        return (Op(f"{name}.sinks", weights=(SINKS,), gradient="none"), *kernel)
     kernel = sink_attention(name, "o", mask, sinks, grouped, value, one_name, wiring.drops, wiring.caching)
     return cached(name, wiring, kernel, layer.sliding)
 
@@ -225,4 +226,73 @@ def _mimo_mixture(m: ModelSpec) -> tuple[Op, ...]:
 _MIMO = Decoder(attention=_mimo_attention, experts=_mimo_mixture, local_table=True, masks=BOTH)
 
 
-BUILDERS = {"gpt_oss": gpt_oss, "mimo_v2_flash": mimo}
+def _wide_sink_attention(name: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
+    """Eager attention of `q` to `k` and `v` with a sink, whose scores are computed in fp32, even under autocast."""
+    n, laid = name, grouped or wiring.caching
+    return (
+        *repeated(n, "k", "v", grouped, "d"),
+        ops.cast(f"{n}.q_float", "q", "q32", QUERIES, "fp32"),
+        ops.cast(f"{n}.k_float", "k.heads", "k32", QUERIES, "fp32"),
+        ops.copy(f"{n}.q_flat", "q32", "q.flat", QUERIES),
+        (ops.view if laid else ops.copy)(f"{n}.k_flat", "k32", "k.flat", QUERIES),
+        ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", SCORES)._replace(autocast=""),
+        ops.scale(f"{n}.scaling", "scores", "scaled", SCORES),
+        Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", SCORES),), gradient="same", source="add.Tensor"),
+        *_append_sinks(n, SINKS._replace(dtype="fp32")),
+        *ops.softmax(f"{n}.softmax", "joined", "softmax", _WITH_SINK),
+        ops.view(f"{n}.drop_sink", "softmax", "kept", SCORES, gradient="new"),
+        ops.cast(f"{n}.cast", "kept", "probs.whole" if wiring.drops else "probs", SCORES, "=v.heads"),
+        ops.release_names("masked"),
+        *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", SCORES),) if wiring.drops else ()),
+        (ops.view if laid else ops.copy)(f"{n}.v_flat", "v.heads", "v.flat", QUERIES),
+        ops.matmul(f"{n}.product", "probs", "v.flat", "heads", QUERIES),
+        ops.copy(f"{n}.contiguous", "heads", "o", QUERIES, gradient="new"),
+        ops.release_names("probs", "k.heads", "v.heads"),
+    )
+
+
+def _flint_attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
+    """Attention with normalised heads, rotated only in windows."""
+    n, bias = f"{name}.attention", m.get("attention_bias", False)
+    kernel = _wide_sink_attention(n, wiring, m.num_key_value_heads != m.num_attention_heads, mask_name(layer.sliding))
+    unrotated = (ops.view(f"{name}.q", "q1", "q", QUERIES), ops.view(f"{name}.k", "k1", "k", KEYS))
+    return (
+        *project_heads(name, "n1", bias, norm=rms_norm, gradient="new"),
+        *(rope(m, name, "q1", "k1") if layer.rotary else unrotated),
+        *cached(n, wiring, kernel, layer.sliding),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
+        ops.release_names("q", "k", "v", "o", "n1"),
+    )
+
+
+def _flint_mixture(m: ModelSpec) -> tuple[Op, ...]:
+    """The largest sigmoids of fp32 logits weigh the experts."""
+    normalise, top = m.get("norm_topk_prob", True), "router.top"
+    routed = (
+        *routers.fp32_gate("mlp.gate", "n2", autocast=""),
+        routers.sigmoid("mlp.gate.sigmoid", "router.logits", "router.sigmoids", "b s E"),
+        routers.top_k("mlp.gate.topk", "router.sigmoids", top if normalise else routers.SCORES),
+        *(routers.divided("mlp.gate.normalise", top, routers.SCORES) if normalise else ()),
+        ops.release_names("router.sigmoids"),
+    )
+    return with_shared_expert(routed)
+
+
+def with_shared_expert(routed: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the routed experts plus a shared one that nothing weighs."""
+    stacks = experts.experts("n2", "routed", gate_up=(), down=())
+    return (
+        *experts.mixture("n2", routers.without_adapter_targets(routed), stacks, leaves=False),
+        *gated_mlp("n2", "shared", "mlp.shared_expert", width="fs", flat=True),
+        ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
+        ops.release_names("routed", "shared", *routers.HELD, "n2"),
+    )
+
+
+def flint(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Flint: windows with sinks, and experts next to a shared one."""
+    row = Decoder(attention=_flint_attention, experts=_flint_mixture, norm=rms_norm, masks=BOTH)
+    return decoder(m, wiring._replace(backend="eager", masked="eager"), row)
+
+
+BUILDERS = {"flint": flint, "gpt_oss": gpt_oss, "mimo_v2_flash": mimo}

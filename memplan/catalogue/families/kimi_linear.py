@@ -19,6 +19,8 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.catalogue.attention.attention import cached
 from memplan.catalogue.attention.latent import attend, expanded_keys, latent_queries
 from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
@@ -361,21 +363,29 @@ def _softplus(name: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
-    """KimiLinearRMSNormGated, all in fp32: normalised, multiplied by the weight and by the sigmoid of the gate.
+def gated_norm(
+    name: str,
+    x: str,
+    gate: str,
+    y: str,
+    shape: str = _INPUT,
+    axis: str = "ldk",
+    act: Callable[[str, str, str, str], Op] = routers.sigmoid,
+) -> tuple[Op, ...]:
+    """KimiLinearRMSNormGated, all in fp32: normalised, multiplied by the weight and by an activation of the gate.
 
     Its variances live to its end. Liger has no kernel for it, so it is no unit to fuse.
     """
-    shape, f, weight = _INPUT, "fp32", f"{y}.weight"
+    f, weight = "fp32", f"{y}.weight"
     *normed, cast, weighed, returns = (
-        op._replace(unit="") for op in ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
+        op._replace(unit="") for op in ops.rms_norm(name, x, f"{y}.weighed", shape, axis)
     )
     return (
         *normed,
-        Op(f"{name}.weight_float", (), (Tensor(weight, "ldk", f),), weighed.weights, cast=True, source=cast.source),
+        Op(f"{name}.weight_float", (), (Tensor(weight, axis, f),), weighed.weights, cast=True, source=cast.source),
         ops.spread(weighed.name, cast.reads[0], weight, f"{y}.weighed", shape, small_first=True),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
-        routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        act(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
         ops.release_names(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
         ops.release_names(f"{y}.weighed", f"{y}.open"),
@@ -418,7 +428,7 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
         ops.release_names("b_"),
         *(kimi_k3.mark_assumed(rule, kimi_k3.DELTA_RULE) if has_k3_parts(m) else rule),
         *gate,
-        *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
+        *gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
         ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
         ops.release_names("mixed", "g", "beta", "core", "out.gate", "gated", x),
         *((ops.release_names("state.now"),) if wiring.caching else ()),

@@ -1,11 +1,23 @@
-"""LFM2: gated short convolutions, and attention in some layers."""
+"""LFM2 and LFM3: gated short convolutions, and attention in some layers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, keys_and_values, mask_name
-from memplan.catalogue.decoder.attention import rope
-from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
+from memplan.catalogue.decoder.attention import llama_attention, rope
+from memplan.catalogue.decoder.frame import (
+    after,
+    before,
+    decoder_block,
+    local,
+    returned,
+    rotary_tables,
+    runs,
+    table_names,
+)
 from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.rotation_fp32 import rope_in_table_dtype
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.experts.experts import mixture
 from memplan.catalogue.kernels import ops
@@ -80,4 +92,56 @@ def lfm2(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(before(wiring), runs(m, block), after(m, wiring, name="model.embedding_norm"))
 
 
-BUILDERS = {"lfm2": lfm2, "lfm2_moe": lfm2}
+def _attend_and_gate(name: str, q: str, k: str, v: str, y: str, *kernel: Any) -> tuple[Op, ...]:
+    """Attend, and multiply each head's output by the sigmoid of a projection of the layer's input."""
+    gate = f"{name.rpartition('.')[0]}.g_proj"
+    return (
+        *attention(name, q, k, v, "o.whole", *kernel),
+        ops.linear(gate, "n1", "closed", "a", "h", "attention"),
+        routers.sigmoid(f"{gate}.sigmoid", "closed", "open", "b s a"),
+        ops.spread(f"{gate}.gated", "o.whole", "open", y, QUERIES),
+        ops.release_names("o.whole"),
+    )
+
+
+def lfm3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build LFM3: LFM2 with windows in some layers, rotated in fp32 by their own table, and norms after branches.
+
+    Source: transformers 5.24 models/lfm3/modeling_lfm3.py.
+    """
+    kinds = tuple(sorted({layer.sliding for layer in m.layers if layer.mixer == "attention"}))
+    bias, has_local = m.get("attention_bias", False), len(kinds) > 1
+    ends = ("post_operator_norm", "post_ffn_norm") if m.get("use_sandwich_norm", True) else ("", "")
+    attend = _attend_and_gate if m.get("use_attention_gate", True) else attention
+    mlp = gated_mlp("n2", "mo", "feed_forward", projections=("w1", "w3", "w2"))
+
+    def block(layer: Layer) -> Block:
+        attends = layer.mixer == "attention"
+        heads = (
+            llama_attention(
+                m,
+                wiring,
+                "n1",
+                "ao",
+                bias=bias,
+                out_bias=bias,
+                qk_norm="each",
+                sliding=layer.sliding,
+                rotate=rope_in_table_dtype,
+                attend=attend,
+            )
+            if attends
+            else _short_convolution(m, wiring)
+        )
+        norms = ("operator_norm", ends[0], "ffn_norm", ends[1])
+        whole = decoder_block(heads, mlp, norms=norms, held=returned(wiring) if attends else ())
+        return local(whole) if has_local and layer.sliding else whole
+
+    return Stack(
+        before(wiring, kinds, table=rotary_tables(has_local, "fp32")),
+        runs(m, block),
+        after(m, wiring, kinds, name="model.embedding_norm", table=table_names(has_local)),
+    )
+
+
+BUILDERS = {"lfm2": lfm2, "lfm2_moe": lfm2, "lfm3": lfm3}

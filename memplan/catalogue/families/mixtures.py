@@ -290,7 +290,7 @@ def granite_mixture(shared: str = "") -> tuple[Op, ...]:
     return (*mixed, *granite_mlp("dense.out", shared), add, ops.release_names(y, "dense.out"))
 
 
-def _granite(m: ModelSpec) -> tuple[Op, ...]:
+def granite_experts(m: ModelSpec) -> tuple[Op, ...]:
     return granite_mixture("fs" if m.axes().get("fs") else "")
 
 
@@ -306,8 +306,8 @@ BUILDERS = {
     "dots1": QWEN_3._replace(mlp_bias=False, experts=sigmoid_mixture),
     "ernie4_5_moe": ernie4_5_moe,
     "glm4_moe": glm4_moe,
-    "granitemoe": GRANITE._replace(experts=_granite),
-    "granitemoeshared": GRANITE._replace(experts=_granite),
+    "granitemoe": GRANITE._replace(experts=granite_experts),
+    "granitemoeshared": GRANITE._replace(experts=granite_experts),
     "hunyuan_v1_moe": _LLAMA._replace(rotate=rope_and_norm, experts=_hunyuan),
     "hy_v3": QWEN_3._replace(experts=_hunyuan_3),
     "mellum": QWEN_3._replace(mlp_bias=False, experts=softmax_mixture, local_table=True),

@@ -16,6 +16,8 @@ s_conv     rows of a convolution padded at both ends
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.catalogue.attention.attention import mask_name
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
@@ -307,7 +309,14 @@ def joined_projections(n: str, x: str) -> tuple[Op, ...]:
     )
 
 
-def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "linear_attn") -> tuple[Op, ...]:
+def gated_delta_net(
+    m: ModelSpec,
+    wiring: Wiring,
+    x: str,
+    y: str,
+    name: str = "linear_attn",
+    norm: Callable[..., tuple[Op, ...]] = gated_norm,
+) -> tuple[Op, ...]:
     """Projections, a convolution over q, k and v, the delta rule, a gated norm of each head, the output projection."""
     n = name
     repeats = m.config_int("linear_num_key_heads") != m.config_int("linear_num_value_heads")
@@ -332,7 +341,7 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
         *(() if wiring.decodes else rule),
         *cached_state(wiring, f"{n}.state", "state", "b lv ldk ldv", "fp32", "g"),
         *(delta_step(f"{n}.rule", "core", repeats) if wiring.decodes else ()),
-        *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),
+        *norm(f"{n}.norm", "core", "z", "core.gated", shape="b s lv ldv", axis="ldv"),
         ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv ldv", "mixer"),
         ops.release_names("mixed", "z", "b_", "a_", "beta", "g", *(("qkvz", "ba") if joined else ()), x),
         *((ops.release_names("state.now"),) if wiring.decodes else ()),

@@ -258,7 +258,7 @@ def mixer_model(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
     head = lm_head("n", "backbone.embeddings.weight" if m.tie_word_embeddings else "")
     last = (
         *norm,
-        weighed._replace(holds="forward"),
+        weighed._replace(holds="call"),
         returns,
         ops.release_names("x", "embeds"),
         ops.cast("head_input", "n.wide", "n", "b s h", "=embeds"),

@@ -16,11 +16,11 @@ from memplan.models.facts import Family, ModelFacts
 _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
-        "apertus arcee baichuan bitnet bloom chatglm cohere cohere2 cwm ernie4_5 exaone exaone4 falcon gemma gemma2 "
-        "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium hunyuan_v1_dense "
-        "hyperclovax internlm2 internlm3 iquestcoder jais2 llama mimo "
-        "minicpm ministral ministral3 mistral mpt nanochat nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
-        "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma",
+        "apertus arcee baichuan biogpt bitnet bloom chatglm codegen cohere cohere2 cwm ernie4_5 exaone exaone4 "
+        "falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium "
+        "hunyuan_v1_dense hyperclovax internlm2 internlm3 iquestcoder jais2 llama mimo minicpm ministral "
+        "ministral3 mistral mpt nanochat nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen qwen2 qwen3 "
+        "seed_oss smollm3 stablelm starcoder2 vaultgemma",
     ),
     "mla": (
         "mixture of experts, multi-head latent attention",
@@ -40,13 +40,13 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "audio": ("audio-language", "qwen2_audio voxtral"),
     "ssm": (
         "state space, recurrent, linear attention",
-        "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 lfm2_moe mamba mamba2 nemotron_h qwen3_5_moe_text "
-        "qwen3_5_text qwen3_next",
+        "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 "
+        "nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
     ),
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
-    "gpt_oss": ("mixture of experts", "gpt_oss kolibri1 mimo_v2_flash"),
+    "gpt_oss": ("mixture of experts", "flint gpt_oss granite_swa granitemoe_swa kolibri1 mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",

@@ -8,7 +8,7 @@ from typing import Any
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, listed
 from memplan.models.configs.uncalled_towers import step_tower
 from memplan.models.facts import ONE_KERNEL, Family, ModelFacts
-from memplan.models.family_facts import AttentionFacts, CheckpointFacts, ConfigKeys, GenerationFacts
+from memplan.models.family_facts import NO_CLASS, AttentionFacts, CheckpointFacts, ConfigKeys, GenerationFacts
 from memplan.models.layers import Layer
 
 _GROUPS = 16  # a loop over hundreds of experts is computed in this many groups, so an answer does not take seconds
@@ -140,7 +140,7 @@ FAMILIES = {
         layers=_step_layers,
         axes=_step_axes,
         stack="step3p7",
-        attention=AttentionFacts(no_flash_2="its class does not support it"),
+        attention=AttentionFacts(no_flash_2=NO_CLASS),
         checkpoint=CheckpointFacts(experts="split"),
     ),
 }

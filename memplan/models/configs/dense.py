@@ -12,6 +12,7 @@ from memplan.models.configs.windows import all_but_every, nas_layers, some_rotar
 from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     DECODER,
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -67,6 +68,11 @@ _GPT2 = _GPT_LIKE._replace(
     stack="gpt",
     attention=AttentionFacts(rotary=False),
 )
+_GPT_J = _GPT_LIKE._replace(
+    defaults={"rotary_dim": 64, "activation_function": "gelu_new", "n_positions": 2048},
+    keys=_GPT2.keys,
+    stack="gpt",
+)
 _BLOOM_NAMES: dict[str, tuple[str, ...]] = {
     **_EQUAL_HEADS,
     "hidden_size": ("n_embed", "hidden_size"),
@@ -80,7 +86,7 @@ _BLOOM = _GPT_LIKE._replace(
     defaults={"tie_word_embeddings": True},
     keys=ConfigKeys(_BLOOM_NAMES),
     stack="bloom_mpt",
-    attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="views"),
+    attention=AttentionFacts(no_flash_2=NO_CLASS, rotary=False, single_sequence="views"),
     checkpoint=CheckpointFacts(gguf="bloom"),
 )
 _LAYER_NORM = Family({}, objectives=CLASSIFIER, stack="neox", gated=False)
@@ -162,6 +168,22 @@ FAMILIES: dict[str, Family] = {
         generation=GenerationFacts(published_cache="tuples"),
         checkpoint=CheckpointFacts(gguf="baichuan"),
     ),
+    "biogpt": _GPT2._replace(
+        defaults={
+            "tie_word_embeddings": True,
+            "intermediate_size": 4096,
+            "hidden_act": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "max_position_embeddings": 1024,
+        },
+        keys=ConfigKeys(
+            _EQUAL_HEADS,
+            _WITH_POSITIONS,
+            renamed={"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout"},
+        ),
+        stack="bart",
+    ),
     "bitnet": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 5, "intermediate_size": 6912, "hidden_act": "relu2"},
         acts=WRITTEN_OUT,
@@ -193,6 +215,7 @@ FAMILIES: dict[str, Family] = {
         generation=GenerationFacts(published_cache="tuples"),
         checkpoint=CheckpointFacts(gguf_fuses=True),
     ),
+    "codegen": _GPT_J,
     "cohere": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "intermediate_size": 22528},
         checkpoint=CheckpointFacts(gguf="command-r", gguf_keys={}, gguf_switches={"use_qk_norm": "attn_q_norm.weight"}),
@@ -318,12 +341,7 @@ FAMILIES: dict[str, Family] = {
             TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")), context=True
         ),
     ),
-    "gptj": _GPT_LIKE._replace(
-        defaults={"rotary_dim": 64, "activation_function": "gelu_new", "n_positions": 2048},
-        keys=_GPT2.keys,
-        stack="gpt",
-        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "fc_in"), ("out_proj", "fc_out"))),
-    ),
+    "gptj": _GPT_J._replace(parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "fc_in"), ("out_proj", "fc_out")))),
     "granite": _DENSE._replace(
         checkpoint=CheckpointFacts(gguf="granite", gguf_keys={}, gguf_switches=_BIASES),
         serving=ServingFacts(adapts_tables=True),

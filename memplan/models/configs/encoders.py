@@ -10,6 +10,7 @@ from memplan.models.configs.layer_lists import SLIDING, kinds
 from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import ONE_KERNEL, WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
+    NO_CLASS,
     AttentionFacts,
     ConfigKeys,
     GenerationFacts,
@@ -291,8 +292,9 @@ _T5_ROW = Family(
     gated=False,
     lengths=LengthFacts(target=_any_target),
     stack="t5",
-    # transformers refuses the first; the second is not described yet
-    attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), single_sequence="layers"),
+    attention=AttentionFacts(
+        unsupported=("sdpa_math",), no_flash_2="it adds positions to the attention scores", single_sequence="layers"
+    ),
     training=TrainingFacts(never_quantised=("wo",)),
 )
 
@@ -361,7 +363,7 @@ FAMILIES: dict[str, Family] = {
         lengths=LengthFacts(),
         training=TrainingFacts(shares_a_graph=True),
         stack="deberta",
-        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), rotary=False),
+        attention=AttentionFacts(no_flash_2=NO_CLASS, rotary=False),
         parallel=ParallelFacts(),
     ),
     "distilbert": _ENCODER._replace(
@@ -437,7 +439,7 @@ FAMILIES: dict[str, Family] = {
     "megatron-bert": _ENCODER._replace(
         defaults={**_BERT, "intermediate_size": 4096},
         stack="pre_norm_bert",
-        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        attention=AttentionFacts(no_flash_2=NO_CLASS),
         parallel=ParallelFacts(),
     ),
     "roberta-prelayernorm": _PRE_NORM._replace(parallel=ParallelFacts()),
@@ -454,7 +456,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BERT, "vocab_size": 30527, "pad_token_id": 1, "type_vocab_size": 0},
         axes=_mpnet,
         stack="mpnet",
-        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        attention=AttentionFacts(no_flash_2=NO_CLASS),
         training=TrainingFacts(no_checkpoints=True),
     ),
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
@@ -490,7 +492,7 @@ FAMILIES: dict[str, Family] = {
         objectives=("seq2seq_lm",),
         lengths=LengthFacts(target=_any_target),
         stack="t5gemma",
-        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math")),
+        attention=AttentionFacts(unsupported=("flash_attention_2", "flash_attention_3")),
         generation=GenerationFacts(is_modelled=False),
         serving=ServingFacts(is_modelled=False),
     ),

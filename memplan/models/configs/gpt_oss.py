@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memplan.core.errors import UnsupportedModelError
 from memplan.models import tensor_plans as plans
-from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, window_everywhere_but
-from memplan.models.configs.moe import EXPERTS, expert_axes
+from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, listed, window_everywhere_but
+from memplan.models.configs.moe import EXPERTS, expert_axes, granite_axes, sparse_step_layers
 from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
@@ -23,6 +24,8 @@ from memplan.models.family_facts import (
 )
 from memplan.models.layers import Layer
 from memplan.models.tensor_plans import TensorParallelPlan
+
+NO_SINKS = "it does not support attention sinks"
 
 
 def _gpt_oss_layers(m: ModelFacts) -> tuple[Layer, ...]:
@@ -70,9 +73,59 @@ def _kolibri_layers(m: ModelFacts) -> tuple[Layer, ...]:
     return tuple(layer._replace(ffn=EXPERTS) for layer in _kolibri_windows(m))
 
 
+def _flint_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return rotated layers with windows, and others first, last and in every fourth place; the first two are dense."""
+    last = m.num_hidden_layers - 1
+    windows = kinds(m, "layer_types", SLIDING, [1 < i < last and i % 4 != 1 for i in range(m.num_hidden_layers)])
+    return tuple(a._replace(sliding=s, rotary=s) for a, s in zip(sparse_step_layers(m), windows, strict=True))
+
+
+def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers with windows, except every fourth. One with a base of 0 for its angles is not rotated."""
+    sliding = kinds(m, "layer_types", SLIDING, [i % 4 != 0 for i in range(m.num_hidden_layers)])
+    bases = listed(m, "layer_rope_theta") or (1,) * m.num_hidden_layers
+    if len({base for base in bases if base}) != 1:
+        text = "layer_rope_theta: is not supported yet unless it has one base other than 0"
+        raise UnsupportedModelError(text, "layer_rope_theta")
+    layer = m.equal_layer._replace(ffn="experts" if m.config.get("num_local_experts") else "dense")
+    return tuple(layer._replace(sliding=s, rotary=bool(base)) for s, base in zip(sliding, bases, strict=True))
+
+
+_GRANITE_SWA = Family(
+    {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "intermediate_size": 8192,
+        "sliding_window": 128,
+    },
+    layers=_granite_layers,
+    stack="granite_swa",
+    attention=AttentionFacts(no_flash_2=NO_SINKS),
+    serving=ServingFacts(is_modelled=False),
+)
+
 # Source: transformers 5.24 models/gpt_oss/configuration_gpt_oss.py,
 # models/mimo_v2_flash/configuration_mimo_v2_flash.py, models/kolibri1/configuration_kolibri1.py.
 FAMILIES = {
+    "flint": Family(
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 1024,
+            "num_experts": 256,
+            "num_experts_per_tok": 6,
+            "sliding_window": 513,
+            "mlp_only_layers": (0, 1),
+        },
+        layers=_flint_layers,
+        axes=expert_axes(shared="shared_expert_intermediate_size"),
+        stack="gpt_oss",
+        attention=AttentionFacts(no_flash_2=NO_SINKS),
+        checkpoint=CheckpointFacts(experts="split"),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "gpt_oss": Family(
         {
             "intermediate_size": 2880,
@@ -86,7 +139,7 @@ FAMILIES = {
         layers=_gpt_oss_layers,
         axes=_gpt_oss_axes,
         stack="gpt_oss",
-        attention=AttentionFacts(no_flash_2="it does not support attention sinks", flash_3=True),
+        attention=AttentionFacts(no_flash_2=NO_SINKS, flash_3=True),
         training=TrainingFacts(never_quantised=("post_attention_layernorm", "input_layernorm", "norm")),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(
@@ -102,6 +155,17 @@ FAMILIES = {
         ),
         parallel=ParallelFacts(TensorParallelPlan(), experts=True),
         serving=ServingFacts(shares_gate_a=True),
+    ),
+    "granite_swa": _GRANITE_SWA,
+    "granitemoe_swa": _GRANITE_SWA._replace(
+        defaults={
+            "intermediate_size": 11008,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 0,
+            "sliding_window": 128,
+        },
+        axes=granite_axes,
     ),
     "kolibri1": Family(
         {
@@ -139,7 +203,7 @@ FAMILIES = {
         layers=_mimo_layers,
         axes=_mimo_axes,
         stack="gpt_oss",
-        attention=AttentionFacts(no_flash_2="it does not support attention sinks"),
+        attention=AttentionFacts(no_flash_2=NO_SINKS),
         checkpoint=CheckpointFacts(experts="split"),
     ),
 }

@@ -13,6 +13,7 @@ from memplan.models.configs.ssm import mixers
 from memplan.models.configs.towers import size
 from memplan.models.facts import ONE_KERNEL, Family, ImageFacts, ModelFacts
 from memplan.models.family_facts import (
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -357,7 +358,7 @@ _INDEXED = _DEEPSEEK_V3._replace(
     defaults={**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
     layers=dense_or_sparse,
     axes=_indexer_axes,
-    attention=AttentionFacts(no_flash_2="its class does not support it"),
+    attention=AttentionFacts(no_flash_2=NO_CLASS),
     training=TrainingFacts(never_quantised=("weights_proj",), fuses_experts=True),
     checkpoint=CheckpointFacts(experts="split", gguf="deepseek32"),
     parallel=ParallelFacts(plans.LATENT_EXPERTS, experts=True),

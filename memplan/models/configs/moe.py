@@ -223,7 +223,7 @@ def _mellum_layers(m: ModelFacts) -> tuple[Layer, ...]:
     return tuple(a._replace(sliding=s) for a, s in zip(dense_or_sparse(m), windows, strict=True))
 
 
-def _granite_shared(m: ModelFacts) -> Mapping[str, int]:
+def granite_axes(m: ModelFacts) -> Mapping[str, int]:
     return {**_LOCAL_EXPERTS(m), "fs": m.config_int("shared_intermediate_size", least=0)}
 
 
@@ -419,7 +419,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE._replace(
         defaults={**_GRANITE.defaults, "shared_intermediate_size": 0},
-        axes=_granite_shared,
+        axes=granite_axes,
         checkpoint=CheckpointFacts(),
         serving=ServingFacts(is_modelled=False),
         parallel=ParallelFacts(plans.EXPERTS, experts=True),

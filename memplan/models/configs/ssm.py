@@ -13,6 +13,7 @@ from memplan.models import tensor_plans as plans
 from memplan.models.configs.moe import DENSE, EXPERTS, GGUF_BOTH_EXPERTS, expert_axes, numbers
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -289,6 +290,34 @@ def _lfm2_layers(m: ModelFacts) -> tuple[Layer, ...]:
     )
 
 
+_LARA_LAYERS = ("linear_attention", "sliding_attention", "full_attention")
+
+
+def _lara_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return Lara Mini's layers: of five, two are linear, two have a window and rotate, and one has neither."""
+    linear, window, full = _LARA_LAYERS
+    default = [(linear, window, linear, full, window)[i % 5] for i in range(m.num_hidden_layers)]
+    return tuple(
+        m.equal_layer._replace(
+            sliding=word == window, rotary=word == window, mixer=linear if word == linear else _ATTENTION, ffn=EXPERTS
+        )
+        for word in mixers(m, "layer_types", {word: word for word in _LARA_LAYERS}, default)
+    )
+
+
+_LFM3_LAYERS = ("full_attention", "sliding_attention", "conv")
+
+
+def _lfm3_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return LFM3's layers: of four, one with full attention, one with a window, and convolutions."""
+    full, window, conv = _LFM3_LAYERS
+    default = [full if i % 4 == 2 else conv if i % 4 or not i else window for i in range(m.num_hidden_layers)]
+    return tuple(
+        m.equal_layer._replace(sliding=word == window, mixer="convolution" if word == conv else _ATTENTION)
+        for word in mixers(m, "layer_types", {word: word for word in _LFM3_LAYERS}, default)
+    )
+
+
 def _lfm2_axes(m: ModelFacts) -> dict[str, int]:
     return {"f": _lfm2_width(m), "kernel": m.config_int("conv_L_cache")}
 
@@ -318,7 +347,7 @@ _MAMBA_ROW = Family(
     _mixer_layers,
     _mamba_axes,
     stack="mamba",
-    attention=AttentionFacts(no_flash_2="its class does not support it", rotary=False, single_sequence="layers"),
+    attention=AttentionFacts(no_flash_2=NO_CLASS, rotary=False, single_sequence="layers"),
     training=TrainingFacts(fused_mixers=True, packages=_SCANS),
     generation=GenerationFacts(cache="mamba-1"),
     checkpoint=CheckpointFacts(gguf="mamba"),
@@ -409,6 +438,26 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(plans.EXPERTS, experts=True),
         serving=ServingFacts(adapts_tables=True),
     ),
+    "lara_mini": _QWEN3_NEXT._replace(
+        defaults={
+            **{key: value for key, value in _DELTA.items() if key.startswith("linear")},
+            **_EXPERTS,
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "num_key_value_heads": 4,
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
+            "num_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 512,
+        },
+        layers=_lara_layers,
+        stack="lara_mini",
+        training=TrainingFacts(),
+        checkpoint=CheckpointFacts(experts="split"),
+        parallel=ParallelFacts(),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "lfm2": Family(
         {
             "tie_word_embeddings": True,
@@ -422,6 +471,22 @@ FAMILIES: dict[str, Family] = {
             renamed={"tie_embedding": "tie_word_embeddings"},
         ),
         layers=_lfm2_layers,
+        axes=_lfm2_axes,
+        stack="lfm2",
+        generation=GenerationFacts(cache="convolution"),
+        serving=ServingFacts(is_modelled=False),
+    ),
+    "lfm3": Family(
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 7680,
+            "sliding_window": 256,
+            "conv_L_cache": 7,
+        },
+        keys=ConfigKeys({"hidden_act": ()}, fixed={"block_auto_adjust_ff_dim": False}),
+        layers=_lfm3_layers,
         axes=_lfm2_axes,
         stack="lfm2",
         generation=GenerationFacts(cache="convolution"),

@@ -16,6 +16,7 @@ from memplan.models.configs.ssm import FAMILIES as SSM
 from memplan.models.configs.windows import windows_after
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
+    NO_CLASS,
     AttentionFacts,
     CheckpointFacts,
     ConfigKeys,
@@ -130,7 +131,7 @@ FAMILIES: dict[str, Family] = {
         crossed,
         towers.mllama,
         stack="mllama",
-        attention=AttentionFacts(no_flash_2="its class does not support it"),
+        attention=AttentionFacts(no_flash_2=NO_CLASS),
         generation=GenerationFacts(cache="cross_layers"),
         serving=ServingFacts(is_modelled=False),
         images=images.MLLAMA,

@@ -225,7 +225,7 @@ def _notes(run: RunSpec, base: Any) -> list[str]:
     if run.kernels.attention == "flash_attention_2" and run.loop.padded:
         notes.append("the number of padding tokens depends on the data: the trace counts every token")
     implementation = getattr(base.config, "_attn_implementation", None)
-    if run.kernels.attention.startswith("sdpa") and implementation == "eager":
+    if run.kernels.attention is None and implementation == "eager":
         notes.append(f"transformers' {type(base).__name__} does not support sdpa: its attention is eager")
     return notes
 

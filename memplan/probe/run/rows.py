@@ -29,7 +29,7 @@ def run_label(run: RunSpec) -> str:
         run.method.kind,
         "amp" if run.precision.autocast else run.precision.weights,
         str(run.optimizer.name),
-        run.kernels.attention,
+        run.kernels.attention or "sdpa",
         str(run.kernels.loss),
         {"none": "", "full": "ckpt"}.get(str(run.kernels.checkpointing), f"ckpt-{run.kernels.checkpointing}"),
         f"b{run.batch.micro}-s{run.batch.sequence}",

@@ -83,8 +83,8 @@ def empty_model(run: RunSpec) -> Any:
         build = partial(getattr(transformers, auto).from_config, trust_remote_code=False)
     model_fields = {key: _plain(value) for key, value in fields.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights]}
-    if not run.kernels.attention.startswith("sdpa"):
-        options["attn_implementation"] = run.kernels.attention  # else sdpa, or eager if the class supports nothing else
+    if (attention := run.kernels.attention) is not None:  # else sdpa, or eager if the class supports nothing else
+        options["attn_implementation"] = "sdpa" if attention.startswith("sdpa") else attention
     config: Any
     try:
         config = transformers.AutoConfig.for_model(model_type, **model_fields)

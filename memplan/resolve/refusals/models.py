@@ -22,11 +22,8 @@ def model_classes(r: OpenRun) -> Iterator[SpecError]:
     Profiles other than transformers-5 have only been read for causal language models, and TRL's for its reward models.
     """
     if r.kernels.attention in r.model.family.attention.unsupported:
-        yield refused(
-            "kernels.attention",
-            f"{r.kernels.attention} is not supported for {r.name}, which adds its positions to the attention scores; "
-            "supported: sdpa, sdpa_efficient, eager",
-        )
+        supported = "eager" if r.library.attention.no_sdpa else "sdpa, sdpa_efficient, eager"
+        yield not_yet_with("kernels.attention", f"{r.kernels.attention} and {r.name}", supported)
     objective = r.model.objective
     if objective != "causal_lm" and r.profile != "transformers-5" and r.trainer != "reward":
         yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
