@@ -139,9 +139,9 @@ def _padded_inputs(
     slots = patches // merge**2
     tokens = [*[slots] * (picture.tiles - 1), merged // each - slots * (picture.tiles - 1)] * (each * len(ids))
     if _has_no_data(ids):
-        tower = sys.modules[type(base.model.vision_tower).__module__]
-        tower.torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
-        tower.create_bidirectional_mask = _mask_of_padding if axes["unread"] else lambda **_: None  # pyright: ignore
+        tower = _module(base.model.vision_tower)
+        tower.torch_compilable_check = _module(base).torch_compilable_check
+        tower.create_bidirectional_mask = _mask_of_padding if axes["unread"] else _no_mask
         selections[(len(tokens) * slots,)] = sum(tokens)
         _list_as(ids, tokens)
     mask = torch.zeros(len(tokens), patches, dtype=torch.int32)
@@ -199,6 +199,9 @@ def _mask_of_padding(**arguments: Any) -> Any:
         return masks.create_bidirectional_mask(**arguments)
     finally:
         masks.fast_all = skips
+
+
+def _no_mask(**_: Any) -> None: ...
 
 
 def _list_as(tensor: torch.Tensor, values: list[int]) -> None:
