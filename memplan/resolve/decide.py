@@ -285,7 +285,7 @@ def _ungrouped(run: RunSpec, batch: Batch) -> str:
     micro = next(n for n in range(batch.micro, batch.micro + group) if n * parts % group == 0)
     return (
         f"{group} completions of a prompt do not divide the {completions} that a step generates (micro x accumulation "
-        f"x GPUs); use --batch-size {micro}, or other --generations"
+        f"x GPUs); use --batch-size {micro}, or other --gpus or --generations"
     )
 
 

@@ -370,6 +370,19 @@ def test_a_command_that_is_typed_is_the_run_that_it_starts(tmp_path: Path, monke
         read_command("trl ppo")
 
 
+def test_trls_script_of_ppo_is_its_command_also_where_the_script_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ppo.py").write_text("from trl import PPOTrainer\ntrainer = PPOTrainer(args=make())\ntrainer.train()\n")
+    monkeypatch.chdir(tmp_path)
+    file = read_command(
+        "accelerate launch ppo.py --sft_model_path qwen2-0.5b --reward_model_path qwen2-0.5b", "trl-1.12"
+    )
+    assert (file.fields["trainer"], file.fields["model"]) == ("ppo", "qwen2-0.5b")
+    assert file.fields["roles"] == {"reward": {"model": "qwen2-0.5b"}}
+    assert read_command("python ppo.py --sft_model_path qwen2-0.5b --reward_model_path qwen2-0.5b").framework == "trl"
+
+
 INSIDE: dict[str, str] = {
     "a shell": "bash -lc 'cd /work && trl sft --config trl.yaml --max_length 32'",
     "a container": "docker run --gpus all -v /a:/b pytorch/pytorch:2.13 trl sft --config trl.yaml --max_length 32",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
 _WITH_SCRIPTS = ("trl", "transformers", "unsloth")
+_MODEL_FLAGS = {"model_name_or_path", "sft_model_path"}  # of TRL's own scripts, which are read as its commands
 _MANIFEST = re.compile(r"^(?:services|apiVersion):|\A(?=.*^(?:run|commands):).*^resources:", re.MULTILINE | re.DOTALL)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
@@ -353,7 +354,7 @@ def _read_launched(
     script = script_of(command, path)
     over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
     has_calls = framework is None or _named(framework)[0].name in _WITH_SCRIPTS
-    if script and form is None and has_calls and not config and "model_name_or_path" not in command.flags:
+    if script and form is None and has_calls and not config and _MODEL_FLAGS.isdisjoint(command.flags):
         file = _read_python(script, framework, over, companions, typed, command.variables)
         return file._replace(unread=(*file.unread, *left_out))
     if config:
