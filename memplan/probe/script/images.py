@@ -140,7 +140,7 @@ def _padded_inputs(
     tokens = [*[slots] * (picture.tiles - 1), merged // each - slots * (picture.tiles - 1)] * (each * len(ids))
     if _has_no_data(ids):
         tower = sys.modules[type(base.model.vision_tower).__module__]
-        tower.torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+        tower.torch_compilable_check = lambda *_, **__: None  # pyright: ignore
         tower.create_bidirectional_mask = _mask_of_padding if axes["unread"] else lambda **_: None  # pyright: ignore
         selections[(len(tokens) * slots,)] = sum(tokens)
         _list_as(ids, tokens)
