@@ -139,7 +139,9 @@ def _samples(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
     length.
     """
     if seconds is None:
-        raise refused("batch.clip_seconds", f"the tokens of a clip of {m.name or m.model_type} depend on its length")
+        name = m.name or m.model_type
+        why = f"the tokens of a clip of {name} depend on its length; give it (--clip-seconds 30)"
+        raise refused("batch.clip_seconds", why)
     tokens = -(-seconds * _SAMPLES // unified_embedders(m)["uo"])
     return 1, Picture(tokens, 1, tokens + 2)
 
