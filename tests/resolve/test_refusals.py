@@ -355,9 +355,7 @@ def test_a_storage_of_null_is_the_default() -> None:
         ("mpnet", "flash_attention_2", "its class does not support it; use eager"),
     ],
 )
-def test_attention_that_a_class_does_not_have_is_refused_with_the_one_to_use(
-    name: str, attention: str, words: str
-) -> None:
+def test_attention_that_a_class_lacks_is_refused(name: str, attention: str, words: str) -> None:
     error = refused(model={"config": SMALL[name]}, kernels={"attention": attention})
     assert error.field == "kernels.attention"
     assert words in str(error)
