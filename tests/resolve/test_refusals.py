@@ -349,3 +349,19 @@ def test_a_storage_of_null_is_the_default() -> None:
         model="qwen2-0.5b",
         method="qlora",  # type: ignore[arg-type]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "words"),
+    [
+        ("t5gemma", "flash_attention_2", "is not supported yet for t5gemma; supported: eager"),
+        ("t5gemma", "sdpa", "t5gemma does not run with sdpa: its class does not support it; use eager"),
+        ("t5", "flash_attention_3", "it adds positions to the attention scores; use sdpa"),
+        ("t5", "sdpa_math", "is not supported yet for t5; supported: sdpa, sdpa_efficient, eager"),
+        ("mpnet", "flash_attention_2", "its class does not support it; use eager"),
+    ],
+)
+def test_attention_that_a_class_lacks_is_refused(name: str, attention: str, words: str) -> None:
+    error = refused(model={"config": SMALL[name]}, kernels={"attention": attention})
+    assert error.field == "kernels.attention"
+    assert words in str(error)

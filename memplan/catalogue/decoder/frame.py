@@ -160,6 +160,7 @@ def decoder_block(
     branch: Branch | None = None,
     held: tuple[str, ...] = (),
     first_held: tuple[str, ...] = (),
+    given: str = "positions",
 ) -> Block:
     """Return a block: norm, attention to `ao`, norm, residual; norm, MLP to `mo`, norm, residual.
 
@@ -167,6 +168,7 @@ def decoder_block(
                 MLP `n2`, or `x` and `x1` without a norm before them
     branch      changes each branch before it is added
     held        tensors that live to the end of the block; `first_held` are released before them
+    given       further arguments of the block, which a checkpoint keeps
     """
     before_attention, after_attention, before_mlp, after_mlp = norms
 
@@ -193,7 +195,7 @@ def decoder_block(
             *mlp_ops,
             *mlp_end,
             ops.add("residual_2", "x1", mo, "y", "b s h"),
-            ops.release_names(*first_held, "positions", *(("mo",) if branch else ()), *held),
+            ops.release_names(*first_held, *given.split(), *(("mo",) if branch else ()), *held),
         ),
     )
 

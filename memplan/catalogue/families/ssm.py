@@ -285,7 +285,7 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     def block(layer: Layer) -> Block:
         attends = layer.mixer == "attention"
         held = (*table, *(returned(wiring) if attends else ()))
-        return decoder_block(heads if attends else mixer, ffn, branch=scaled_branch, held=held)
+        return decoder_block(heads if attends else mixer, ffn, branch=scaled_branch, held=held, given="")
 
     first = before(wiring, embedded=scaled_embeddings(), table=None if rotary else ())
     return Stack(first, runs(m, block), scaled_logits(after(m, wiring, table=table)))

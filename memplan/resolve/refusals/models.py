@@ -23,7 +23,8 @@ def model_classes(r: OpenRun) -> Iterator[SpecError]:
     """
     if r.kernels.attention in r.model.family.attention.unsupported:
         supported = "eager" if r.library.attention.no_sdpa else "sdpa, sdpa_efficient, eager"
-        yield not_yet_with("kernels.attention", f"{r.kernels.attention} and {r.name}", supported)
+        text = f"{r.kernels.attention} is not supported yet for {r.name}; supported: {supported}"
+        yield refused("kernels.attention", text)
     objective = r.model.objective
     if objective != "causal_lm" and r.profile != "transformers-5" and r.trainer != "reward":
         yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
