@@ -116,6 +116,13 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
         "files",
         {"words": ["t.sh"], "files": {"t.sh": f"{_TORCHRUN} --model_name_or_path Qwen/Qwen2-0.5B --\0bf16 True\n"}},
     ),
+    (
+        "files",
+        {
+            "words": ["plan", "t.sh", "--gpu", "3090"],
+            "files": {"t.sh": f"{_TORCHRUN} --model_name_or_path qwen2-0.5b --per_d\0path 1\n"},
+        },
+    ),
     ("files", {"words": ["l.yaml"], "files": {"l.yaml": "finetuning_typ-0.0: lora\nper_device_train_batch_size: 2\n"}}),
 )
 

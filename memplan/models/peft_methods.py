@@ -66,6 +66,7 @@ _LORA: Targets = {
     "t5": "q v",
     "mpt": "Wqkv",
     "phi": "q_proj v_proj fc1 fc2",
+    "codegen": "qkv_proj",
     "nemotron_h": "q_proj k_proj v_proj o_proj",
 }
 _WITHOUT_FC: Targets = {**_LORA, "phi": "q_proj v_proj"}
@@ -74,7 +75,7 @@ _ADALORA: Targets = {
     **{
         name: names
         for name, names in _LORA.items()
-        if name not in "xlm-roberta chatglm mpt falcon mistral mixtral stablelm phi"
+        if name not in "xlm-roberta chatglm codegen mpt falcon mistral mixtral stablelm phi"
     },
     "t5": "q k v o wi wo",
     "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
@@ -99,7 +100,7 @@ _VBLORA: Targets = {
     **{
         name: names
         for name, names in _LORA.items()
-        if name not in "xlm-roberta chatglm mpt falcon mistral mixtral stablelm phi"
+        if name not in "xlm-roberta chatglm codegen mpt falcon mistral mixtral stablelm phi"
     },
     "t5": "q k v o wi wo",
     "opt": "q_proj k_proj v_proj out_proj fc1 fc2",

@@ -129,7 +129,7 @@ class RunFile(NamedTuple):
     @property
     def notes(self) -> tuple[str, ...]:
         """Return a line for each key that is not understood."""
-        return tuple(f"{each.key} ({each.where}): {each.note}" for each in self.unread)
+        return tuple(printable(f"{each.key} ({each.where}): {each.note}") for each in self.unread)
 
     def origins_of(self, run: RunSpec) -> tuple[FieldOrigin, ...]:
         """Return the origins of a run that options have changed."""
