@@ -9,7 +9,7 @@ from itertools import islice
 from memplan.core.identity import Identity
 from memplan.core.ir import Block, Op, Stack, Tensor
 from memplan.core.records import NamedTuple
-from memplan.engine.dtypes import Scope
+from memplan.engine.dtypes import Scope, with_cached_casts
 from memplan.engine.gather import unit_of
 from memplan.engine.operation_facts import gradient_flow, names_read, storages_behind
 
@@ -124,7 +124,7 @@ def resolve_stack(
     if input_grad:
         before, leaf = require_input_gradient(before)
     flowing = {*leaf, *gradient_flow(before, frozenset(leaf)).flows}
-    copies = resolve_copies(stack, before_scope, flowing, autocast, depth, input_grad, reentrant)
+    copies = resolve_copies(stack, before_scope, flowing, autocast, depth, input_grad, reentrant, leaf)
     if is_sharded:
         copies = [split for c in copies for split in split_ends(c, depth)]
     if one_by_one:
@@ -167,8 +167,9 @@ def resolve_copies(
     flowing: Iterable[str],
     autocast: str | None,
     depth: Mapping[str, int],
-    leaf: bool,
+    input_grad: bool,
     reentrant: bool,
+    leaves: Container[str] = (),
 ) -> list[Copies]:
     """Resolve the stack's blocks, and split off copies that differ from the others of their run.
 
@@ -177,12 +178,14 @@ def resolve_copies(
     shape or dtype, or need a gradient though its input does not. In backward the last copy comes first: it creates the
     gradients of tensors that all copies read, to which the others add.
 
-    flowing  names of tensors that need a gradient
-    leaf     whether embeddings between runs require a gradient
+    flowing     names of tensors that need a gradient
+    input_grad  whether embeddings between runs require a gradient
+    leaves      embeddings before the blocks that are made to require a gradient
     """
     out: list[Copies] = []
     flowing = set(flowing)
     x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
+    leaf = x if scope["embeds"].name in leaves and x.dtype == "fp32" else None
     at_input = True  # all blocks so far have returned their input unchanged
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
@@ -191,7 +194,7 @@ def resolve_copies(
         if run.before:
             scope = Scope(scope, {"x": x})
             between, leaf_names = scope.resolve(run.before, autocast), ()
-            if leaf:
+            if input_grad:
                 between, leaf_names = require_input_gradient(between)
             joins = OpsBetweenRuns(between, scope, leaf_names, scope["stream"].name)
             flowing = flowing.union(_x(flows), leaf_names)
@@ -205,6 +208,8 @@ def resolve_copies(
             for block in run.blocks:
                 inner = Scope(scope, {"x": x})
                 ops = inner.resolve(block.ops, autocast)
+                if x is leaf:
+                    ops = with_cached_casts(Identity(ops), frozenset(("x",)))
                 after_block = flowing | _x(flows)
                 after_block |= gradient_flow(ops, after_block).flows
                 flows = "y" in after_block
@@ -319,7 +324,7 @@ def read_dtype(
     scope = Scope()
     scope.resolve(stack.before, autocast)
     dtype: str | None = None
-    for c in resolve_copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False):
+    for c in resolve_copies(stack, scope, (), autocast, depth, input_grad=False, reentrant=False):
         for block, inner in zip(c.blocks, c.scopes, strict=True):
             reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
             dtype = inner[reads[0]].dtype if reads else dtype
@@ -335,7 +340,7 @@ def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> T
     """Return the output of the stack's last block or, without blocks, the first block's input."""
     scope = Scope()
     scope.resolve(stack.before, autocast)
-    copies = resolve_copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False)
+    copies = resolve_copies(stack, scope, (), autocast, depth, input_grad=False, reentrant=False)
     return copies[-1].scopes[-1]["y"] if copies else scope["embeds"]
 
 

@@ -83,6 +83,21 @@ class Scope:
         return resolved.ops
 
 
+@lru_cache(maxsize=128)
+def with_cached_casts(ops: Identity[tuple[Op, ...]], leaves: frozenset[str]) -> tuple[Op, ...]:
+    """Return the operations with one cast of each of these fp32 leaves, which autocast caches like casts of weights."""
+    made: dict[str, str] = {}
+    out: list[Op] = []
+    for op in ops.value:
+        cast = op
+        if op.cast and op.source == _AUTOCAST and not leaves.isdisjoint(op.reads):
+            first = made.setdefault(op.reads[0], op.name)
+            again = op._replace(reads=(first,), cast=False, view=True, gradient="same")
+            cast = op._replace(holds="autocast") if first == op.name else again
+        out.append(cast)
+    return tuple(out) if made else ops.value
+
+
 class _Listed:
     """Operations as a cache key, hashed once, and the names that they take from outside."""
 

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from memplan.core.cached_property import cached_property
+from memplan.core.identity import Identity
 from memplan.core.ir import Op, Tensor
-from memplan.engine.dtypes import Scope
-from memplan.engine.operation_facts import NO_BACKWARD, Backward, GradientFlow, weights_used_again
+from memplan.engine.dtypes import Scope, with_cached_casts
+from memplan.engine.operation_facts import NO_BACKWARD, Backward, GradientFlow, gradient_flow, weights_used_again
 from memplan.engine.storages import Storage
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -86,6 +87,15 @@ class Frame:
     def nodes(self) -> list[Node]:
         """The graph's node of each operation; many frames are repeated, and never need them."""
         return [*map(Node, self.ops, self.backwards)] if self.flow is not None else [NOT_RECORDED] * len(self.ops)
+
+    def detach(self, inputs: Container[Storage]) -> None:
+        """Make leaves of these inputs, as a reentrant checkpoint does: autocast caches the casts of those in fp32."""
+        entering = self.flow.entering if self.flow is not None else frozenset[str]()
+        leaves = frozenset(n for n in entering if self.scope[n].dtype == "fp32" and self.outer[n] in inputs)
+        ops = with_cached_casts(Identity(self.ops), leaves)
+        if ops is not self.ops:
+            self.ops, self.flow = ops, gradient_flow(ops, entering)
+            vars(self).pop("nodes", None)
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]

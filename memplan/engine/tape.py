@@ -418,6 +418,7 @@ class Tape(LiveStorages):
         frame.names = {}
         gradients, inputs = list(grads.values()), [*self._fetch(frame), *frame.checkpoint]
         frame.checkpoint = []
+        frame.detach(inputs)
         for storage in gradients:
             storage.refs += 1
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}

@@ -116,6 +116,9 @@ def _kept_because(stack: Stack) -> dict[str, str]:
         if op.holds == "cache":
             reasons.update((t.name, "cached for later tokens") for t in op.writes)
         reasons.update((t.name, "cached from earlier tokens, until the new one is appended") for t in op.past)
+    for op in operations(stack):
+        if op.cast and op.gradient == "none" and op.needs_recording:  # if it is dropped, its input is what is kept
+            reasons.setdefault(op.reads[0], reasons[op.writes[0].name])
     return reasons
 
 

@@ -269,12 +269,14 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
 
 
 _ROWS_OF_CHUNK = 512  # ms-swift 4.6.0 rlhf_trainers/gkd_loss.py jsd_loss: chunk_size
-_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned", "scan_splits", "scan_parts"))
+_SCANNED = frozenset((*chunked({}, 1, ONE_RUN), "scanned", "scanned_C", "scan_splits", "scan_parts"))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
-    """Axes of scans by chunks, and of Mamba 1's by tokens: `scanned`, outputs of tokens, each rounded to 512 bytes.
+    """Axes of scans by chunks, and of Mamba 1's by tokens.
 
+    scanned      outputs of tokens, each rounded to 512 bytes
+    scanned_C    bf16 copies of C of the `earlier` tokens, each rounded to 512 bytes
     scan_parts   parts of 2,048 tokens, after each of which mamba-ssm's scan of Mamba 1 keeps the states
     scan_splits  parts of each group's heads that mamba-ssm sums one after the other
     """
@@ -283,6 +285,7 @@ def _scans(run: _Run) -> Mapping[str, Any]:
     step = 256 if run.half else 128
     tokens = run.s * -(-run.b * run.fixed.get("inner", 0) // step) * step
     axes = {**chunked(run.fixed, run.s, run.by), "scanned": tokens, "scan_parts": -(-run.s // 2048)}
+    axes["scanned_C"] = axes["earlier"] * -(-run.b * run.fixed.get("mn", 0) // 256) * 256
     heads = run.fixed.get("mh", 1)
     of_group = heads // run.fixed.get("mg", 1)
     together = run.by.least(-(-run.b * axes["chunks"] * heads // MULTIPROCESSORS), of_group)

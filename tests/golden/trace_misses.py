@@ -313,6 +313,31 @@ CASES: dict[str, dict[str, Any]] = {
         "kernels": {"attention": "eager", "reentrant": True},
         "loop": {"trainer": True},
     },
+    "one cast of a detached input": {**reentrant("bart"), "precision": AMP},
+    "one cast of a detached input without a norm in front": {
+        **small("olmo2"),
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 128},
+        "kernels": {"reentrant": True},
+    },
+    "a cast of embeddings that require a gradient": {
+        **small("olmo2"),
+        "method": "lora",
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 128},
+    },
+    "casts of a scan's projection": {
+        **small("jamba"),
+        "method": "lora",
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 48},
+        "kernels": {"checkpointing": "none"},
+    },
+    "recomputed casts of a scan's projection": {
+        **small("jamba"),
+        "precision": AMP,
+        "batch": {"sequence": 33},
+    },
     "Mamba's last hidden states, which outputs do not hold": {
         **small("mamba", {"mamba": {**DECODERS["mamba"], "hidden_size": 256}}),
         "batch": {"micro": 2, "sequence": 64},

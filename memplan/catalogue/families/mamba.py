@@ -80,14 +80,15 @@ def _time_steps(name: str, x: str, wiring: Wiring) -> tuple[Op, ...]:
 def selective_scan(name: str, x: str, y: str, is_single: bool) -> tuple[Op, ...]:
     """mamba_selective_scan: from `x`, `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the output.
 
-    The loop keeps every token's state, and a copy of it in the dtype of x. Backward is largest at the token before the
-    last, once it has freed the state before the last token, and the copies of the last two.
+    The loop keeps every token's state, and copies of it and of C in the dtype of x. Backward is largest at the token
+    before the last, once it has freed the state before the last token, and the copies of the last two.
     """
     of = name
     operands = ("discrete.A", "delta.B.u", "C.scan")
     token, states = "b inner mn", ("states", "states.low", "state.first")
     shapes = {"states": "b inner earlier mn", "state.late": "b inner second_last mn"}
-    late = ("state.late", "state.late.low", "state.last")
+    low = {"C.low": "scanned_C", "C.late": "b second_last mn", "C.last": "b mn"}
+    late = ("state.late", "state.late.low", "state.last", "C.late", "C.last")
     return (
         ops.spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
             scratch_back=(Scratch(Tensor("product", _STATES, "fp32")),)
@@ -112,13 +113,21 @@ def selective_scan(name: str, x: str, y: str, is_single: bool) -> tuple[Op, ...]
             ops.cast(f"{of}.scan.{t}", t, f"{t}.low", shape, f"={x}")._replace(needs_recording=True)
             for t, shape in shapes.items()
         ),
+        *(  # by autocast, if a weight in fp32 scaled C
+            ops.cast(f"{of}.scan.{t}", "C.scan", t, shape, f"={x}")._replace(needs_recording=True, gradient="none")
+            for t, shape in low.items()
+        ),
         Op(
             f"{of}.scan",
-            (*operands, *states),
+            (*operands, *states, "C.low"),
             (Tensor("scanned.tokens", "scanned", f"={x}"), Tensor("state", token, "fp32")),
             (),
-            tuple(Keep(what, of_) for of_ in operands for what in (operands[0], operands[2], *states)),
-            scratch=(Tensor("product", token, "fp32"), Tensor("state in the dtype of x", token, f"={x}")),
+            tuple(Keep(what, of_) for of_ in operands for what in (operands[0], "C.low", *states)),
+            scratch=(
+                Tensor("product", token, "fp32"),
+                Tensor("state in the dtype of x", token, f"={x}"),
+                Tensor("C in the dtype of x", "b mn", f"={x}!C.scan"),
+            ),
             scratch_back=(
                 Scratch(Tensor("of the token before", _STATES, "fp32")),
                 Scratch(Tensor("state's gradient", token, "fp32")),
@@ -129,7 +138,7 @@ def selective_scan(name: str, x: str, y: str, is_single: bool) -> tuple[Op, ...]
         ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS, "part" if is_single else "same")._replace(
             keeps=tuple(Keep(what, "scanned.tokens") for what in late)
         ),
-        ops.release_names(*states, *late)._replace(needs_recording=True),
+        ops.release_names(*states, "C.low", *late)._replace(needs_recording=True),
         *_skip(of, x, y),
         ops.release_names("D32", "dt.plus", "delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
     )
