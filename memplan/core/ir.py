@@ -422,7 +422,7 @@ class Division(NamedTuple):
     A block's unit is named by the block's place in the stack (`memplan.engine.gather.unit_of`). Weights outside of
     blocks are in these units:
 
-        root    gathered before everything else; whole to the end of the pass
+        root    gathered before everything else; whole to the end of the pass, unless it is `freed`
         tied    gathered before the first operation that uses it; whole to the end of the pass
         before  freed after the operations before the blocks, and gathered again for their backward
         after   whole until its own backward is over
@@ -440,6 +440,8 @@ class Division(NamedTuple):
     prefetches_forward  forward gathers a unit when the previous one begins; in backward, a unit's gradients are then
                         reduced only after the backward of the unit before it
     keeps               blocks whose weights stay whole from forward to backward: `all`, the `last`, or none if empty
+    root_has_ends       the root has embeddings and head, and `stays` whole, or is `freed` after the forward pass and
+                        gathered again at the loss's backward; empty if it has not
     waits               received shards stay until the pass is over, because replicas sum them
     returns             the loss is computed after the model has returned, which freed the output of the last all-gather
     alone               `after` holds the head alone, whose gradient is reduced before the backward of the last norm
@@ -460,6 +462,7 @@ class Division(NamedTuple):
     sums: bool = False
     prefetches_forward: bool = False
     keeps: str = ""
+    root_has_ends: str = ""
     waits: bool = False
     returns: bool = False
     alone: bool = False

@@ -57,6 +57,7 @@ class Gatherer:
         self.alone = division.alone if division else False
         self.at_loss = division.at_loss if division else False
         self._keeps = division.keeps if division else ""
+        self._root_has_ends = division.root_has_ends if division else ""
         self._is_last = False  # the running unit is the last block's
         self._asks_ahead = division.prefetches_forward if division else False
         self._kept: dict[str, list[list[Storage]]] = {}  # unit -> weights of each copy that stay whole until backward
@@ -211,6 +212,8 @@ class Gatherer:
     def end_forward(self) -> None:
         """End the forward pass, after the loss."""
         self._drop(self._message)
+        if self._root_has_ends == "freed":
+            self.release(ROOT)
 
     def remember(self, name: str, run: int | None) -> None:
         """Allocate a unit's gradients of earlier passes, once per copy if the unit is in a `run`."""
@@ -303,7 +306,8 @@ class Gatherer:
             finished, self._delayed = self._delayed, finished
         if finished is not None:
             # a loop's variable holds the last gradient; those of blocks are norms', which take nothing
-            self._reduce(frame, *finished, held=grads[:1] if name in (BEFORE, AFTER) and self._keeps_buffers else [])
+            ends = (BEFORE, AFTER, ROOT) if self._root_has_ends else (BEFORE, AFTER)
+            self._reduce(frame, *finished, held=grads[:1] if name in ends and self._keeps_buffers else [])
         self._tape.waiting = self._grads.get(REST)
 
     def _reduce(

@@ -132,6 +132,7 @@ def shard(run: OpenRun) -> Ranks:
         loads_whole=ranks.loads_whole and library.quantises_before_sharding,
         moves_whole=library.moves_before_sharding and run.method.quantization is None and not ranks.efficient,
         ends_apart=library.ends_apart,
+        root_has_ends="" if ranks.row.flat else library.root_has_ends,
         regathers=library.regathers_weights and run.kernels.checkpointing != "none",
     )
 

@@ -6,6 +6,9 @@ A small Llama with every strategy, 2 to 64 GPUs, and each method, precision and 
 and DDP; small models of other families, mixtures, hybrids and encoders; and real ones. torch's process group `fake`
 stands in for the other ranks; runs that the libraries do not support are listed on standard error. Takes about fifteen
 minutes on one core. Runs in a file given as an argument are not traced again.
+
+Rows named root- are of accelerate before 1.14, whose FSDP2 has embeddings and head in its root: they were traced as
+transformers-5 with the row `root_has_ends` of the profile that they name, since a probe runs no other framework's.
 """
 
 from __future__ import annotations

@@ -54,12 +54,12 @@ def test_a_tower_that_fsdp1_flattens_with_other_weights_is_traced(case: dict[str
     assert abs(error(case)) < 1e-3
 
 
-EXACT = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-"))]
+EXACT = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-", "root-"))]
 
 
 @in_groups(sampled(EXACT, 8), label)
 def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
-    """Every phase, not only the peak: FSDP2's towers, windows and shared tables, and DeepSpeed without ZeRO."""
+    """Every phase, not only the peak: FSDP2's towers, windows, shared tables and roots, and DeepSpeed without ZeRO."""
     mine = without_workspaces(trace_figures(case["run"]))
     for step, peaks in case["steps"].items():
         wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}

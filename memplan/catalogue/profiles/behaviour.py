@@ -158,6 +158,8 @@ class ShardingBehaviour(NamedTuple):
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
     ends_apart                 FSDP2's root has embeddings, last norm and head, except tables that train untied; the
                                last block stays gathered, and the loss is not part of the model
+    root_has_ends              FSDP2's root has all weights outside of blocks, and `stays` gathered, as before torch
+                               2.8, or is `freed` after forward, as its `reshard_after_forward` says
     delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
     owns_loop                  it does so in its own training loop, without transformers' Trainer
     finds_unused               DDP finds parameters without gradients, also in a checkpointed model, unless the run says
@@ -177,6 +179,7 @@ class ShardingBehaviour(NamedTuple):
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
     ends_apart: bool
+    root_has_ends: Literal["", "stays", "freed"]
     delays_reduction: tuple[str, ...]
     owns_loop: bool
     finds_unused: bool

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.probe.fake import fake_process_group as group
 from memplan.probe.libraries import library
 from memplan.probe.script import expert_parallel, tensor_parallel
@@ -217,6 +218,19 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     for module in _bottom_up(model):
         if isinstance(module, blocks) and not isinstance(module, fsdp.FSDPModule):
             shard(module, **unit)
+    root_has_ends = library_behaviour(run.profile, "", False).sharding.root_has_ends
+    if not root_has_ends:
+        _wrap_ends(model, unit)
+    shard(model, **(unit if root_has_ends == "freed" else root))
+    if loaded:
+        _load_shards(model, run, device, loaded, buffers)
+    return model
+
+
+def _wrap_ends(model: Any, unit: dict[str, Any]) -> None:
+    """Make FSDP2 units of the embeddings, and of the last norm and the head, or one of all three if they are tied."""
+    fsdp: Any = library("torch.distributed.fsdp")
+    shard = fsdp.fully_shard
     table, head = _embeddings(model)
     tied = table is not None and head is not None and table.weight is head.weight
     sharing = _sharing_modules(model, table, head)
@@ -227,10 +241,6 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     unwrapped = [module for module in tail if module is not None and not isinstance(module, fsdp.FSDPModule)]
     if unwrapped:
         shard(unwrapped, **{**unit, "reshard_after_forward": False})
-    shard(model, **root)
-    if loaded:
-        _load_shards(model, run, device, loaded, buffers)
-    return model
 
 
 def _fsdp2_policy(run: RunSpec) -> Any:

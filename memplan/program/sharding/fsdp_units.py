@@ -94,14 +94,14 @@ def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[W
     """Yield every FSDP unit: its name, the name of its block, the number of blocks like it, and its weights.
 
     FSDP1 puts all weights outside of blocks into one unit, but for a tower's stem that it wraps. FSDP2 makes one unit
-    of the embedding table and one of the last norm and the head, or a single unit of all three if they are tied. Other
-    weights belong to the root.
+    of the embedding table and one of the last norm and the head, or a single unit of all three if they are tied, unless
+    its root has them. Other weights belong to the root.
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, torchtitan 0.3 models/llama3/parallelize.py.
     """
     stack, axes = operations_of(graph)
     outer = _weights((*(op for ops in outside(stack) for op in ops), *stack.loss))
     units: dict[str, list[Weight]] = {unit: [] for unit in OUTSIDE}
-    unit_of_weight = {} if ranks.has_one_unit else _outside_root(graph, ranks)
+    unit_of_weight = _outside_root(graph, ranks)
     for name, w in outer.items():
         units[unit_of_weight.get(name, ROOT)].append(w)
     for unit in (BEFORE, TIED, ROOT):
@@ -140,7 +140,7 @@ def _outside_root(graph: Graph, ranks: Ranks) -> dict[str, str]:
     stem = graph.model.family.parallel.wrapped_stem if ranks.wraps else ""
     before = (w.name for ops in outside(stack)[:-1] for op in ops for w in op.weights)
     stems = {name: BEFORE for name in before if stem and name.startswith(stem)}
-    if ranks.row.flat:
+    if ranks.row.flat or ranks.root_has_ends:
         return stems
     if ranks.ends_apart:
         ends = [
@@ -204,7 +204,8 @@ def copied_model(graph: Graph, ranks: Ranks) -> tuple[Graph, Ranks] | None:
     if copy is None:
         return None
     wraps = ranks.row.flat or (copy.trainer is not None and copy.trainer.shards_copy == "blocks")
-    return copy, ranks._replace(trained=ranks.frozen, wraps=wraps, has_one_unit=not wraps)
+    root = ranks.root_has_ends if wraps else "stays"
+    return copy, ranks._replace(trained=ranks.frozen, wraps=wraps, root_has_ends=root)
 
 
 def stays_gathered(unit: str, ranks: Ranks) -> bool:
@@ -213,7 +214,7 @@ def stays_gathered(unit: str, ranks: Ranks) -> bool:
     Source: torch 2.13 distributed/fsdp/_runtime_utils.py _post_forward_reshard; accelerate 1.15 utils/fsdp_utils.py
     fsdp2_prepare_model, whose reshard_after_forward is false for them.
     """
-    return unit == ROOT or (unit in (AFTER, TIED) and not ranks.row.flat and not ranks.has_one_unit)
+    return (unit == ROOT and ranks.root_has_ends != "freed") or (unit in (AFTER, TIED) and not ranks.row.flat)
 
 
 def division(graph: Graph, ranks: Ranks) -> Division:
@@ -234,15 +235,17 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     if graph.loss == "tiled_lm_head" and not (flat or generates or AFTER in called):
         # the head's module is not called, and no other of its unit: `full_tensor` gathers it, in every pass
         units = tuple((name, unit._replace(message=()) if name == AFTER else unit) for name, unit in units)
+    at_loss = flat or ranks.root_has_ends != "" or graph.loss == "tiled_lm_head"
     shared = Division(
         units,
         tuple((w.name, unit) for unit, where, _, weights in names if not where for w in weights),
         not flat,
         asks,
         ranks.row.source,
-        at_loss=flat or graph.loss == "tiled_lm_head" or (ties_head(graph) and bool(shared_tables(graph))),
+        at_loss=at_loss or (ties_head(graph) and bool(shared_tables(graph))),
         prefetches_forward=ranks.ahead,
         keeps="all" if keeps else "last" if ranks.ends_apart else "",
+        root_has_ends="stays" if ranks.root_has_ends and keeps else ranks.root_has_ends,
         waits=waits,
         offloads_gradients=leaves,
         alone=ranks.ends_apart,

@@ -37,7 +37,7 @@ class Ranks(NamedTuple):
     wraps            every block is a unit of its own; otherwise everything but the embeddings and the head is one unit
     ends_apart       FSDP2's root has embeddings, last norm and head, except tables that train and are not tied, and the
                      last block stays gathered
-    has_one_unit     everything is one FSDP unit, as TRL wraps a reference model under FSDP2
+    root_has_ends    FSDP2's root has all weights outside of blocks, and `stays` gathered or is `freed` after forward
     views            gradients are views of DDP's buckets
     records_streams  no buffer in which DDP broadcasts weights is reused before all weights are sent
     replicated       there are several such groups of ranks, which sum their reduced gradients (hybrid sharding)
@@ -64,7 +64,7 @@ class Ranks(NamedTuple):
     is_unsharded: bool = False
     wraps: bool = True
     ends_apart: bool = False
-    has_one_unit: bool = False
+    root_has_ends: str = ""
     views: bool = False
     records_streams: bool = False
     replicated: bool = False
