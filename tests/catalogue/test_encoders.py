@@ -115,7 +115,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "t5",
         {"kernels": {"attention": "flash_attention_2"}},
-        "kernels.attention: t5 does not run with flash_attention_2: it adds positions to the attention scores; use sdpa",
+        "kernels.attention: t5 does not run with flash_attention_2: it adds positions to the",
     ),
 ]
 
