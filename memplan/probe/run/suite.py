@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.core.errors import MemplanError, printable, refused
+from memplan.core.errors import MemplanError, SpecError, printable, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, MAY_FIT, Demand
@@ -59,12 +60,15 @@ MODELS = (
 
 
 class SuiteRecipe(NamedTuple):
-    """How a model is trained: a method with its precision, optimizer, kernels and batch."""
+    """How a model is trained: a method with its precision, optimizer, kernels and batch.
+
+    `attention`: None for the default of the model's class.
+    """
 
     method: str
     precision: str
     optimizer: str
-    attention: str
+    attention: str | None
     loss: str
     checkpointing: str
     micro: int
@@ -72,23 +76,23 @@ class SuiteRecipe(NamedTuple):
 
 
 RECIPES = (
-    SuiteRecipe("full", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
-    SuiteRecipe("lora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 4, 1024),
-    SuiteRecipe("qlora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 1, 2048),
-    SuiteRecipe("dora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
-    SuiteRecipe("freeze", "pure", "sgd", "sdpa", "chunked", "none", 1, 2048),
-    SuiteRecipe("qdora", "pure", "adamw_torch_fused", "sdpa", "fused", "full", 1, 1024),
+    SuiteRecipe("full", "pure", "adamw_torch_fused", None, "hf", "full", 1, 1024),
+    SuiteRecipe("lora", "pure", "adamw_torch_fused", None, "hf", "full", 4, 1024),
+    SuiteRecipe("qlora", "pure", "paged_adamw_8bit", None, "hf", "full", 1, 2048),
+    SuiteRecipe("dora", "pure", "adamw_torch_fused", None, "hf", "full", 1, 1024),
+    SuiteRecipe("freeze", "pure", "sgd", None, "chunked", "none", 1, 2048),
+    SuiteRecipe("qdora", "pure", "adamw_torch_fused", None, "fused", "full", 1, 1024),
     SuiteRecipe("lora", "pure", "adamw_torch", "eager", "chunked", "none", 1, 1024),
-    SuiteRecipe("full", "amp", "adamw_torch", "sdpa", "chunked", "full", 1, 1024),
-    SuiteRecipe("qlora", "pure", "adamw_torch_fused", "sdpa", "chunked", "none", 1, 1024),
-    SuiteRecipe("full", "pure", "adamw_8bit", "sdpa", "hf", "none", 2, 512),
+    SuiteRecipe("full", "amp", "adamw_torch", None, "chunked", "full", 1, 1024),
+    SuiteRecipe("qlora", "pure", "adamw_torch_fused", None, "chunked", "none", 1, 1024),
+    SuiteRecipe("full", "pure", "adamw_8bit", None, "hf", "none", 2, 512),
     SuiteRecipe("lora", "amp", "adafactor", "sdpa_efficient", "hf", "full", 1, 1024),
-    SuiteRecipe("full", "pure", "adamw_torch", "sdpa", "fused", "full", 1, 2048),
+    SuiteRecipe("full", "pure", "adamw_torch", None, "fused", "full", 1, 2048),
     SuiteRecipe("dora", "pure", "adamw_8bit", "sdpa_efficient", "chunked", "none", 1, 512),
     SuiteRecipe("lora", "pure", "adamw_torch_fused", "sdpa_math", "hf", "full", 1, 2048),
-    SuiteRecipe("freeze", "amp", "adamw_torch_fused", "sdpa", "hf", "full", 2, 1024),
-    SuiteRecipe("full", "pure", "adafactor", "sdpa", "hf", "full", 4, 1024),
-    SuiteRecipe("qdora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 2, 1024),
+    SuiteRecipe("freeze", "amp", "adamw_torch_fused", None, "hf", "full", 2, 1024),
+    SuiteRecipe("full", "pure", "adafactor", None, "hf", "full", 4, 1024),
+    SuiteRecipe("qdora", "pure", "paged_adamw_8bit", None, "hf", "full", 2, 1024),
     SuiteRecipe("qlora", "pure", "adamw_torch", "eager", "hf", "full", 4, 512),
 )
 SHORTER = (1, 2, 4)  # small cards hold few models, so they also get each recipe with shorter sequences
@@ -115,13 +119,17 @@ def default_suite(gpu: GPU, largest_batch: LargestBatch) -> list[RunSpec]:
 
 
 def _runs_that_fit(model: str, start: int, gpu: GPU) -> Iterator[RunSpec]:
-    """Yield the runs of a model that the card holds, from recipe `start` on; then again with shorter sequences."""
+    """Yield the runs of a model that the card holds, from recipe `start` on; then again with shorter sequences.
+
+    Recipes whose attention the model's class does not have are left out.
+    """
     for shorter in SHORTER:
         for n in range(len(RECIPES)):
             recipe = RECIPES[(start + n) % len(RECIPES)]
             run = run_with(model, recipe._replace(sequence=recipe.sequence // shorter), gpu)
-            if estimate(run).verdict.answer == "fits":
-                yield run
+            with suppress(SpecError):
+                if estimate(run).verdict.answer == "fits":
+                    yield run
 
 
 def run_with(model: str, recipe: SuiteRecipe, gpu: GPU) -> RunSpec:
