@@ -32,7 +32,8 @@ class PeftMethod(NamedTuple):
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
     refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
     again    whether checkpointed layers can compute it again: peft refuses a prefix, and a pass's hooks end with it
-    own_loss whether its model computes the loss again, from the logits that the model below returns
+    own_loss what its model does to the loss: adds that of A's and B's `orthogonality` in training, or computes another,
+             of tokens in `context`, from the logits that the model below returns
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
              values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
              rows of the embeddings (`tokens`)
@@ -48,7 +49,7 @@ class PeftMethod(NamedTuple):
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
     again: bool = True
-    own_loss: bool = False
+    own_loss: Literal["", "orthogonality", "context"] = ""
     on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
 
 
@@ -138,7 +139,14 @@ FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _
 
 PEFT_METHODS: dict[str, PeftMethod] = {
     "adalora": PeftMethod(
-        _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
+        _ADALORA,
+        12,
+        dropout="lora_dropout",
+        r="init_r",
+        alpha="lora_alpha",
+        formats=BITSANDBYTES,
+        conv1d=True,
+        own_loss="orthogonality",
     ),
     "adamss": PeftMethod(_LORA, 100, {"num_subspaces": 5, "subspace_rank": 1}),
     "adaption_prompt": PeftMethod(
@@ -160,7 +168,9 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         again=False,
         on="prefix",
     ),
-    "cpt": PeftMethod(options={"cpt_token_ids": None}, formats=BITSANDBYTES, conv1d=True, own_loss=True, on="prompt"),
+    "cpt": PeftMethod(
+        options={"cpt_token_ids": None}, formats=BITSANDBYTES, conv1d=True, own_loss="context", on="prompt"
+    ),
     "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),

@@ -142,7 +142,8 @@ def _no_such_key(names: list[str], root: Any) -> _Wrong:
     typed = key.lower()[:_MAX_SHOWN]
     near = get_close_matches(typed, siblings, n=1, cutoff=_ALIKE)
     paths = [path for path in _paths(root) if path.rpartition(".")[2] == key]
-    near += [path for path in paths if path.count(".") == min(path.count(".") for path in paths)]
+    depth = min((path.count(".") for path in paths), default=0)
+    near += [path for path in paths if path.count(".") == depth]
     near += [path for name, path in FIELDS.items() if name == key]
     near = near or get_close_matches(typed, siblings, n=1, cutoff=_SIMILAR)
     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}"

@@ -94,6 +94,13 @@ def test_attention_sinks_are_computed_without_sdpa(name: str) -> None:
     assert asked.run.kernels.attention == "eager"
 
 
+def test_flex_attention_keeps_the_mask_of_padded_tokens() -> None:
+    kernels, batch = {"attention": "flex_attention", "checkpointing": "none"}, {"micro": 8, "sequence": 1024}
+    runs = ({"kernels": kernels, "batch": batch, "loop": {"padded": padded}} for padded in (False, True))
+    plain, padded = (estimate(RunSpec(model="qwen2-0.5b", method="lora", **fields)).bytes.allocated for fields in runs)
+    assert padded - plain == 8 * 1024 * (8 + 1)  # the int64 mask that the model is given, and a boolean one
+
+
 def test_sinks_get_no_gradient_from_flash_attention_3() -> None:
     kernels = {"attention": "flash_attention_3"}
     flash, eager = (estimate(run("gpt_oss", kernels={"attention": a})) for a in ("flash_attention_3", "eager"))

@@ -72,12 +72,13 @@ def llama_attention(  # noqa: PLR0913 (each is a way in which families differ)
     rotate: Rotation = rope,
     attend: Attend = attention,
     grouped: bool | None = None,
+    norm: Norm = ops.rms_norm,
     name: str = "self_attn",
 ) -> tuple[Op, ...]:
     """Return projections, rotation, attention and output projection.
 
     bias     of q, k and v, or of those named
-    qk_norm  an RMSNorm over `each` head, as in Qwen3, or over `all` heads, as in OLMoE
+    qk_norm  a `norm` over `each` head, as in Qwen3, or over `all` heads, as in OLMoE
     sliding  the layer has a sliding window
     rotate   `rotate(m, name, q, k)` computes the rotated `q` and `k`
     attend   replaces `attention`, with the same arguments
@@ -105,17 +106,17 @@ def llama_attention(  # noqa: PLR0913 (each is a way in which families differ)
             return (ops.linear(f"{name}.{t}_proj", x, f"{t}0", heads, "h", group, t in biased),)
         return (
             ops.linear(f"{name}.{t}_proj", x, f"{t}.raw", heads, "h", group, t in biased),
-            *ops.rms_norm(f"{name}.{t}_norm", f"{t}.raw", f"{t}0", f"b s {width}", width),
+            *norm(f"{name}.{t}_norm", f"{t}.raw", f"{t}0", f"b s {width}", width),
             ops.release_names(f"{t}.raw"),
         )
 
     return (
         *projected("q", "a d", "ad"),
         ops.view(f"{name}.q_heads", "q0", "q1", QUERIES, back_q),
-        *((*ops.rms_norm(f"{name}.q_norm", "q1", "q2", QUERIES, "d"), ops.release_names("q1")) if each else ()),
+        *((*norm(f"{name}.q_norm", "q1", "q2", QUERIES, "d"), ops.release_names("q1")) if each else ()),
         *projected("k", "k d", "kd"),
         ops.view(f"{name}.k_heads", "k0", "k1", KEYS, back_k),
-        *((*ops.rms_norm(f"{name}.k_norm", "k1", "k2", KEYS, "d"), ops.release_names("k1")) if each else ()),
+        *((*norm(f"{name}.k_norm", "k1", "k2", KEYS, "d"), ops.release_names("k1")) if each else ()),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", group, "v" in biased),
         *rotated,
         *repeated,

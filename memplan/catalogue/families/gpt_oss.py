@@ -9,8 +9,8 @@ kernels-community/vllm-flash-attn3 flash_attn_interface.py FlashAttnFunc.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES, attention, cached, mask_name, repeated
-from memplan.catalogue.decoder.attention import project_heads, rope
+from memplan.catalogue.attention.attention import QUERIES, SCORES, attention, cached, mask_name, repeated
+from memplan.catalogue.decoder.attention import llama_attention, project_heads
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import BOTH, after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
@@ -226,12 +226,14 @@ def _mimo_mixture(m: ModelSpec) -> tuple[Op, ...]:
 _MIMO = Decoder(attention=_mimo_attention, experts=_mimo_mixture, local_table=True, masks=BOTH)
 
 
-def _wide_sink_attention(name: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
-    """Eager attention of `q` to `k` and `v` with a sink, whose scores are computed in fp32, even under autocast."""
+def _attend_with_wide_sink(
+    name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
+) -> tuple[Op, ...]:
+    """Eager attention with a sink, whose scores are computed in fp32, even under autocast."""
     n, laid = name, grouped or wiring.caching
-    return (
-        *repeated(n, "k", "v", grouped, "d"),
-        ops.cast(f"{n}.q_float", "q", "q32", QUERIES, "fp32"),
+    kernel = (
+        *repeated(n, k, v, grouped, "d"),
+        ops.cast(f"{n}.q_float", q, "q32", QUERIES, "fp32"),
         ops.cast(f"{n}.k_float", "k.heads", "k32", QUERIES, "fp32"),
         ops.copy(f"{n}.q_flat", "q32", "q.flat", QUERIES),
         (ops.view if laid else ops.copy)(f"{n}.k_flat", "k32", "k.flat", QUERIES),
@@ -246,22 +248,27 @@ def _wide_sink_attention(name: str, wiring: Wiring, grouped: bool, mask: str) ->
         *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", SCORES),) if wiring.drops else ()),
         (ops.view if laid else ops.copy)(f"{n}.v_flat", "v.heads", "v.flat", QUERIES),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads", QUERIES),
-        ops.copy(f"{n}.contiguous", "heads", "o", QUERIES, gradient="new"),
+        ops.copy(f"{n}.contiguous", "heads", y, QUERIES, gradient="new"),
         ops.release_names("probs", "k.heads", "v.heads"),
     )
+    return cached(n, wiring, kernel, sliding)
 
 
-def _flint_attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
+def _flint_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
     """Attention with normalised heads, rotated only in windows."""
-    n, bias = f"{name}.attention", m.get("attention_bias", False)
-    kernel = _wide_sink_attention(n, wiring, m.num_key_value_heads != m.num_attention_heads, mask_name(layer.sliding))
-    unrotated = (ops.view(f"{name}.q", "q1", "q", QUERIES), ops.view(f"{name}.k", "k1", "k", KEYS))
-    return (
-        *project_heads(name, "n1", bias, norm=rms_norm, gradient="new"),
-        *(rope(m, name, "q1", "k1") if layer.rotary else unrotated),
-        *cached(n, wiring, kernel, layer.sliding),
-        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
-        ops.release_names("q", "k", "v", "o", "n1"),
+    bias = m.get("attention_bias", False)
+    return llama_attention(
+        m,
+        wiring,
+        "n1",
+        "ao",
+        bias=bias,
+        out_bias=bias,
+        qk_norm="each",
+        rotary=layer.rotary,
+        sliding=layer.sliding,
+        attend=_attend_with_wide_sink,
+        norm=rms_norm,
     )
 
 

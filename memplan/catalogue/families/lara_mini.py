@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, keys_and_values, mask_name
-from memplan.catalogue.decoder.attention import project_heads, rope
+from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.norms import rms_norm_of_cast_weight
 from memplan.catalogue.experts import routers
@@ -40,25 +39,14 @@ def _mixture(m: ModelSpec, name: str = "mlp.gate") -> tuple[Op, ...]:
     return with_shared_expert(routed)
 
 
-def _attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
-    """Attention with normalised heads, rotated only in windows."""
-    n, bias = f"{name}.attention", m.get("attention_bias", False)
-    repeated, k, v, heads, grouped = keys_and_values(m, n, wiring, layer.sliding)
-    unrotated = (ops.view(f"{name}.q", "q1", "q", QUERIES), ops.view(f"{name}.k", "k1", "k", KEYS))
-    return (
-        *project_heads(name, "n1", bias, norm=rms_norm_of_cast_weight, gradient="new"),
-        *(rope(m, name, "q1", "k1") if layer.rotary else unrotated),
-        *repeated,
-        *attention(n, "q", k, v, "o", heads, grouped, layer.sliding, mask_name(layer.sliding)),
-        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
-        ops.release_names("q", "k", "v", "o", "n1"),
-    )
-
-
 def lara_mini(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Lara Mini."""
     mixture = _mixture(m)
     kinds = tuple(sorted({layer.sliding for layer in m.layers if layer.mixer == "attention"}))
+    bias = m.get("attention_bias", False)
+    attention = partial(
+        llama_attention, m, wiring, "n1", "ao", bias=bias, out_bias=bias, qk_norm="each", norm=rms_norm_of_cast_weight
+    )
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
         *gated_delta_net(m, wiring, "n1.real", "ao", norm=_NORM),
@@ -67,7 +55,7 @@ def lara_mini(m: ModelSpec, wiring: Wiring) -> Stack:
 
     def block(layer: Layer) -> Block:
         attends = layer.mixer == "attention"
-        heads = _attention(m, wiring, layer) if attends else linear
+        heads = attention(rotary=layer.rotary, sliding=layer.sliding) if attends else linear
         return decoder_block(heads, mixture, norm=rms_norm_of_cast_weight, held=returned(wiring) if attends else ())
 
     return Stack(before(wiring, kinds), runs(m, block), after(m, wiring, kinds, norm=rms_norm_of_cast_weight))

@@ -6,13 +6,15 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.losses import nll, shifted_rows
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.models.peft_methods import PEFT_METHODS
 
 
 def with_own_loss(stack: Stack, kind: str, single: bool, trains: bool) -> Stack:
     """Return the stack with the loss of a method whose model has its own. `single`: the batch is one sequence."""
-    if kind == "adalora" and trains:
+    loss = PEFT_METHODS[kind].own_loss if kind in PEFT_METHODS else ""
+    if loss == "orthogonality" and trains:
         return _with_orthogonality(stack)
-    return _with_context_loss(stack, single) if kind == "cpt" else stack
+    return _with_context_loss(stack, single) if loss == "context" else stack
 
 
 def _with_orthogonality(stack: Stack) -> Stack:

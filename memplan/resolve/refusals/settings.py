@@ -45,7 +45,7 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(
             "method.kind", f"{method.kind} on {r.parallelism.world} GPUs", f"{', '.join(LORA)}, or one GPU"
         )
-    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].own_loss and r.trains:
+    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].own_loss == "context" and r.trains:
         yield from _own_loss(r)
     if method.kind in LORA and method.options.get("bias", "none") != "none" and r.parallelism.world > 1:
         yield not_yet("method.options.bias", method.options["bias"], "none on several GPUs")
