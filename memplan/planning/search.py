@@ -2,7 +2,8 @@
 
 Every lever is tried alone. Sets are tried cheapest first: by how much the result changes, then by the number of levers
 and how strong they are. No set costs less than a subset of it, so a set that fits needs all of its levers. If no set
-fits, all levers up to that change of the result are pulled at once, then dropped one by one, the most costly first.
+that changes the result so much or less fits, all such levers are pulled at once, then dropped one by one, the most
+costly first.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
                 break
             if not _covers(candidate, [*found, *sets], levers) and trials.needs(candidate):
                 sets.append(candidate)
-        if not any(max(lever.tier for lever in s) == tier for s in (*found, *sets)):
-            pulled = _drop_unneeded(trials, [lever for lever in levers if lever.tier <= tier])
-            sets += [pulled] if pulled and not _covers(pulled, found, levers) else []
         found += sets
+        if not any(all(lever.tier <= tier for lever in s) for s in found):
+            pulled = _drop_unneeded(trials, [lever for lever in levers if lever.tier <= tier])
+            found += [pulled] if pulled else []
     return [_with_longest_sequence(trials, pulled) for pulled in found]
 
 

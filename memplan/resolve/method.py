@@ -150,8 +150,8 @@ def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ..
             field = "options" if method.options else "targets"
             raise refused(f"method.{field}", f"settings of peft's adapters only apply to peft, not to {code}")
         return _switches(method), None, []
-    takes = takes_prefix(model) if method.has_prefix else has_one_table(model)
-    if (method.virtual_tokens or method.trained_tokens) and not takes:
+    takes = takes_prefix if method.has_prefix else has_one_table
+    if (method.virtual_tokens or method.trained_tokens) and not takes(model):
         what = "virtual" if method.virtual_tokens else "trained"
         raise refused(
             "method.options", f"{what} tokens of {model.model_type} are not supported yet; name other methods"
