@@ -183,7 +183,8 @@ def _ranks(run: OpenRun) -> Ranks:
             run.recipe = recipe._replace(adapter_dtype=q.storage)
             return ranks._replace(trained=recipe.adapter_dtype)
         return ranks
-    frozen_dtype = recipe.weights if recipe.weights != recipe.compute else ""
+    casts = p.strategy == "fsdp2" and run.library.sharding.fsdp2_casts_frozen
+    frozen_dtype = "fp32" if casts else recipe.weights if recipe.weights != recipe.compute else ""
     autocast = not (p.strategy == "fsdp2" and run.library.sharding.fsdp_casts)
     kept = "fp32" if ranks.row.flat and recipe.compute != "fp32" else ""
     run.recipe = recipe._replace(
@@ -193,4 +194,4 @@ def _ranks(run: OpenRun) -> Ranks:
         sharded_dtype=kept,
         casts_all=recipe.weights == "fp32" or not ranks.row.flat,
     )
-    return ranks._replace(trained="fp32", frozen=frozen_dtype)
+    return ranks._replace(trained="fp32", frozen=frozen_dtype, casts_last=casts)

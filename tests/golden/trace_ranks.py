@@ -7,8 +7,9 @@ and DDP; small models of other families, mixtures, hybrids and encoders; and rea
 stands in for the other ranks; runs that the libraries do not support are listed on standard error. Takes about fifteen
 minutes on one core. Runs in a file given as an argument are not traced again.
 
-Rows named root- are of accelerate before 1.14, whose FSDP2 has embeddings and head in its root: they were traced as
-transformers-5 with the row `root_has_ends` of the profile that they name, since a probe runs no other framework's.
+Rows named root- are of accelerate before 1.14, whose FSDP2 has embeddings and head in its root, and those named casts-
+of accelerate before 1.13, whose FSDP2 casts all parts to fp32: they were traced as transformers-5 with the rows
+`root_has_ends` and `fsdp2_casts_frozen` of the profile that they name, since a probe runs no other framework's.
 """
 
 from __future__ import annotations

@@ -156,6 +156,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
+    fsdp2_casts_frozen         FSDP2's mixed precision keeps frozen weights in fp32, too, not only those that train
     ends_apart                 FSDP2's root has embeddings, last norm and head, except tables that train untied; the
                                last block stays gathered, and the loss is not part of the model
     root_has_ends              FSDP2's root has all weights outside of blocks, and `stays` gathered, as before torch
@@ -178,6 +179,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
+    fsdp2_casts_frozen: bool
     ends_apart: bool
     root_has_ends: Literal["", "stays", "freed"]
     delays_reduction: tuple[str, ...]

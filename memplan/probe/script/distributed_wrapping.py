@@ -200,7 +200,9 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
         return model
     fsdp: Any = library("torch.distributed.fsdp")
     mesh = _groups(run, device)
-    if run.precision.autocast and run.method.quantization is None:
+    sharding = library_behaviour(run.profile, "", False).sharding
+    casts = run.precision.autocast and run.method.quantization is None
+    if casts and not sharding.fsdp2_casts_frozen:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
@@ -218,13 +220,12 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     for module in _bottom_up(model):
         if isinstance(module, blocks) and not isinstance(module, fsdp.FSDPModule):
             shard(module, **unit)
-    root_has_ends = library_behaviour(run.profile, "", False).sharding.root_has_ends
-    if not root_has_ends:
+    if not sharding.root_has_ends:
         _wrap_ends(model, unit)
-    shard(model, **(unit if root_has_ends == "freed" else root))
+    shard(model, **(unit if sharding.root_has_ends == "freed" else root))
     if loaded:
         _load_shards(model, run, device, loaded, buffers)
-    return model
+    return model.to(torch.float32) if casts and sharding.fsdp2_casts_frozen else model
 
 
 def _wrap_ends(model: Any, unit: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class _Loader:
         self.tape = LoadingTape(self.axes)
         self._messages: dict[int, list[int]] = {}  # by the weight's id: layers have the same weights
         self.has_merged = False
-        self.to_cast: list[tuple[int, int, str]] = []  # FSDP1: the rank's parts that are cast last
+        self.to_cast: list[tuple[Weight, int, int, str]] = []  # the rank's parts that are cast last
 
     def _shape(self, w: Weight) -> tuple[int, ...]:
         return shape_in(w, self.axes, self.ranks.storage)
@@ -72,6 +72,7 @@ class _Loader:
         again = [self._broadcast(w, together) for w in self._named_again()]
         if not self.ranks.offloads:
             self.tape.free(*again)
+        self._cast()
 
     def _broadcast(self, w: Weight, together: bool) -> int:
         """Broadcast a weight, then its scales if it is quantised, and return the storage of the rank's part."""
@@ -84,12 +85,13 @@ class _Loader:
         for t in w.stored:
             if t.name not in PACKED:
                 self.tape.alloc(t.shape, t.dtype)
+        self._cast_last(w, local)
         return local
 
     def _message(self, w: Weight, together: bool) -> list[int]:
         """Return the bytes that broadcasting a weight allocates: the weight, padded copies of the last parts, the
         rank's part."""
-        world, shape, dtype = self.ranks.world, self._shape(w), kept_dtype(w, self.ranks)
+        world, shape, dtype = self.ranks.world, self._shape(w), self._divided_dtype(w)
         own = self.tape.bytes_of(prod(rows_of(shape, world)), dtype)
         padded = world - shape[0] // part(shape[0], world) if shape else 0
         self.has_merged = self.has_merged or (together and padded > 1)
@@ -124,9 +126,20 @@ class _Loader:
             for group in (*adapters, *([rest] if rest else ())):
                 whole = [n for j in group for n in (loaded[i, j] if loaded else self._load(weights[j]))]
                 shard([weights[j] for j in group], whole)
-        for _, numbers, dtype in self.to_cast:
+        self._cast()
+
+    def _cast(self) -> None:
+        """Cast the parts that are cast last. FSDP1's stay until all are cast, as until used the parameters are views of
+        them; FSDP2's until those of their unit are, and the root is the last unit."""
+        in_blocks = {id(w) for run in self.stack.runs for block in run.blocks for op in block.ops for w in op.weights}
+        stay: list[int] = []
+        for w, number, numbers, dtype in self.to_cast:
             self.tape.alloc(numbers, dtype)
-        self.tape.free(*(number for number, _, _ in self.to_cast))  # until used, the parameters are views of these
+            if self.ranks.row.flat or id(w) not in in_blocks:
+                stay.append(number)
+            else:
+                self.tape.free(number)
+        self.tape.free(*stay)
 
     def _ordered(self) -> Iterator[tuple[int, int, list[Weight]]]:
         """Yield the units in the order they are created, with their place in the model and the number of copies.
@@ -141,13 +154,23 @@ class _Loader:
             yield next(i for i, (unit, *_) in units if unit == REST), 1, rest
 
     def _loaded_dtype(self, w: Weight) -> str:
-        """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are
-        sharded."""
+        """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host unless they are cast last,
+        FSDP1's once they are sharded."""
         if self.ranks.moves_whole and not w.stored and self.graph.recipe.autocast:
             return self.graph.recipe.compute
         if w.stored or not self.ranks.row.flat or w.group == "adapter":
-            return kept_dtype(w, self.ranks)
+            return self._divided_dtype(w)
         return self.ranks.frozen or w.dtype
+
+    def _divided_dtype(self, w: Weight) -> str:
+        """Return the dtype in which FSDP2 divides a weight."""
+        return w.dtype if self.ranks.casts_last and not w.stored else kept_dtype(w, self.ranks)
+
+    def _cast_last(self, w: Weight, local: int) -> None:
+        """Note that the rank's part of a weight is cast last, if it is."""
+        kept = kept_dtype(w, self.ranks)
+        if kept != self._divided_dtype(w) and not self.ranks.offloads:
+            self.to_cast.append((w, local, prod(rows_of(self._shape(w), self.ranks.world)), kept))
 
     def _load(self, w: Weight) -> list[int]:
         """Load one weight and return the storages of its parameters. A weight to be quantised exists in its loaded
@@ -178,12 +201,13 @@ class _Loader:
         if self.ranks.offloads:
             tape.free(mine)
         elif kept != dtype:
-            self.to_cast.append((mine, local, kept))
+            self.to_cast.append((first, mine, local, kept))
 
     def _shard_each(self, weights: list[Weight], whole: list[int]) -> None:
         """Copy out the rank's part of each weight, and free the whole weights when all are sharded."""
         for w in weights:
-            mine = self.tape.alloc(prod(rows_of(self._shape(w), self.ranks.world)), kept_dtype(w, self.ranks))
+            mine = self.tape.alloc(prod(rows_of(self._shape(w), self.ranks.world)), self._divided_dtype(w))
             if self.ranks.offloads:
                 self.tape.free(mine)
+            self._cast_last(w, mine)
         self.tape.free(*whole)

@@ -43,6 +43,7 @@ class Ranks(NamedTuple):
     replicated       there are several such groups of ranks, which sum their reduced gradients (hybrid sharding)
     offloads         the rank's weights, gradients and states are in host memory, where the optimizer steps
     reduces          dtype that FSDP2 reduces gradients in, empty if it is the dtype weights are gathered in
+    casts_last       FSDP2's parts are cast to fp32 one by one once the model is divided, not before
     knobs            DeepSpeed's configuration
     """
 
@@ -70,6 +71,7 @@ class Ranks(NamedTuple):
     replicated: bool = False
     offloads: bool = False
     reduces: str = ""
+    casts_last: bool = False
     knobs: ZeroSettings = ZeroSettings()
 
     @property
