@@ -107,7 +107,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             pixels = _pixels(images, picture, side, device)
             if _has_no_data(ids):
                 _patch_smolvlm(base, each)
-            return {"pixel_values": pixels.view(ids.shape[0], each, *pixels.shape[1:])}
+            mask = torch.ones(ids.shape[0], each, *pixels.shape[2:], dtype=torch.int64, device=device)
+            return {"pixel_values": pixels.view(*mask.shape[:2], *pixels.shape[1:]), "pixel_attention_mask": mask}
         case "gemma3" | "paligemma":
             return {"pixel_values": _pixels(images, picture, side, device), "token_type_ids": kinds}
         case "mistral3":
