@@ -267,7 +267,8 @@ def biogpt(m: ModelSpec, wiring: Wiring) -> Stack:
     name, row, rows = "biogpt", _Row(apart=True), str((m.max_position_embeddings or 0) + 2)
     lookup = ops.embedding(f"{name}.embed_tokens", "ids", "tokens", "v", "h")
     unscaled = Tensor("unscaled", "b s h", f"={lookup.weights[0].name}")
-    ones = () if wiring.padded else (Op("ones", (), (Tensor("attention_mask", "b s", "fp32"),)),)
+    counted = (Tensor("tokens so far", "", "int64"),) if wiring.static and wiring.decodes else ()
+    ones = () if wiring.padded else (Op("ones", (), (*counted, Tensor("attention_mask", "b s", "fp32"))),)
     before = (
         inputs(wiring.padded),
         lookup._replace(scratch=(unscaled,) if m.get("scale_embedding", True) else ()),
