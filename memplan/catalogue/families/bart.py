@@ -245,9 +245,10 @@ def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> B
     n, begun = _begun(row, norm, "x1", "co")
     cross_ops = renamed(_attention(m, cross_wiring, "encoder_attn", n, "co", "encoded"), {"mask": _CROSS})
     rest = (
+        ops.release_names(*returned(wiring)),  # the variable that holds them gets those of the other attention
         *_added(row, norm, "x1", "co", "x2"),
         *_mlp(m, row, "x2", "y", "fd"),
-        ops.release_names("x2", *returned(wiring), *(("probs.cross",) if wiring.backend == "eager" else ())),
+        ops.release_names("x2", *(("probs.cross",) if wiring.backend == "eager" else ())),
     )
     return Block(
         f"{_DECODER}.layers",
