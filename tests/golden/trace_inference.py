@@ -107,6 +107,7 @@ APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # special cas
     *(("falcon", ALIBI, {"batch": FEW, "kernels": {"attention": a}}) for a in ("eager", "sdpa", "sdpa_math")),
     *((name, {}, {"batch": MANY, "generation": STATIC}) for name in ("llama", "bloom", "deepseek_v32", "gemma3_text")),
     ("gemma3_text", {}, {"batch": MANY, "generation": STATIC, "loop": {"padded": True}}),
+    *((name, {}, {"batch": {**SHORT, "new_tokens": 5}, "generation": STATIC}) for name in ("codegen", "biogpt")),
     *(
         ("gemma4_text", {**UNSHARED, "attention_k_eq_v": eq}, {"batch": FEW, "generation": STATIC})
         for eq in (False, True)

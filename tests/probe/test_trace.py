@@ -369,6 +369,14 @@ REFUSED = [
         SpecError,
         "batch.images: images are not supported yet for kimi_k25",
     ),
+    (
+        {
+            "model": {"config": {"model_type": "smolvlm", **TINY_VISION["smolvlm"]}},
+            "batch": {"sequence": 20, "images": 2},
+        },
+        SpecError,
+        "batch.images: 2 images of 16 tokens each do not fit batch.sequence 20, which must be at least 32",
+    ),
     ({"model": {"config": CHATGLM}}, ProbeError, "no class for causal language models of model_type 'chatglm'"),
     ({"method": {"kind": "lora", "targets": ["w_pack"]}}, ProbeError, "method.targets: peft refuses"),
     ({"model": {"config": {"model_type": "llama", "rope_parameters": 3}}}, ProbeError, "cannot build llama"),

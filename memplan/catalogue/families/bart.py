@@ -245,9 +245,10 @@ def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> B
     n, begun = _begun(row, norm, "x1", "co")
     cross_ops = renamed(_attention(m, cross_wiring, "encoder_attn", n, "co", "encoded"), {"mask": _CROSS})
     rest = (
+        ops.release_names(*returned(wiring)),  # the variable that holds them gets those of the other attention
         *_added(row, norm, "x1", "co", "x2"),
         *_mlp(m, row, "x2", "y", "fd"),
-        ops.release_names("x2", *returned(wiring), *(("probs.cross",) if wiring.backend == "eager" else ())),
+        ops.release_names("x2", *(("probs.cross",) if wiring.backend == "eager" else ())),
     )
     return Block(
         f"{_DECODER}.layers",
@@ -267,7 +268,8 @@ def biogpt(m: ModelSpec, wiring: Wiring) -> Stack:
     name, row, rows = "biogpt", _Row(apart=True), str((m.max_position_embeddings or 0) + 2)
     lookup = ops.embedding(f"{name}.embed_tokens", "ids", "tokens", "v", "h")
     unscaled = Tensor("unscaled", "b s h", f"={lookup.weights[0].name}")
-    ones = () if wiring.padded else (Op("ones", (), (Tensor("attention_mask", "b s", "fp32"),)),)
+    counted = (Tensor("tokens so far", "", "int64"),) if wiring.static and wiring.decodes else ()
+    ones = () if wiring.padded else (Op("ones", (), (*counted, Tensor("attention_mask", "b s", "fp32"))),)
     before = (
         inputs(wiring.padded),
         lookup._replace(scratch=(unscaled,) if m.get("scale_embedding", True) else ()),

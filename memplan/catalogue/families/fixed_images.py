@@ -298,14 +298,31 @@ def cohere2_vision(m: ModelSpec, wiring: Wiring, norm: str = "") -> Stack:
 
 
 def smolvlm(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Idefics 3 and SmolVLM with SigLIP's tower, whose positions are looked up for every image."""
+    """Build Idefics 3 and SmolVLM with SigLIP's tower, whose positions are looked up for every image.
+
+    Images that are not padding, and their masks of pixels, are copied and live until the projector returns.
+    """
     n, merged = "vision_model", f"{_MERGED} vm"
     table = Weight(f"{n}.embeddings.position_embedding.weight", "vpositions vh", "vision", rows=1)
     block = t.encoder_block(
         f"{n}.encoder.layers", _vision(m, "hidden_act", "gelu_pytorch_tanh"), wiring, t.strided_norm
     )
+    cast, patches = t.convolution(
+        f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", _SHAPE, True, asks=False
+    )
+    mask = Tensor("pixel_attention_mask", f"{t.P} patch patch", "int64")
+    kept = (
+        Tensor("v.images", f"{t.P} vin", "=pixel_values.cast"),
+        mask._replace(name="v.mask"),
+        Tensor("v.patch_mask", t.P, "bool"),
+        Tensor("v.is_image", "b images", "bool"),
+        Tensor("v.counts", "b", "int64"),
+    )
     before = (
-        *t.convolution(f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", _SHAPE, True, asks=False),
+        cast,
+        Op("real_images", ("pixel_values.cast", mask.name), kept, gradient="none"),
+        ops.release_names("pixel_values.cast"),
+        *renamed((patches,), {"pixel_values.cast": "v.images"}),
         Op(f"{n}.embeddings.position_ids", (), (Tensor("v.ids", t.P, "int64"),), gradient="none"),
         ops.lookup(f"{n}.embeddings.position_embedding", "v.ids", "v.position", _SHAPE, table),
         ops.add(f"{n}.embeddings", "v.patches", "v.position", "embeds", _SHAPE)._replace(requires_gradient=True),
@@ -330,9 +347,9 @@ def smolvlm(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         ops.release_names("v.square"),
         *t.returned_states("v.last", "features"),
-        ops.release_names("v.last"),
+        ops.release_names("v.last", *(tensor.name for tensor in kept)),
     )
-    tower = Tower(_PIXELS, before, (Run((block,), "vL1"),), after)
+    tower = Tower((*_PIXELS, mask), before, (Run((block,), "vL1"),), after)
     return text_with_tower(wiring, _text(m, wiring), tower, scattered(), _HELD)
 
 

@@ -298,7 +298,6 @@ def _codegen_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn")
         *(ops.copy(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, QUERIES) for t in "qkv"),
         *_partly_turned(name, "q32", "k32"),
         *(ops.cast(f"{name}.{t}_cast", f"{t}32", t, QUERIES, "=v") for t in "qk"),
-        ops.release_names("q32", "k32"),
         *kernel,
         ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),

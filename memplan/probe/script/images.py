@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from memplan.models.cards import find_model
-from memplan.models.configs.images import Picture, axes_of, pictures_of, tower_of
+from memplan.models.configs.images import Picture, pictures_of, tower_of
 from memplan.probe.fake.kernels import selections
 from memplan.probe.libraries import library
-from memplan.resolve.batches import check_sees
+from memplan.resolve.batches import image_axes
 from memplan.spec.run import RunSpec
 
 _IMAGE, _VIDEO, _AUDIO = 1, 2, 3  # the values of their tokens in mm_token_type_ids and token_type_ids
@@ -64,9 +64,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Return the model's image or audio inputs, and write their placeholder tokens into `ids` [batch, sequence]."""
     model = find_model(run.model)
     batch, device = run.batch, ids.device
-    check_sees(model, "batch.clips" if batch.clips else "batch.images")
+    axes = {**model.axes(), **dict(image_axes(model, batch, run.profile))}
     each, picture = pictures_of(model, *batch.seen)
-    axes = {**model.axes(), **axes_of(model, each, picture)}
     images, merged = batch.micro * each, axes["merged"]
     config = base.config
     is_packed = tower_of(model).is_packed
@@ -107,7 +106,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             pixels = _pixels(images, picture, side, device)
             if _has_no_data(ids):
                 _patch_smolvlm(base, each)
-            return {"pixel_values": pixels.view(ids.shape[0], each, *pixels.shape[1:])}
+            mask = torch.ones(ids.shape[0], each, *pixels.shape[2:], dtype=torch.int64, device=device)
+            return {"pixel_values": pixels.view(*mask.shape[:2], *pixels.shape[1:]), "pixel_attention_mask": mask}
         case "gemma3" | "paligemma":
             return {"pixel_values": _pixels(images, picture, side, device), "token_type_ids": kinds}
         case "mistral3":

@@ -9,12 +9,13 @@ A step is what users of transformers write: forward, backward, clipping, optimiz
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from memplan.probe.fake.tracker import scalar_answers
 from memplan.probe.libraries import library, objective_of
 from memplan.probe.refusals import checked_run
 from memplan.probe.script.assisted import assist, build_assistant
@@ -275,7 +276,7 @@ class Script:
             decode_mode = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
             # state space models get no mask while decoding, because the one new token is not padding
             passes_mask = padded and "num_attention_heads" in facts.keys.required
-            with self.phase("decode"), decode_mode():
+            with self.phase("decode"), decode_mode(), self._counting(lambda: ids.shape[-1]):
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
@@ -292,6 +293,18 @@ class Script:
                     chooser.reorder(cache)
                 del token, cache, cross_attention
                 chooser.forget()
+
+    @contextmanager
+    def _counting(self, tokens: Callable[[], int]) -> Generator[None]:
+        """Answer a static cache's own count of its tokens, which BioGPT reads to make a mask, by `tokens`."""
+        if "static" not in str(self.run.generation.cache_implementation):
+            yield
+            return
+        scalar_answers.append(lambda tensor: tokens() if tensor.dtype == torch.int64 else 0)
+        try:
+            yield
+        finally:
+            scalar_answers.pop()
 
     def _assist(self) -> None:
         inputs, options = self._inputs()
