@@ -156,6 +156,7 @@ TINY: dict[str, dict[str, Any]] = {
     "exaone_moe": _base(
         num_hidden_layers=5, sliding_window=32, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, **_HEADS
     ),
+    "diffllama": _base(num_key_value_heads=2),
     "dots1": _base(num_hidden_layers=4, max_window_layers=2, sliding_window=32, **_HEADS, **_ROUTED),
     "ernie4_5": _base(**_HEADS),
     "ernie4_5_moe": _base(
@@ -308,6 +309,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": _base(num_local_experts=8, num_experts_per_tok=2, rotary_dim=8, **_HEADS),
     "minicpm3": _base(num_key_value_heads=4, **_LATENT),
+    "laguna": _base(
+        num_hidden_layers=5,
+        layer_types=["full_attention", *["sliding_attention"] * 3, "full_attention"],
+        num_attention_heads=16,
+        num_attention_heads_per_layer=[16, 32, 32, 32, 16],
+        sliding_window=32,
+        head_dim=8,
+        **_SHARED,
+    ),
     "lara_mini": {
         **_base(**_DELTA, **_SHARED),
         "num_hidden_layers": 5,

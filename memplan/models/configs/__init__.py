@@ -16,8 +16,8 @@ from memplan.models.facts import Family, ModelFacts
 _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
-        "apertus arcee baichuan biogpt bitnet bloom chatglm codegen cohere cohere2 cwm ernie4_5 exaone exaone4 "
-        "falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium "
+        "apertus arcee baichuan biogpt bitnet bloom chatglm codegen cohere cohere2 cwm diffllama ernie4_5 exaone "
+        "exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium "
         "hunyuan_v1_dense hyperclovax internlm2 internlm3 iquestcoder jais2 llama mimo minicpm ministral "
         "ministral3 mistral mpt nanochat nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen qwen2 qwen3 "
         "seed_oss smollm3 stablelm starcoder2 vaultgemma",
@@ -46,7 +46,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
-    "gpt_oss": ("mixture of experts", "flint gpt_oss granite_swa granitemoe_swa kolibri1 mimo_v2_flash"),
+    "gpt_oss": ("mixture of experts", "flint gpt_oss granite_swa granitemoe_swa kolibri1 laguna mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
     "encoders": (
         "encoder",

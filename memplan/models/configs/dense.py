@@ -8,7 +8,7 @@ Source: transformers 5.24 configuration classes; for families that it does not h
 from __future__ import annotations
 
 from memplan.models import tensor_plans as plans
-from memplan.models.configs.windows import all_but_every, nas_layers, some_rotary, windows_after, windows_everywhere
+from memplan.models.configs import windows
 from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     DECODER,
@@ -110,6 +110,8 @@ _DENSE = Family(
     attention=AttentionFacts(flex=True),
     parallel=ParallelFacts(plans.LLAMA, context=True),
 )
+# One that libraries do not divide, and whose cache in engines was not read.
+_ALONE = _DENSE._replace(parallel=ParallelFacts(), serving=ServingFacts(is_modelled=False))
 # Families whose class ignores `mlp_bias`; in the others it adds biases to the MLP's linear layers.
 _NO_MLP_BIAS = _DENSE._replace(keys=ConfigKeys(fixed={"mlp_bias": False}))
 _LLAMA_ROW = _DENSE._replace(
@@ -127,7 +129,7 @@ _GEMMA = _DENSE._replace(
         "sliding_window": 4096,
     },
     keys=ConfigKeys({"hidden_act": ("hidden_activation",)}),
-    layers=all_but_every(6),
+    layers=windows.all_but_every(6),
     stack="gemma",
     checkpoint=CheckpointFacts(gguf="gemma3", gguf_keys={}, gguf_modules=_POST_NORM),
     parallel=ParallelFacts(plans.LLAMA),
@@ -184,12 +186,11 @@ FAMILIES: dict[str, Family] = {
         ),
         stack="bart",
     ),
-    "bitnet": _NO_MLP_BIAS._replace(
+    "bitnet": _ALONE._replace(
         defaults={"num_key_value_heads": 5, "intermediate_size": 6912, "hidden_act": "relu2"},
         acts=WRITTEN_OUT,
         objectives=("causal_lm",),
-        parallel=ParallelFacts(),
-        serving=ServingFacts(is_modelled=False),
+        keys=_NO_MLP_BIAS.keys,
     ),
     "bloom": _BLOOM,
     "chatglm": Family(
@@ -224,7 +225,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere2": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "intermediate_size": 22528, "sliding_window": 4096},
-        layers=all_but_every(4, unrotated="always"),
+        layers=windows.all_but_every(4, unrotated="always"),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="cohere2", gguf_keys={}),
         parallel=ParallelFacts(plans.LLAMA),
@@ -233,11 +234,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "cwm": _DENSE._replace(
         defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504, "sliding_window": 8192},
-        layers=all_but_every(4, fixed=True, first=True),
+        layers=windows.all_but_every(4, fixed=True, first=True),
         parallel=ParallelFacts(plans.LLAMA),
         serving=ServingFacts(is_modelled=False),
         objectives=("causal_lm",),
     ),
+    "diffllama": _ALONE._replace(defaults={"intermediate_size": 8192}, axes=windows.half_the_heads, stack="diffllama"),
     "ernie4_5": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 3072},
         checkpoint=CheckpointFacts(gguf="ernie4_5", gguf_keys={}),
@@ -256,7 +258,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "exaone4": _DENSE._replace(
         defaults={"num_key_value_heads": 32, "intermediate_size": 16384, "sliding_window": 4096},
-        layers=all_but_every(4, unrotated="among windows"),
+        layers=windows.all_but_every(4, unrotated="among windows"),
         stack="olmo",
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="exaone4", gguf_keys={}, gguf_modules=_POST_NORM),
@@ -290,7 +292,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": _GEMMA._replace(
         defaults={**_GEMMA.defaults, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        layers=all_but_every(2, fixed=True),
+        layers=windows.all_but_every(2, fixed=True),
         checkpoint=CheckpointFacts(
             gguf="gemma2",
             gguf_keys={name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")},
@@ -347,21 +349,12 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
-    "helium": _DENSE._replace(
-        defaults={"num_key_value_heads": 20, "head_dim": 128, "intermediate_size": 7040},
-        parallel=ParallelFacts(),
-        serving=ServingFacts(is_modelled=False),
-    ),
+    "helium": _ALONE._replace(defaults={"num_key_value_heads": 20, "head_dim": 128, "intermediate_size": 7040}),
     "hunyuan_v1_dense": _NO_MLP_BIAS._replace(
         checkpoint=CheckpointFacts(gguf="hunyuan-dense", gguf_keys={}),
         parallel=ParallelFacts(TensorParallelPlan(), context=True),
     ),
-    "hyperclovax": _DENSE._replace(
-        defaults={**_LLAMA, "use_post_norm": True},
-        objectives=("causal_lm",),
-        parallel=ParallelFacts(),
-        serving=ServingFacts(is_modelled=False),
-    ),
+    "hyperclovax": _ALONE._replace(defaults={**_LLAMA, "use_post_norm": True}, objectives=("causal_lm",)),
     "internlm2": Family(
         {"bias": True, "intermediate_size": 11008},
         keys=ConfigKeys({"head_dim": ()}),
@@ -408,7 +401,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ministral": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
-        layers=windows_everywhere,
+        layers=windows.windows_everywhere,
         parallel=ParallelFacts(plans.LLAMA),
     ),
     "ministral3": _NO_MLP_BIAS._replace(
@@ -434,14 +427,12 @@ FAMILIES: dict[str, Family] = {
         ),
         checkpoint=CheckpointFacts(gguf="mpt"),
     ),
-    "nanochat": _DENSE._replace(
+    "nanochat": _ALONE._replace(
         defaults={"intermediate_size": 8192, "hidden_act": "relu2", "final_logit_softcapping": 15.0},
         keys=ConfigKeys({"head_dim": ()}),
         objectives=("causal_lm",),
         gated=False,
         stack="neox",
-        parallel=ParallelFacts(),
-        serving=ServingFacts(is_modelled=False),
     ),
     "nemotron": _GPT_LIKE._replace(
         defaults={"partial_rotary_factor": 0.5, "intermediate_size": 24576, "hidden_act": "relu2"},
@@ -454,7 +445,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron-nas": Family(
         {},
         keys=ConfigKeys({"num_key_value_heads": (), "intermediate_size": ()}),
-        layers=nas_layers,
+        layers=windows.nas_layers,
         stack="nemotron_nas",
     ),
     "olmo": _DENSE._replace(stack="olmo", checkpoint=CheckpointFacts(gguf="olmo", gguf_keys={})),
@@ -465,7 +456,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo3": _DENSE._replace(
         defaults={**_LLAMA, "sliding_window": 4096},
-        layers=all_but_every(4, fixed=True),
+        layers=windows.all_but_every(4, fixed=True),
         stack="olmo",
         checkpoint=CheckpointFacts(gguf="olmo2", gguf_modules=_POST_NORM),
         parallel=ParallelFacts(plans.OLMO_2),
@@ -519,13 +510,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": _NO_MLP_BIAS._replace(
         defaults={**_QWEN2, "use_sliding_window": False, "sliding_window": 4096},
-        layers=windows_after,
+        layers=windows.windows_after,
         checkpoint=CheckpointFacts(gguf="qwen2", gguf_keys={}),
         parallel=ParallelFacts(plans.LLAMA, context=True, gpt={**plans.GPT, "add_qkv_bias": True}),
     ),
     "qwen3": _NO_MLP_BIAS._replace(
         defaults={**_QWEN2, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
-        layers=windows_after,
+        layers=windows.windows_after,
         checkpoint=CheckpointFacts(
             half_scales=True, gguf="qwen3", gguf_keys={}, gguf_switches={"attention_bias": "attn_q.bias"}
         ),
@@ -560,7 +551,7 @@ FAMILIES: dict[str, Family] = {
             "use_sliding_window": False,
             "sliding_window": None,
         },
-        layers=some_rotary,
+        layers=windows.some_rotary,
         checkpoint=CheckpointFacts(gguf="smollm3", gguf_keys={}),
     ),
     "stablelm": Family(
@@ -590,7 +581,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "vaultgemma": _GEMMA._replace(
         defaults={**_GEMMA.defaults, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        layers=all_but_every(2, fixed=True),
+        layers=windows.all_but_every(2, fixed=True),
         objectives=("causal_lm",),
         checkpoint=CheckpointFacts(),
         parallel=ParallelFacts(),

@@ -1,4 +1,4 @@
-"""Mixtures of experts with sliding windows: gpt-oss, Kolibri and MiMo-V2-Flash.
+"""Mixtures of experts with sliding windows: gpt-oss, Kolibri, Laguna and MiMo-V2-Flash.
 
 gpt-oss and MiMo have sinks, learned logits that every query may attend to instead of a key.
 """
@@ -6,11 +6,12 @@ gpt-oss and MiMo have sinks, learned logits that every query may attend to inste
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
-from memplan.core.errors import UnsupportedModelError
+from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, listed, window_everywhere_but
-from memplan.models.configs.moe import EXPERTS, expert_axes, granite_axes, sparse_step_layers
+from memplan.models.configs.moe import EXPERTS, dense_or_sparse, expert_axes, granite_axes, sparse_step_layers
 from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
@@ -22,7 +23,7 @@ from memplan.models.family_facts import (
     ServingFacts,
     TrainingFacts,
 )
-from memplan.models.layers import Layer
+from memplan.models.layers import Layer, as_json
 from memplan.models.tensor_plans import TensorParallelPlan
 
 NO_SINKS = "it does not support attention sinks"
@@ -89,6 +90,54 @@ def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
         raise UnsupportedModelError(text, "layer_rope_theta")
     layer = m.equal_layer._replace(ffn="experts" if m.config.get("num_local_experts") else "dense")
     return tuple(layer._replace(sliding=s, rotary=bool(base)) for s, base in zip(sliding, bases, strict=True))
+
+
+def _laguna_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers that are dense first, and have windows only where `layer_types` says so."""
+    if m.get("moe_apply_router_weight_on_input", False):
+        text = "moe_apply_router_weight_on_input: true is not supported by transformers' class"
+        raise UnsupportedModelError(text, "moe_apply_router_weight_on_input")
+    sliding = kinds(m, "layer_types", SLIDING, [False] * m.num_hidden_layers)
+    return tuple(a._replace(sliding=s) for a, s in zip(dense_or_sparse(m), sliding, strict=True))
+
+
+def _laguna_axes(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes, those of layers with a window too: query heads and rotated widths."""
+    rotated = {
+        f"{axis}{half}": width // (2 if half else 1)
+        for axis, kind, share in (("rot", "full_attention", 0.5), ("wrot", "sliding_attention", 1.0))
+        for width in (_rotated(m, kind, share),)
+        for half in ("", "2")
+    }
+    a, window = _heads_of_kind(m, sliding=False), _heads_of_kind(m, sliding=True)
+    sizes = expert_axes(shared="shared_expert_intermediate_size")(m)
+    return {**sizes, **rotated, "a": a, "ad": a * m.head_dim, "aw": window}
+
+
+def _rotated(m: ModelFacts, kind: str, share: Any) -> int:
+    """Return the rotated numbers of a head in layers of a kind; `share` of them without `rope_parameters`."""
+    table: Any = m.part("rope_parameters").get(kind)
+    if isinstance(table, Mapping):
+        share = cast(Mapping[str, Any], table).get("partial_rotary_factor", 1.0)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        text = f"partial_rotary_factor of {kind} must be above 0 and at most 1, not {as_json(share)}"
+        raise ConfigError(f"config: rope_parameters: {text}", "rope_parameters")
+    return 2 * -(-int(m.head_dim * share) // 2)
+
+
+def _heads_of_kind(m: ModelFacts, sliding: bool) -> int:
+    """Return the query heads of layers with a window, or of the others."""
+    key = "num_attention_heads_per_layer"
+    each = listed(m, key) or [m.num_attention_heads] * m.num_hidden_layers
+    wrong = [n for n in each if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % m.num_key_value_heads]
+    if wrong:
+        text = f"must have multiples of num_key_value_heads {m.num_key_value_heads}, not {as_json(wrong[0])}"
+        raise ConfigError(f"config: {key} {text}", key)
+    numbers = {n for n, layer in zip(each, m.layers, strict=True) if layer.sliding == sliding}
+    if len(numbers) > 1:
+        text = f"{key}: is not supported yet unless it has one number for layers with a window and one for the others"
+        raise UnsupportedModelError(text, key)
+    return next(iter(numbers), m.num_attention_heads)
 
 
 _GRANITE_SWA = Family(
@@ -186,6 +235,24 @@ FAMILIES = {
         attention=AttentionFacts(flex=True),
         checkpoint=CheckpointFacts(experts="split"),
         parallel=ParallelFacts(plans.MIXTURE),
+        serving=ServingFacts(is_modelled=False),
+    ),
+    "laguna": Family(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 8192,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "sliding_window": 512,
+            "gating": True,
+        },
+        layers=_laguna_layers,
+        axes=_laguna_axes,
+        stack="laguna",
+        checkpoint=CheckpointFacts(experts="split"),
         serving=ServingFacts(is_modelled=False),
     ),
     "mimo_v2_flash": Family(

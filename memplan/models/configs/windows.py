@@ -38,6 +38,11 @@ def windows_everywhere(m: ModelFacts) -> tuple[Layer, ...]:
     return _layers(m, _windows(m, [m.sliding_window is not None] * count), [True] * count)
 
 
+def half_the_heads(m: ModelFacts) -> dict[str, int]:
+    """Return DiffLlama's axes: the query heads and key heads that it subtracts from as many others."""
+    return {"a_half": m.num_attention_heads // 2, "k_half": m.num_key_value_heads // 2}
+
+
 def some_rotary(m: ModelFacts) -> tuple[Layer, ...]:
     """Return SmolLM3's layers. One in a few has no rotary positions, and only these may have a window."""
     count, every = m.num_hidden_layers, max(1, _whole(m, "no_rope_layer_interval", 4))

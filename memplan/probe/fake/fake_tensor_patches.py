@@ -90,12 +90,24 @@ def _torch() -> None:
     functional: Any = F
     if hasattr(F, "grouped_mm"):
         functional.grouped_mm = experts.grouped_mm(functional.grouped_mm)
-    # Without CUDA these two are decomposed before dispatch modes see them; CUDA has a kernel for each.
+    # Without CUDA these are decomposed before dispatch modes see them; CUDA has a kernel for each.
     if not torch.backends.cuda.is_built():
-        kernels = torch.library.Library("aten", "IMPL")
+        kernels: Any = torch.library.Library("aten", "IMPL")
         for name in ("silu_backward", "mish_backward"):
             kernels.impl(name, lambda gradient, x: torch.empty_like(x), "CUDA")  # pyright: ignore
+        kernels.impl("_fused_rms_norm", _rms_norm, "CUDA")
+        kernels.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
         _registrations.append(kernels)
+
+
+def _rms_norm(x: Any, shape: list[int], weight: Any, eps: float | None) -> Any:
+    """Return the normalised x, and one fp32 number per row."""
+    rows = (*x.shape[: -len(shape)], *[1] * len(shape))
+    return torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _rms_norm_backward(gradient: Any, x: Any, shape: list[int], rstd: Any, weight: Any, needed: list[bool]) -> Any:
+    return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
 def _all_finite(tensor: torch.Tensor) -> torch.Tensor:

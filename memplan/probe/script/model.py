@@ -182,7 +182,7 @@ def materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -
             model.set_submodule(name, quantise(module, quantization, compute, home(name)))
             continue
         for key, parameter in [*module._parameters.items()]:
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and parameter.device.type in ("meta", "cpu"):  # `torch.normal` ignores meta
                 path = f"{name}.{key}"
                 if quantization is not None and quantization.experts and "expert" in name and parameter.ndim > 2:
                     module._parameters[key] = nn.Parameter(_random(parameter, home(path)))
