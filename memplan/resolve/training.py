@@ -331,9 +331,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
     moved = run.loop.trainer and method.quantization is None  # by the Trainer, so peft adapts the model on the host
     frozen = frozen_parts(model, method)
-    run.kernels, idle = fused_kernels(
-        model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
-    )
+    run.kernels, idle = fused_kernels(model, method, run.kernels, run.code, library)
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,
@@ -445,6 +443,8 @@ def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "
 
 def _logits(run: OpenTraining) -> str:
     """Return how the loss over all logits is written. torchtitan's is vocabulary-parallel."""
+    if "compiled_cross_entropy" in (run.kernels.fused or ()):
+        return "compiled"
     return "parallel" if run.code == "torchtitan" and run.degrees.tp > 1 else run.library.loss.logits
 
 

@@ -279,7 +279,9 @@ class Kernels(Part):
     every_n_layers: Count = 1
     reentrant: Flag | None = None
     loss: LossKind | None = None
-    fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
+    fused: (
+        tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "compiled_cross_entropy", "lora"], ...] | None
+    ) = None
     packages: tuple[Literal["fla", "causal_conv1d", "mamba_ssm"], ...] = ()
     compile: Flag = False
 

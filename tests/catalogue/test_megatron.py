@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -461,6 +462,26 @@ def test_transformer_engines_loss_overwrites_the_logits_in_half_precision() -> N
         for which in ((), ("cross_entropy",))
     )
     assert plain - fused == 4 * B * S * 50304
+
+
+LOSSES = [json.loads(line) for line in (golden.GOLDEN / "traced_megatron_loss.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=lambda row: f"{row['megatron-core']} {row['loss']}")
+def test_losses_allocate_what_megatrons_do(row: dict[str, Any]) -> None:
+    """Of released packages, in which torch compiles the fused loss: bytes per token and word at the loss's backward."""
+    fused = ("compiled_cross_entropy",) if row["loss"] == "compiled" else ()
+    found = answer(kernels={**kernels("sdpa")["kernels"], "fused": fused})
+    assert found.peak.phase in ("loss", "backward")
+    held = sum(line.bytes for line in found.ledger if line.dims == (B, S, 50304))
+    per_pair = (row["kept"] + row["backward"]) // (row["tokens"] * row["words"])
+    assert held == per_pair * B * S * 50304
+
+
+def test_one_loss_has_one_form() -> None:
+    both = {"attention": "sdpa", "fused": ["cross_entropy", "compiled_cross_entropy"]}
+    with pytest.raises(SpecError, match=r"kernels\.fused: compiled_cross_entropy and cross_entropy are two forms"):
+        answer(kernels=both)
 
 
 @pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])

@@ -85,10 +85,13 @@ def megatron_model(r: OpenRun) -> Iterator[SpecError]:
         )
     if kernels.loss != "hf":
         yield not_yet("kernels.loss", kernels.loss, "hf with Megatron-core's layers (its own loss)")
-    others = set(kernels.fused or ()) - {"cross_entropy"}
+    losses = {"cross_entropy", "compiled_cross_entropy"} & set(kernels.fused or ())
+    others = set(kernels.fused or ()) - losses
     if others:
-        supported = "cross_entropy with Megatron-core's layers, whose others are fused anyway"
+        supported = "cross_entropy, compiled_cross_entropy with Megatron-core's layers, whose others are fused anyway"
         yield not_yet("kernels.fused", ", ".join(sorted(others)), supported)
+    if len(losses) > 1:
+        yield refused("kernels.fused", f"{' and '.join(sorted(losses))} are two forms of one loss; name one")
     if kernels.checkpointing == "offload":
         yield not_yet(
             "kernels.checkpointing", kernels.checkpointing, "none, full, selective with Megatron-core's layers"
