@@ -235,6 +235,30 @@ def test_adapters_keep_gathered_inputs_and_their_rank(t: int) -> None:
     assert abs(held.categories["optstate"] - 12 * 12 * r * halves // t) < 2**16
 
 
+@pytest.mark.parametrize("t", [2, 4])
+def test_adapters_of_ms_swift_are_divided_as_their_layers(t: int) -> None:
+    """ms-swift 4.0.0 megatron/tuners/lora.py: a layer that divides columns divides its lora_B, and one that divides
+    rows its lora_A; the other half is whole, and tokens are gathered and scattered at the adapter's rank."""
+    r, f, lora = 6, GPT["intermediate_size"], {"kind": "lora", "rank": 6}  # t need not divide the rank
+    eager = {**kernels("eager")["kernels"], "fused": []}
+    swift: dict[str, Any] = {"profile": "megatron-swift", "kernels": eager}
+    for divided, tokens in ((False, S), (True, S // t)):
+        run = {**of_ranks(t, divided), **swift}
+        full, plain, dropped = (
+            kept_by_a_layer(method=method, **run) for method in ("full", lora, {**lora, "dropout": 0.05})
+        )
+        assert plain - full == 4 * 2 * tokens * B * r
+        inputs = 2 * tokens * H + S * (H + f) // t  # of two layers that divide columns, and two that divide rows
+        assert dropped - plain == B * inputs  # masks; the copies are kept in place of the inputs
+    wholes, parts = (H + H) + (H + H), (3 * H + f) + (H + f)
+    held = answer(method=lora, **of_ranks(t, False), **swift)
+    assert abs(held.categories["optstate"] - 12 * 12 * r * (wholes + parts // t)) < 2**16
+    with pytest.raises(SpecError, match=r"method\.rank: 6 is not divided by tp 4"):
+        answer(method=lora, **of_ranks(4, False))
+    with pytest.raises(SpecError, match=r"method\.kind: 'lora' is not supported yet; supported: full of models with"):
+        answer(MIXTURE, method=lora, **swift)
+
+
 def test_experts_of_a_rank_share_one_adapter() -> None:
     """megatron-bridge 0.3.1 peft/utils.py: a grouped linear layer has one, on all rows of the rank's experts."""
     r, (h, m) = 8, (2048, 768)

@@ -752,7 +752,7 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
-    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not supported",
+    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not read yet",
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",

@@ -154,6 +154,8 @@ class ShardingBehaviour(NamedTuple):
     device_map                 the module for which a GPU's share leaves room in addition to layers: largest (leaf
                                module), mean
     tensor_parallel            whose tensor parallelism it is, if it was read
+    divides_rank               Megatron's ranks divide both halves of an adapter, not only the half that its layer
+                               divides
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
     ends_apart                 FSDP2's root has embeddings, last norm and head, except tables that train untied; the
@@ -176,6 +178,7 @@ class ShardingBehaviour(NamedTuple):
     pipeline: Literal["megatron", "torch", "device_map"]
     device_map: Literal["largest", "mean"]
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
+    divides_rank: bool
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
     ends_apart: bool

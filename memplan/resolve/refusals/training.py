@@ -46,7 +46,8 @@ def _with_own_layers() -> str:
     return ", ".join(name for name, row in families().items() if row.parallel.gpt is not None)
 
 
-# The layers that Megatron-Bridge's LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA.
+# The layers that LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA; ms-swift 4.0.0
+# megatron/utils/utils.py find_all_linears, without the head.
 _ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -64,19 +65,23 @@ def _adapts_megatron_layers(r: OpenRun) -> bool:
 def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what Megatron-core's own layers do not support."""
     method, kernels = r.method, r.kernels
-    if r.profile != "megatron-core":
+    library = r.library.sharding
+    if library.tensor_parallel != "megatron":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
     if method.kind not in ("full", "lora"):
         yield not_yet("method.kind", method.kind, "full, lora with Megatron-core's layers")
     p = r.parallelism
+    if method.kind == "lora" and megatron.has_experts(r.model) and not library.divides_rank:
+        yield not_yet("method.kind", "lora", f"full of models with experts under {r.profile}")
     if method.kind == "lora" and megatron.has_experts(r.model) and not groups_products(r.model):
         yield not_yet("method.kind", "lora", "full with Megatron-core's layers and moe_grouped_gemm false")
     if method.kind == "lora" and p.tp == 1 and p.etp not in (None, 1):
         yield not_yet("parallelism.etp", p.etp, "1 with adapters of Megatron-core's layers and tp 1")
-    if method.kind == "lora" and method.rank % max(p.tp, p.etp or 1):
+    if method.kind == "lora" and library.divides_rank and method.rank % max(p.tp, p.etp or 1):
         yield refused("method.rank", f"{method.rank} is not divided by tp {p.tp} or etp {p.etp or p.tp}")
-    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or method.dropout):
-        field = "modules_to_save" if method.modules_to_save else "dropout" if method.dropout else "targets"
+    drops = library.divides_rank and bool(method.dropout)
+    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or drops):
+        field = "modules_to_save" if method.modules_to_save else "dropout" if drops else "targets"
         known = {"targets": f"all-linear, {', '.join(_ADAPTED)}", "dropout": "0"}.get(field, "none")
         yield not_yet(f"method.{field}", str(getattr(method, field)), f"{known} with Megatron-core's layers")
     if r.precision.autocast:
