@@ -336,6 +336,7 @@ class Evaluation(Part):
     preprocess     `argmax`: `preprocess_logits_for_metrics` keeps only the likeliest tokens
     batch_metrics  a batch's logits are freed once its metrics are computed (`batch_eval_metrics`)
     new_tokens     tokens generated after each sequence (`predict_with_generate`)
+    fuses          a fused loss computes no logits in evaluation either, as Cut Cross-Entropy does; None: the profile's
     """
 
     micro: Count = 8
@@ -346,6 +347,7 @@ class Evaluation(Part):
     preprocess: Literal["argmax"] | None = None
     batch_metrics: Flag = False
     new_tokens: Natural = 0
+    fuses: Flag | None = None
 
 
 class Saving(Part):

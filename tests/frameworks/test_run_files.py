@@ -266,7 +266,17 @@ AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
     "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512, "batch.packing": "sample_packing"},
     "batch_flattening: true\nflash_attention: true": {"batch.packing": "padding_free", "loop.padded": None},
     "torch_compile: auto": {"kernels.compile": True},
-    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {"kernels.loss": "fused"},
+    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {
+        "kernels.loss": "fused",
+        "also.evaluation.fuses": None,
+    },
+    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]\nval_set_size: 0.1": {
+        "also.evaluation.fuses": True
+    },
+    "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_fused_linear_cross_entropy: true\nval_set_size: 0.1": {
+        "kernels.loss": "fused",
+        "also.evaluation.fuses": None,
+    },
     "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rms_norm: true\nliger_glu_activation: true": {
         "kernels.fused": ["rms_norm", "swiglu"]
     },
