@@ -65,7 +65,6 @@ _SAVED_TENSORS = {
         stays="lm_head",
     ),
 }
-_CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
 
 class OpenTraining(OpenRun):
@@ -142,7 +141,7 @@ def _read_checkpoint(run: OpenTraining) -> None:
     why = "" if library.weights.trains_fp8 else "this profile cannot train over it"
     if p.tp > 1 or p.strategy not in ("none", "ddp"):
         casts = p.tp == 1 and p.strategy in ("zero1", "zero2")  # DeepSpeed 0.19.7 runtime/engine.py
-        why = why or (_CAST if casts else "it is not counted where GPUs divide the weights")
+        why = why or (refusals.FP8_IN_ZERO if casts else "it is not counted where GPUs divide the weights")
     run.checkpoint = method_for_training(run.model, run.method, why, run.capability)
     run.method = run.checkpoint.method
 

@@ -591,6 +591,13 @@ def test_accelerates_file(tmp_path: Path, launch: dict[str, Any], expected: dict
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_accelerates_fp8_is_named_as_left_out(tmp_path: Path) -> None:
+    text = "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\n"
+    (note,) = read(tmp_path, text, accelerate={**ACCELERATE, "mixed_precision": "fp8"}).notes
+    assert note.startswith("mixed_precision")
+    assert "products in fp8" in note
+
+
 def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "zero2.json").write_text(
         '{\n "zero_optimization": {\n  "stage": 2,\n  "overlap_comm": true,\n  "reduce_bucket_size": 2e8\n }\n}'

@@ -248,6 +248,10 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(field, "pipelines" if r.parallelism.pp > 1 else r.parallelism.strategy, "ddp, fsdp2")
 
 
+# Source: DeepSpeed 0.19.7 and 0.19.8 runtime/engine.py _configure_distributed_model.
+FP8_IN_ZERO = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
+
+
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what several GPUs, or memplan so far, do not support."""
     p, method, optimizer = r.parallelism, r.method, r.optimizer
@@ -279,6 +283,10 @@ def several_gpus(r: OpenRun) -> Iterator[SpecError]:
     q = method.quantization
     packed = ("nf4", "fp4", *(("gptq-int4", "gptq-int8") if p.strategy == "fsdp" else ()))
     if p.strategy != MEGATRON and q is not None and q.format not in packed:
+        if q.format == "fp8" and p.strategy in ("zero1", "zero2"):
+            yield refused(
+                "method.quantization.format", f"fp8 under {p.strategy}: {FP8_IN_ZERO}; leave it out for 16 bits"
+            )
         yield not_yet("method.quantization.format", q.format, f"{', '.join(packed)} with {p.strategy}")
 
 
