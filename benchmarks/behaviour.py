@@ -154,7 +154,7 @@ _OPTIMIZERS = _names("""
 _PROFILES = _names("""
     transformers-5.14 transformers-4.51 transformers-4.48 transformers-4.46 transformers-4.45 transformers-4.38
     transformers-4.35 trl-0.24 trl-0.13 axolotl-0.12 llamafactory-0.9 unsloth-2025 torchtune torchtune-0.1 torchtitan
-    megatron-core fsdp_qlora litgpt-2024 litgpt-2023
+    megatron-core megatron-swift fsdp_qlora litgpt-2024 litgpt-2023
 """)
 
 _SHARDED = """

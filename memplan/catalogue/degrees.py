@@ -20,6 +20,7 @@ class Degrees(NamedTuple):
     virtual_stages     chunks of layers per stage
     layers             number of model layers in each stage, in order; with several chunks, in each chunk
     style              whose tensor parallelism: `transformers` or `megatron`
+    divides_rank       of `megatron`: ranks divide both halves of an adapter, not only the half that its layer divides
     """
 
     tp: int = 1
@@ -34,6 +35,7 @@ class Degrees(NamedTuple):
     virtual_stages: int = 1
     layers: tuple[int, ...] = ()
     style: str = "transformers"
+    divides_rank: bool = True
 
     @property
     def without_pipeline(self) -> Degrees:

@@ -116,8 +116,8 @@ def evaluation(
 def evaluation_run(run: RunSpec, e: Evaluation) -> RunSpec:
     """Return the run as its evaluation runs the model: other lengths, and no checkpointing or dropout."""
     of_model = run.kernels.loss == "fused" and run.trainer == "sft"  # other trainers have losses of their own
-    fuses = not e.kept_batches and library_behaviour(run.profile, "", False).loss.fuses_evaluation
-    loss = "hf" if of_model and not fuses else run.kernels.loss
+    fuses = library_behaviour(run.profile, "", False).loss.fuses_evaluation if e.fuses is None else e.fuses
+    loss = "hf" if of_model and (e.kept_batches or not fuses) else run.kernels.loss
     kernels = {"checkpointing": "none", "reentrant": None, "loss": loss}
     alone = changed(run, "also", evaluation=None, saving=None, merging=None)
     alone = changed(alone, "kernels", **kernels)

@@ -15,7 +15,8 @@ from memplan.spec.run import RunSpec
 
 def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
     p, weights, recomputes = run.parallelism, run.precision.weights, run.kernels.checkpointing
-    is_full, fuses_loss = recomputes == "full", "cross_entropy" in (run.kernels.fused or ())
+    is_full, fused = recomputes == "full", run.kernels.fused or ()
+    impl = "te" if "cross_entropy" in fused else "native" if "compiled_cross_entropy" in fused else None
     return {
         "tensor-model-parallel-size": p.tp,
         "sequence-parallel": p.sequence_parallel,
@@ -42,7 +43,8 @@ def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
         "recompute-granularity": recomputes if recomputes in ("full", "selective") else None,
         "recompute-method": "uniform" if is_full else None,
         "recompute-num-layers": 1 if is_full else None,
-        **({"cross-entropy-loss-fusion": True, "cross-entropy-fusion-impl": "te"} if fuses_loss else {}),
+        "cross-entropy-loss-fusion": impl is not None,
+        "cross-entropy-fusion-impl": impl,
         **_sizes(find_model(run.model), run.batch.sequence),
     }
 

@@ -189,7 +189,7 @@ def _refuse_settings(r: OpenInference) -> None:
 def _divide_ranks(r: OpenInference) -> None:
     """Fill in the degrees of a tensor-parallel rank."""
     if r.parallelism.tp > 1:
-        r.degrees = degrees_of(r.parallelism, r.style)
+        r.degrees = degrees_of(r.parallelism, r.library.sharding)
 
 
 def _choose_recipe(r: OpenInference) -> None:

@@ -20,6 +20,7 @@ from memplan.spec.training import Kernels, Method
 
 _LONGEST_VARLEN_HEAD = 256
 _TOWER_KERNELS = {"eager": "eager", "flash_attention_2": "flash_2"}
+_COMPILED = {"in_place": ("compiled_cross_entropy",)}  # losses over all logits that torch's compiler was read for
 FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
 
 
@@ -244,23 +245,23 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
 
 
 def fused_kernels(
-    model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool, fused_lora: str
+    model: ModelSpec, method: Method, kernels: Kernels, code: str, behaviour: LibraryBehaviour
 ) -> tuple[Kernels, list[str]]:
     """Return the kernels with the fused ones that apply, and the names of those that do not.
 
-    Fused LoRA only takes bitsandbytes' and auto-gptq's weights; `keeps` says that another library runs GPTQ's.
-    `fused_lora` says whose functions it is, some of which have DoRA.
+    Fused LoRA only takes bitsandbytes' and auto-gptq's weights, and some of its functions have DoRA.
     """
     asked = kernels.fused or ()
     if not asked:
         return kernels, []
     applicable = set(fusible_kernels(model, code))
     if kernels.loss == "hf" and model.objective == "causal_lm":
-        applicable.add("cross_entropy")
+        applicable.update(("cross_entropy", *_COMPILED.get(behaviour.loss.logits, ())))
     q = method.quantization
     others = ("awq-int4", "fp8", "hqq-int4", "torchao-int8")
+    keeps = behaviour.weights.keeps_matrix  # another library runs GPTQ's
     is_unsupported = q is not None and (q.format in others or (keeps and q.format.startswith("gptq")))
-    is_dora, library = method.kind in ("dora", "qdora"), LIBRARIES[fused_lora]
+    is_dora, library = method.kind in ("dora", "qdora"), LIBRARIES[behaviour.model.fused_lora]
     if is_dora and library.owns_swiglu:
         applicable.discard("swiglu")
     takes = method.kind in ("lora", "qlora") or (is_dora and library.takes_dora)

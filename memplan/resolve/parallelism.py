@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue.degrees import WHOLE, Degrees
 from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
+from memplan.catalogue.profiles.behaviour import ShardingBehaviour
 from memplan.core.errors import SpecError, refused
 from memplan.spec.parallelism import Parallelism
 
@@ -13,9 +14,11 @@ ZERO = tuple(STAGES)
 WHOLE_WEIGHTS = ("ddp", *ZERO[:3])
 
 
-def degrees_of(p: Parallelism, style: str) -> Degrees:
+def degrees_of(p: Parallelism, library: ShardingBehaviour) -> Degrees:
     """Return the degrees of a rank, given the profile's style of tensor parallelism."""
-    style = style if p.tp > 1 else WHOLE.style
+    style, divides_rank = (
+        (library.tensor_parallel, library.divides_rank) if p.tp > 1 else (WHOLE.style, WHOLE.divides_rank)
+    )
     etp = p.tp if p.etp is None else p.etp
     imbalance = round(1000 * p.expert_imbalance)
     return Degrees(
@@ -27,6 +30,7 @@ def degrees_of(p: Parallelism, style: str) -> Degrees:
         etp=etp,
         imbalance=imbalance,
         style=style,
+        divides_rank=divides_rank,
     )
 
 

@@ -34,7 +34,7 @@ def note_sharding(run: OpenRun) -> None:
 
 def divide_ranks(run: OpenRun) -> None:
     """Fill in the degrees of a rank, and what sharding changes of quantised weights."""
-    run.degrees = degrees_of(run.parallelism, run.style)
+    run.degrees = degrees_of(run.parallelism, run.library.sharding)
     run.storages = _allowed_storages(run)
     if run.is_sharded or run.under_deepspeed:
         run.method = without_preparation(run.method)

@@ -65,7 +65,6 @@ _SAVED_TENSORS = {
         stays="lm_head",
     ),
 }
-_CAST = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
 
 
 class OpenTraining(OpenRun):
@@ -142,7 +141,7 @@ def _read_checkpoint(run: OpenTraining) -> None:
     why = "" if library.weights.trains_fp8 else "this profile cannot train over it"
     if p.tp > 1 or p.strategy not in ("none", "ddp"):
         casts = p.tp == 1 and p.strategy in ("zero1", "zero2")  # DeepSpeed 0.19.7 runtime/engine.py
-        why = why or (_CAST if casts else "it is not counted where GPUs divide the weights")
+        why = why or (refusals.FP8_IN_ZERO if casts else "it is not counted where GPUs divide the weights")
     run.checkpoint = method_for_training(run.model, run.method, why, run.capability)
     run.method = run.checkpoint.method
 
@@ -331,9 +330,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         notes.append("LoRA trains over the checkpoint's experts as stored: mxfp4")
     moved = run.loop.trainer and method.quantization is None  # by the Trainer, so peft adapts the model on the host
     frozen = frozen_parts(model, method)
-    run.kernels, idle = fused_kernels(
-        model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
-    )
+    run.kernels, idle = fused_kernels(model, method, run.kernels, run.code, library)
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,
@@ -445,6 +442,8 @@ def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "
 
 def _logits(run: OpenTraining) -> str:
     """Return how the loss over all logits is written. torchtitan's is vocabulary-parallel."""
+    if "compiled_cross_entropy" in (run.kernels.fused or ()):
+        return "compiled"
     return "parallel" if run.code == "torchtitan" and run.degrees.tp > 1 else run.library.loss.logits
 
 

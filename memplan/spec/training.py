@@ -279,7 +279,9 @@ class Kernels(Part):
     every_n_layers: Count = 1
     reentrant: Flag | None = None
     loss: LossKind | None = None
-    fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
+    fused: (
+        tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "compiled_cross_entropy", "lora"], ...] | None
+    ) = None
     packages: tuple[Literal["fla", "causal_conv1d", "mamba_ssm"], ...] = ()
     compile: Flag = False
 
@@ -334,6 +336,7 @@ class Evaluation(Part):
     preprocess     `argmax`: `preprocess_logits_for_metrics` keeps only the likeliest tokens
     batch_metrics  a batch's logits are freed once its metrics are computed (`batch_eval_metrics`)
     new_tokens     tokens generated after each sequence (`predict_with_generate`)
+    fuses          a fused loss computes no logits in evaluation either, as Cut Cross-Entropy does; None: the profile's
     """
 
     micro: Count = 8
@@ -344,6 +347,7 @@ class Evaluation(Part):
     preprocess: Literal["argmax"] | None = None
     batch_metrics: Flag = False
     new_tokens: Natural = 0
+    fuses: Flag | None = None
 
 
 class Saving(Part):

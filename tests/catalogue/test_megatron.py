@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -234,6 +235,30 @@ def test_adapters_keep_gathered_inputs_and_their_rank(t: int) -> None:
     assert abs(held.categories["optstate"] - 12 * 12 * r * halves // t) < 2**16
 
 
+@pytest.mark.parametrize("t", [2, 4])
+def test_adapters_of_ms_swift_are_divided_as_their_layers(t: int) -> None:
+    """ms-swift 4.0.0 megatron/tuners/lora.py: a layer that divides columns divides its lora_B, and one that divides
+    rows its lora_A; the other half is whole, and tokens are gathered and scattered at the adapter's rank."""
+    r, f, lora = 6, GPT["intermediate_size"], {"kind": "lora", "rank": 6}  # t need not divide the rank
+    eager = {**kernels("eager")["kernels"], "fused": []}
+    swift: dict[str, Any] = {"profile": "megatron-swift", "kernels": eager}
+    for divided, tokens in ((False, S), (True, S // t)):
+        run = {**of_ranks(t, divided), **swift}
+        full, plain, dropped = (
+            kept_by_a_layer(method=method, **run) for method in ("full", lora, {**lora, "dropout": 0.05})
+        )
+        assert plain - full == 4 * 2 * tokens * B * r
+        inputs = 2 * tokens * H + S * (H + f) // t  # of two layers that divide columns, and two that divide rows
+        assert dropped - plain == B * inputs  # masks; the copies are kept in place of the inputs
+    wholes, parts = (H + H) + (H + H), (3 * H + f) + (H + f)
+    held = answer(method=lora, **of_ranks(t, False), **swift)
+    assert abs(held.categories["optstate"] - 12 * 12 * r * (wholes + parts // t)) < 2**16
+    with pytest.raises(SpecError, match=r"method\.rank: 6 is not divided by tp 4"):
+        answer(method=lora, **of_ranks(4, False))
+    with pytest.raises(SpecError, match=r"method\.kind: 'lora' is not supported yet; supported: full of models with"):
+        answer(MIXTURE, method=lora, **swift)
+
+
 def test_experts_of_a_rank_share_one_adapter() -> None:
     """megatron-bridge 0.3.1 peft/utils.py: a grouped linear layer has one, on all rows of the rank's experts."""
     r, (h, m) = 8, (2048, 768)
@@ -461,6 +486,26 @@ def test_transformer_engines_loss_overwrites_the_logits_in_half_precision() -> N
         for which in ((), ("cross_entropy",))
     )
     assert plain - fused == 4 * B * S * 50304
+
+
+LOSSES = [json.loads(line) for line in (golden.GOLDEN / "traced_megatron_loss.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=lambda row: f"{row['megatron-core']} {row['loss']}")
+def test_losses_allocate_what_megatrons_do(row: dict[str, Any]) -> None:
+    """Of released packages, in which torch compiles the fused loss: bytes per token and word at the loss's backward."""
+    fused = ("compiled_cross_entropy",) if row["loss"] == "compiled" else ()
+    found = answer(kernels={**kernels("sdpa")["kernels"], "fused": fused})
+    assert found.peak.phase in ("loss", "backward")
+    held = sum(line.bytes for line in found.ledger if line.dims == (B, S, 50304))
+    per_pair = (row["kept"] + row["backward"]) // (row["tokens"] * row["words"])
+    assert held == per_pair * B * S * 50304
+
+
+def test_one_loss_has_one_form() -> None:
+    both = {"attention": "sdpa", "fused": ["cross_entropy", "compiled_cross_entropy"]}
+    with pytest.raises(SpecError, match=r"kernels\.fused: compiled_cross_entropy and cross_entropy are two forms"):
+        answer(kernels=both)
 
 
 @pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])

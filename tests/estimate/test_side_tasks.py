@@ -138,6 +138,19 @@ def test_ligers_loss_has_all_logits_in_evaluation_unless_the_trainer_skips_them(
     assert (fused.where.partition(".")[0] == "loss", fused.peak == alike.peak) == (loss == "hf", loss == "hf")
 
 
+def test_cut_cross_entropy_has_no_logits_in_evaluation_whatever_the_trainer_does() -> None:
+    """axolotl-ai-cloud/ml-cross-entropy transformers/utils.py PatchOptions.use_lce: train_only is false."""
+
+    def evaluation(**fields: Any) -> int:
+        also = {"evaluation": {"micro": 8, **fields}}
+        return peak(
+            estimate(RunSpec(model=MODEL, profile="axolotl-0.12", kernels={"loss": "fused"}, also=also)), "eval"
+        )
+
+    assert evaluation(fuses=True) < evaluation() == evaluation(fuses=False)
+    assert evaluation(fuses=True, kept_batches=1) >= evaluation()
+
+
 def test_keeping_only_argmax_takes_eight_bytes_per_token() -> None:
     kept = peak(evaluated(kept_batches=5, preprocess="argmax"), "eval")
     tokens = up(4 * LABELS) + up(LABELS)  # int64, as labels are

@@ -256,6 +256,16 @@ def test_sizes_are_megatrons_own_words() -> None:
     assert "qk-layernorm" in said
 
 
+@pytest.mark.parametrize(
+    ("fused", "impl"), [((), None), (("cross_entropy",), "te"), (("compiled_cross_entropy",), "native")]
+)
+def test_megatrons_fused_losses_have_flags(fused: tuple[str, ...], impl: str | None) -> None:
+    run = RunSpec(model="qwen2-7b", kernels={"fused": fused}, profile="megatron-core")
+    said = flags(emit("megatron", fill_defaults(run), NODES))
+    assert said.get("cross-entropy-fusion-impl") == impl
+    assert ("cross-entropy-loss-fusion" in said) == (impl is not None)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_emitted_deepspeed_config_reads_back_as_the_run(stage: int) -> None:
     from memplan.frameworks.deepspeed import read

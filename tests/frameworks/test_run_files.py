@@ -266,7 +266,17 @@ AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
     "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512, "batch.packing": "sample_packing"},
     "batch_flattening: true\nflash_attention: true": {"batch.packing": "padding_free", "loop.padded": None},
     "torch_compile: auto": {"kernels.compile": True},
-    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {"kernels.loss": "fused"},
+    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {
+        "kernels.loss": "fused",
+        "also.evaluation.fuses": None,
+    },
+    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]\nval_set_size: 0.1": {
+        "also.evaluation.fuses": True
+    },
+    "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_fused_linear_cross_entropy: true\nval_set_size: 0.1": {
+        "kernels.loss": "fused",
+        "also.evaluation.fuses": None,
+    },
     "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rms_norm: true\nliger_glu_activation: true": {
         "kernels.fused": ["rms_norm", "swiglu"]
     },
@@ -581,6 +591,13 @@ def test_accelerates_file(tmp_path: Path, launch: dict[str, Any], expected: dict
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_accelerates_fp8_is_named_as_left_out(tmp_path: Path) -> None:
+    text = "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\n"
+    (note,) = read(tmp_path, text, accelerate={**ACCELERATE, "mixed_precision": "fp8"}).notes
+    assert note.startswith("mixed_precision")
+    assert "products in fp8" in note
+
+
 def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "zero2.json").write_text(
         '{\n "zero_optimization": {\n  "stage": 2,\n  "overlap_comm": true,\n  "reduce_bucket_size": 2e8\n }\n}'
@@ -752,7 +769,7 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
-    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not supported",
+    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not read yet",
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",

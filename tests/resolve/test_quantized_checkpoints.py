@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memplan import Estimate, ModelSpec, RunSpec, estimate
 from memplan.catalogue.quantization.quantization import fp8_experts_at_once
-from memplan.core.errors import MemplanError
+from memplan.core.errors import MemplanError, SpecError
 from memplan.core.units import gib, rounded
 from memplan.planning.levers import levers_of
 from memplan.probe.refusals import checked_run
@@ -212,6 +212,9 @@ def test_a_bundled_model_runs_as_it_is_published() -> None:
     assert any("where GPUs divide the weights" in note for note in sharded.notes)
     whole = estimate(RunSpec(**fields, parallelism={**zero3, "strategy": "zero2"}))
     assert any("DeepSpeed before 0.19.8 casts" in note for note in whole.notes)
+    quantised = {"kind": "qlora", "quantization": {"format": "fp8"}}
+    with pytest.raises(SpecError, match=r"fp8 under zero2: DeepSpeed before 0\.19\.8 casts .* leave it out"):
+        estimate(RunSpec(model="qwen3-8b", method=quantised, parallelism={**zero3, "strategy": "zero2"}, gpu="h100"))
     assert "method_qlora" in {key for lever in levers_of(lora) for key in lever.keys}
 
 

@@ -203,7 +203,7 @@ def _bias_dropout_add(m: ModelSpec, name: str, bias: str, x: str, residual: str,
     if m.probability("hidden_dropout") == 0:
         added = ops.add(name, residual, x, y, "b s h")._replace(weights=w, source=source)
         return (added,)
-    mask, dropped = f"{y}.mask", f"{x}.dropped"
+    mask, dropped = f"{y}.mask", f"{y}.dropped"  # an adapter of x has a copy `x.dropped`
     return (
         Op(f"{name}.mask", (x,), (Tensor(mask, "b s h", "bool"),), gradient="none", source=source),
         Op(

@@ -201,6 +201,7 @@ def cross_entropy(
     parallel  `plain` on each rank's part of the vocabulary
     in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted. If `fused`,
               Transformer Engine's kernel overwrites the logits themselves
+    compiled  Megatron's fused loss: as `in_place`, but backward copies the probabilities
 
     single  a single sequence: all rows but the last are contiguous already and are not copied
     fused   a kernel keeps the logits it is given (half precision if `padded`) and overwrites them with their gradient
@@ -218,8 +219,9 @@ def cross_entropy(
         )
     if form in _LABELS_SHIFTED:
         source, kernel = _LABELS_SHIFTED[form]
-        x = logits if fused and kernel is _overwriting else "logits32"
-        inside = ("n",) if kernel is _overwriting else ()  # else the model has returned
+        is_megatron = kernel in (_overwriting, _compiled)
+        x = logits if kernel is _compiled or (fused and is_megatron) else "logits32"
+        inside = ("n",) if is_megatron else ()  # else the model has returned
         return (
             *(() if inside else (ops.release_names("n"),)),
             *(() if x == logits else (_float(logits, source),)),
@@ -316,6 +318,28 @@ def _overwriting(loss: str, logits: str, log_probs: str, targets: str, shape: st
     )
 
 
+def _compiled(loss: str, logits: str, log_probs: str, targets: str, shape: str) -> tuple[Op, ...]:
+    """Keep probabilities in fp32, and return their gradient in the logits' dtype.
+
+    torch compiles the function that computes it: subtracting one at each target, which it does not do in place, copies
+    the probabilities.
+    """
+    rows, probabilities = shape.removesuffix(" v"), "probabilities"
+    whose = (Tensor("others' targets", rows, "bool"), Tensor("own targets", rows, "int64"))
+    return (
+        Op(
+            f"{loss}.cross_entropy",
+            (logits, targets),
+            (Tensor(loss, "", "fp32"), Tensor(probabilities, shape, "fp32"), *whose),
+            (),
+            tuple(Keep(what, logits) for what in (probabilities, *(t.name for t in whose))),
+            scratch_back=(Scratch(Tensor("probabilities less one at each target", shape, "fp32")),),
+            gradient="own",
+            source=_LABELS_SHIFTED["compiled"][0],
+        ),
+    )
+
+
 def nll(loss: str, logits: str, log_probs: str, targets: str, shape: str) -> tuple[Op, ...]:
     """Return log_softmax and nll_loss. cross_entropy passes a dtype to log_softmax, so autocast does not cast it."""
     weight = f"{loss}.total_weight"
@@ -344,6 +368,7 @@ _LABELS_SHIFTED = {  # forms whose labels come shifted
     "plain": ("torchtitan 0.3.0 components/loss.py", nll),
     "parallel": ("torchtitan 0.3.0 components/loss.py", _vocabulary_parallel),
     "in_place": ("megatron-core 0.12 tensor_parallel/cross_entropy.py", _overwriting),
+    "compiled": ("megatron-core 0.10 to 0.19 fusions/fused_cross_entropy.py calculate_gradients", _compiled),
 }
 
 

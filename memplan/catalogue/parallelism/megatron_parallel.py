@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
@@ -22,28 +23,24 @@ _LINEAR = f"{_SOURCE}/layers.py LinearWithGradAccumulationAndAsyncCommunication"
 _ALL = "b s h"
 
 
-def divide(
-    stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequence: bool, ranks: int, expert_ranks: int
-) -> Stack:
+def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], degrees: Degrees) -> Stack:
     """Return the rank's operations, given a stack built from the rank's part of the model.
 
-    columns       names of column-parallel linear layers
-    rows          names of row-parallel linear layers
-    sequence      whether the tokens are divided too
-    ranks         number of ranks that divide a matrix
-    expert_ranks  number of ranks that divide an expert's matrices
+    columns  names of column-parallel linear layers
+    rows     names of row-parallel linear layers
     """
+    divides_rank = degrees.divides_rank
 
     def change(op: Op) -> Iterator[Op]:
         name, half = module_of(op)
-        parts = expert_ranks if op.name.startswith("mlp.experts.") else ranks
-        divides = (half == "lora_A" and name in columns) or (half == "lora_B" and name in rows)
+        parts = degrees.etp if op.name.startswith("mlp.experts.") else degrees.tp
+        divides = divides_rank and ((half == "lora_A" and name in columns) or (half == "lora_B" and name in rows))
         yield from gathered(op, parts, _ADAPTER) if divides and parts > 1 else _with_tensor_parallelism(op)
 
     stack = rewrite(stack, change)
-    if not sequence:
+    if not degrees.sequence_parallel:
         return stack
-    before = _with_sequence_parallelism(_scattered(stack.before), columns, rows)
+    before = _with_sequence_parallelism(_scattered(stack.before), columns, rows, divides_rank)
     buffer = Op(
         "all-gather buffer",
         (),
@@ -54,8 +51,10 @@ def divide(
     )
     runs = tuple(
         run._replace(
-            before=_with_sequence_parallelism(run.before, columns, rows),
-            blocks=tuple(b._replace(ops=_with_sequence_parallelism(b.ops, columns, rows)) for b in run.blocks),
+            before=_with_sequence_parallelism(run.before, columns, rows, divides_rank),
+            blocks=tuple(
+                b._replace(ops=_with_sequence_parallelism(b.ops, columns, rows, divides_rank)) for b in run.blocks
+            ),
         )
         for run in stack.runs
     )
@@ -66,7 +65,7 @@ def divide(
     return Stack(
         before if has_buffer else (*before, buffer),
         runs,
-        _with_sequence_parallelism(stack.after, (*columns, *heads), rows),
+        _with_sequence_parallelism(stack.after, (*columns, *heads), rows, divides_rank),
         stack.loss,
     )
 
@@ -133,17 +132,16 @@ def _scattered(before: tuple[Op, ...]) -> tuple[Op, ...]:
         return before
     if len(last.writes) > 1:  # dropout
         (x,) = last.reads
-        scatter = _scatter(f"{last.name}.scatter", x, "scattered")
+        scatter = _scatter(f"{last.name}.scatter", x, Tensor("scattered", "b s_tp h"))
         keeps = tuple(k._replace(of="scattered" if k.of == x else k.of) for k in last.keeps)
         return (*before[:index], scatter, last._replace(reads=("scattered",), keeps=keeps), *before[index + 1 :])
     last = last._replace(writes=(full,))
-    return (*before[:index], last, _scatter("scatter", full.name, "embeds"), *before[index + 1 :])
+    return (*before[:index], last, _scatter("scatter", full.name, Tensor("embeds", "b s_tp h")), *before[index + 1 :])
 
 
-def _scatter(name: str, x: str, y: str, kind: str = "scatter") -> Op:
+def _scatter(name: str, x: str, y: Tensor, kind: str = "scatter") -> Op:
     """A rank's tokens of `x`, by `scatter` or `reduce_scatter`; the gradient is gathered into new storage."""
-    source = f"{_SOURCE}/mappings.py {kind}_to_sequence_parallel_region"
-    return Op(name, (x,), (Tensor(y, "b s_tp h"),), source=source)
+    return Op(name, (x,), (y,), source=f"{_SOURCE}/mappings.py {kind}_to_sequence_parallel_region")
 
 
 def _with_gathered_inputs(operations: tuple[Op, ...], columns: tuple[str, ...]) -> Iterator[Op]:
@@ -159,21 +157,27 @@ def _with_gathered_inputs(operations: tuple[Op, ...], columns: tuple[str, ...]) 
 
 
 def _with_sequence_parallelism(
-    operations: tuple[Op, ...], columns: tuple[str, ...], rows: tuple[str, ...]
+    operations: tuple[Op, ...], columns: tuple[str, ...], rows: tuple[str, ...], divides_rank: bool
 ) -> tuple[Op, ...]:
-    """The operations with the tokens divided, except between a product that gathers and one that scatters."""
+    """The operations with the tokens divided, except between a product that gathers and one that scatters.
+
+    An adapter whose rank is not divided gathers and scatters as its layer does, but at its rank.
+    """
     of_all_tokens: set[str] = {"tokens", "summed", "embeds.whole", "places"}
     out: list[Op] = []
-    for op in _with_gathered_inputs(operations, columns):
+    for op in _with_gathered_inputs(operations, columns) if divides_rank else operations:
         name, half = module_of(op)
-        if matrix(op) and op.name.rpartition(".")[2] in columns:
+        is_plain = op.name.rpartition(".")[2] == name
+        if matrix(op) and name in columns and (is_plain or (not divides_rank and half != "lora_A")):
             of_all_tokens.update(t.name for t in op.writes)
-            gradient = Scratch(Tensor("gradient of all tokens", _ALL, f"={op.reads[0]}"), op.reads[0])
-            out.append(op._replace(scratch_back=(*op.scratch_back, gradient)))
-        elif name in rows and matrix(op) and not half:
+            gradient = Tensor("gradient of all tokens", f"b s {ops.axes_of(op)[2]}", f"={op.reads[0]}")
+            out.append(op._replace(scratch_back=(*op.scratch_back, Scratch(gradient, op.reads[0]))))
+        elif name in rows and matrix(op) and (not half or (not divides_rank and half == "lora_A")):
             y, summand = op.writes[0], f"{op.name}.summand"
             out.append(op._replace(writes=(y._replace(name=summand),)))
-            out.append(_scatter(f"{op.name}.reduce_scatter", summand, y.name, "reduce_scatter"))
+            out.append(
+                _scatter(f"{op.name}.reduce_scatter", summand, y._replace(shape=_part(y.shape)), "reduce_scatter")
+            )
         elif op.name.endswith(".lora_B.gather") and op.reads[0] in of_all_tokens:
             (y,) = op.writes
             out.append(op._replace(writes=(y._replace(name=f"{y.name}.whole"),)))

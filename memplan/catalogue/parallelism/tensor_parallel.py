@@ -144,8 +144,7 @@ def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = Tru
     t, plan = degrees.tp, _plan(model, degrees.style)
     records = records or degrees.style == "litgpt"  # LitGPT's all-reduce always writes a new tensor
     if degrees.style == "megatron":
-        sequence = degrees.sequence_parallel
-        return megatron_parallel.divide(stack, plan.columns, plan.rows, sequence, t, degrees.etp)
+        return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees)
     if degrees.style == "torchtitan":
         return torchtitan.divide(stack, degrees.sequence_parallel)
     uses = Counter(w.name for op in operations(stack) for w in op.weights)

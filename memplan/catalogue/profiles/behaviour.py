@@ -154,6 +154,8 @@ class ShardingBehaviour(NamedTuple):
     device_map                 the module for which a GPU's share leaves room in addition to layers: largest (leaf
                                module), mean
     tensor_parallel            whose tensor parallelism it is, if it was read
+    divides_rank               Megatron's ranks divide both halves of an adapter, not only the half that its layer
+                               divides
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
     fsdp2_casts_frozen         FSDP2's mixed precision keeps frozen weights in fp32, too, not only those that train
@@ -177,6 +179,7 @@ class ShardingBehaviour(NamedTuple):
     pipeline: Literal["megatron", "torch", "device_map"]
     device_map: Literal["largest", "mean"]
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
+    divides_rank: bool
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
     fsdp2_casts_frozen: bool

@@ -404,6 +404,8 @@ def accelerate(config: Config, document: Document) -> None:
         inner.set("parallelism.world", processes, "num_processes")
     if inner.get("mixed_precision") in ("bf16", "fp16"):
         config.launched = FieldOrigin("precision", inner.get("mixed_precision"), inner.why("mixed_precision"))
+    elif inner.get("mixed_precision") == "fp8":
+        inner.leave("mixed_precision", "products in fp8, of layers that accelerate replaces, are not counted")
     section = inner.section("deepspeed_config")
     if kind == "DEEPSPEED" and section is not None:
         _accelerate_deepspeed(inner, section)

@@ -46,7 +46,8 @@ def _with_own_layers() -> str:
     return ", ".join(name for name, row in families().items() if row.parallel.gpt is not None)
 
 
-# The layers that Megatron-Bridge's LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA.
+# The layers that LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA; ms-swift 4.0.0
+# megatron/utils/utils.py find_all_linears, without the head.
 _ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -64,19 +65,23 @@ def _adapts_megatron_layers(r: OpenRun) -> bool:
 def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what Megatron-core's own layers do not support."""
     method, kernels = r.method, r.kernels
-    if r.profile != "megatron-core":
+    library = r.library.sharding
+    if library.tensor_parallel != "megatron":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
     if method.kind not in ("full", "lora"):
         yield not_yet("method.kind", method.kind, "full, lora with Megatron-core's layers")
     p = r.parallelism
+    if method.kind == "lora" and megatron.has_experts(r.model) and not library.divides_rank:
+        yield not_yet("method.kind", "lora", f"full of models with experts under {r.profile}")
     if method.kind == "lora" and megatron.has_experts(r.model) and not groups_products(r.model):
         yield not_yet("method.kind", "lora", "full with Megatron-core's layers and moe_grouped_gemm false")
     if method.kind == "lora" and p.tp == 1 and p.etp not in (None, 1):
         yield not_yet("parallelism.etp", p.etp, "1 with adapters of Megatron-core's layers and tp 1")
-    if method.kind == "lora" and method.rank % max(p.tp, p.etp or 1):
+    if method.kind == "lora" and library.divides_rank and method.rank % max(p.tp, p.etp or 1):
         yield refused("method.rank", f"{method.rank} is not divided by tp {p.tp} or etp {p.etp or p.tp}")
-    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or method.dropout):
-        field = "modules_to_save" if method.modules_to_save else "dropout" if method.dropout else "targets"
+    drops = library.divides_rank and bool(method.dropout)
+    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or drops):
+        field = "modules_to_save" if method.modules_to_save else "dropout" if drops else "targets"
         known = {"targets": f"all-linear, {', '.join(_ADAPTED)}", "dropout": "0"}.get(field, "none")
         yield not_yet(f"method.{field}", str(getattr(method, field)), f"{known} with Megatron-core's layers")
     if r.precision.autocast:
@@ -85,10 +90,13 @@ def megatron_model(r: OpenRun) -> Iterator[SpecError]:
         )
     if kernels.loss != "hf":
         yield not_yet("kernels.loss", kernels.loss, "hf with Megatron-core's layers (its own loss)")
-    others = set(kernels.fused or ()) - {"cross_entropy"}
+    losses = {"cross_entropy", "compiled_cross_entropy"} & set(kernels.fused or ())
+    others = set(kernels.fused or ()) - losses
     if others:
-        supported = "cross_entropy with Megatron-core's layers, whose others are fused anyway"
+        supported = "cross_entropy, compiled_cross_entropy with Megatron-core's layers, whose others are fused anyway"
         yield not_yet("kernels.fused", ", ".join(sorted(others)), supported)
+    if len(losses) > 1:
+        yield refused("kernels.fused", f"{' and '.join(sorted(losses))} are two forms of one loss; name one")
     if kernels.checkpointing == "offload":
         yield not_yet(
             "kernels.checkpointing", kernels.checkpointing, "none, full, selective with Megatron-core's layers"
@@ -240,6 +248,10 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(field, "pipelines" if r.parallelism.pp > 1 else r.parallelism.strategy, "ddp, fsdp2")
 
 
+# Source: DeepSpeed 0.19.7 and 0.19.8 runtime/engine.py _configure_distributed_model.
+FP8_IN_ZERO = "DeepSpeed before 0.19.8 casts all of its weights to 16 bits; 0.19.8 leaves them in fp8, half as large"
+
+
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what several GPUs, or memplan so far, do not support."""
     p, method, optimizer = r.parallelism, r.method, r.optimizer
@@ -271,6 +283,10 @@ def several_gpus(r: OpenRun) -> Iterator[SpecError]:
     q = method.quantization
     packed = ("nf4", "fp4", *(("gptq-int4", "gptq-int8") if p.strategy == "fsdp" else ()))
     if p.strategy != MEGATRON and q is not None and q.format not in packed:
+        if q.format == "fp8" and p.strategy in ("zero1", "zero2"):
+            yield refused(
+                "method.quantization.format", f"fp8 under {p.strategy}: {FP8_IN_ZERO}; leave it out for 16 bits"
+            )
         yield not_yet("method.quantization.format", q.format, f"{', '.join(packed)} with {p.strategy}")
 
 
