@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.tiny import TINY as TEXTS
+from tests.tiny_towers import TINY as RESTING
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
@@ -43,6 +44,18 @@ _WHISPER = {
     "max_source_positions": 100,
 }
 
+_GEMMA = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 160,
+    "intermediate_size": 432,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 48,
+    "patch_size": 4,
+    "position_embedding_size": 512,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "aya_vision": {
         "text_config": {"model_type": "cohere2", **TEXTS["cohere2"]},
@@ -69,6 +82,21 @@ TINY: dict[str, dict[str, Any]] = {
         "image_token_index": 1990,
         "boi_token_index": 1991,
         "eoi_token_index": 1992,
+    },
+    "gemma4": {
+        "text_config": {**TEXTS["gemma4_text"], "model_type": "gemma4_text"},
+        "vision_config": {**_GEMMA, "use_clipped_linears": True},
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "hidden_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "output_proj_dims": 176,
+            "subsampling_conv_channels": [32, 24],
+        },
+        "image_token_id": 290,
+        "video_token_id": 291,
+        "audio_token_id": 292,
     },
     "gemma4_unified": {
         "text_config": {**TEXTS["gemma4_unified_text"], "model_type": "gemma4_unified_text"},
@@ -292,5 +320,19 @@ TINY: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "model_type": "llama"},
         "audio_config": {"model_type": "voxtral_encoder", **_WHISPER},
         "audio_token_id": 1990,
+    },
+}
+
+# Further shapes of a family: Gemma 4's large models have experts or none, no embeddings in every layer, and images
+# whose tokens attend to each other.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gemma4-large": {
+        "model_type": "gemma4",
+        "text_config": {**RESTING["gemma4-experts"]["text_config"], "use_bidirectional_attention": "vision"},
+        "vision_config": {**_GEMMA, "standardize": True},
+        "audio_config": None,
+        "image_token_id": 290,
+        "video_token_id": 291,
+        "audio_token_id": 292,
     },
 }

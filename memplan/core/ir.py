@@ -178,6 +178,7 @@ class Op(NamedTuple):
     returns            path of the module that ends here and began with the operation that `lends` its weights, or
                        `MODEL` if the model itself ends before the loss
     skipped            not run: only its weights exist
+    recorded           outputs that it makes only if a gradient flows through it
     needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint; and if it `keeps`
                        anything, only if a gradient needs that
     unit               operations that one fused kernel may replace: the kernel's name, and a name of the unit
@@ -215,6 +216,7 @@ class Op(NamedTuple):
     lends: str = ""
     returns: str = ""
     skipped: bool = False
+    recorded: tuple[str, ...] = ()
     needs_recording: bool = False
     unit: str = ""
     product: str = ""

@@ -26,6 +26,11 @@ def leaves(op: Op) -> tuple[str, ...]:
     return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
 
 
+def without_recorded(op: Op) -> Op:
+    """Return the operation without the outputs that it makes only if a gradient flows through it."""
+    return op._replace(writes=tuple(t for t in op.writes if t.name not in op.recorded))
+
+
 def _past_with_gradients(op: Op) -> tuple[str, ...]:
     return tuple(t.name for t in op.past) if op.gradient == "part" else ()
 

@@ -505,6 +505,7 @@ class _Pass:
             tape.leave_run(*self.grads.values(), *self.gatherer.handed, *tape.handed)
         tape.leave_copy()
         if copies.joins is not None:
+            tape.end_blocks()
             self._rename_gradient("y", copies.joins.stream)
             self.gatherer.enter_outside()
             tape.backward(self.joined[at], self.grads)

@@ -16,6 +16,7 @@ from memplan.engine.operation_facts import (
     last_uses,
     leaves,
     parts_behind,
+    without_recorded,
 )
 from memplan.engine.stash import Stash
 from memplan.engine.storages import CASTING, COMPUTING, GATHERING, GRADIENT_OF, LENT, REDUCING, LiveStorages, Storage
@@ -189,7 +190,7 @@ class Tape(LiveStorages):
                 self._offload_saved(frame, node, outputs=False)
             unrecorded = op.needs_recording and not (keep and (node.pins or not op.keeps))
             if not unrecorded and (node is not last_node or _keeps_an_output(node)):
-                self._compute(frame, op, mine)
+                self._compute(frame, op if node.pins or not op.recorded else without_recorded(op), mine)
             if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)
             if keep and node.pins:

@@ -389,6 +389,10 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     for rounded in (8, 32, 128):
         yield f"packed{rounded}", -(-rows // rounded) * rounded
     yield "tower_fp32", 0 if half else d + 1
+    padded = run.b * axes["images"] * axes["grid"]
+    yield "tower_ids", run.by.choose(padded > 3072, padded, 0)
+    if "tower_segments" in run.needs:
+        yield "tower_segments", _segments(run, padded, run.fixed["vpositions"])
     calls = {"grid": (run.b * axes["patches"], run.b * axes["images"] * axes["grid"] ** 2)}
     if "window" in axes:
         calls["window"] = (run.b * axes["patches"], run.b * axes["window_pairs"])

@@ -208,6 +208,25 @@ def test_a_clip_of_the_unified_gemma_4_is_its_samples(seconds: int, tokens: int)
     assert decide(asked).structure.graph.wiring.hears
 
 
+# 639 samples of a second's 16,000 are two frames short of 100: 99, which two convolutions halve to 50 and 25. The
+# processor cuts a clip at 30 seconds.
+@pytest.mark.parametrize(("seconds", "tokens"), [(1, 25), (7, 175), (30, 750), (31, 750)])
+def test_a_clip_of_gemma_4_is_25_tokens_a_second(seconds: int, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "gemma4", **TINY["gemma4"]})
+    count, picture = pictures_of(spec, 0, 0, None, 2, seconds)
+    axes = axes_of(spec, 2, picture)
+    assert (count, picture.tokens, axes["merged"]) == (2, tokens + 2, 2 * tokens)
+    assert (axes["uframes"], axes["uchunks"]) == (100 * min(seconds, 30) - 1, -(-tokens // 12))
+
+
+# The unified model merges the 9 patches of a token before it reads them.
+@pytest.mark.parametrize("size", [(200, 280), (1, 300)])
+def test_gemma_4_sees_nine_patches_where_the_unified_one_sees_a_token(size: Any) -> None:
+    tower, unified = (picture_of(ModelSpec({"model_type": n, **TINY[n]}), size) for n in ("gemma4", "gemma4_unified"))
+    assert tower.patches == 9 * unified.patches == 9 * 280
+    assert tower.tokens == unified.tokens
+
+
 @pytest.mark.parametrize(
     ("family", "seconds", "pads"), [("qwen2_audio", 1, True), ("qwen2_audio", 2, False), ("voxtral", 1, False)]
 )
@@ -393,8 +412,22 @@ def test_a_config_that_cuts_images_otherwise_is_refused(family: str, keys: dict[
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tower": ({"model": "qwen2-7b", "batch": {"images": 1}}, "batch.images: qwen2-7b has no vision tower"),
     "a tower that rests": (
-        {"model": {"config": RESTING["gemma4-small"]}, "batch": {"images": 1, "image_size": 64}},
-        "batch.images: images are not supported yet for gemma4",
+        {"model": {"config": RESTING["llava_next_video"]}, "batch": {"images": 1, "image_size": 64}},
+        "batch.images: images are not supported yet for llava_next_video",
+    ),
+    "a tower that is missing": (
+        {
+            "model": {"config": {**RESTING["gemma4-small"], "vision_config": None}},
+            "batch": {"images": 1, "image_size": 64},
+        },
+        "batch.images: gemma4 has no vision tower; use 0",
+    ),
+    "grouped heads in the tower": (
+        {
+            "model": {"config": {**model("gemma4")["config"], "vision_config": {"num_key_value_heads": 2}}},
+            "batch": {"images": 1, "image_size": 64},
+        },
+        "vision_config.num_key_value_heads: a number other than that of heads is not supported yet",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
     "a strip": (
@@ -464,9 +497,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "audio without an encoder": ({"batch": {"clips": 1}}, "batch.clips: qwen2_vl has no audio encoder"),
     "seconds alone": ({"batch": {"clip_seconds": 3}}, "batch.clip_seconds: there are no audio clips"),
-    "audio that rests": (
-        {"model": {"config": RESTING["gemma4-small"]}, "batch": {"clips": 1}},
-        "batch.clips: clips are not supported yet for gemma4; supported: 0 (text only)",
+    "an encoder that is missing": (
+        {"model": {"config": RESTING["gemma4-experts"]}, "batch": {"clips": 1}},
+        "batch.clips: gemma4 has no audio encoder; use 0",
     ),
     "no length": (
         {"model": model("gemma4_unified"), "batch": {"clips": 1}},

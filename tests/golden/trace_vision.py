@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import write
-from tests.tiny_vision import TINY
+from tests.tiny_vision import TINY as FAMILIES
+from tests.tiny_vision import VARIANTS
 
+TINY = {**FAMILIES, **VARIANTS}
 KINDS = ("full", "lora", "qlora")
 # all but Llama 4's router, which peft cannot adapt
 LLAMA4 = (
@@ -93,7 +95,10 @@ def runs(
                     model=model,
                     method={**method(name, kind, bool(batch)), "frozen": frozen},
                     batch={"micro": 2 if name in TINY else 1, "sequence": length, **batch},
-                    kernels={"checkpointing": checkpointing, "attention": attention},
+                    kernels={
+                        "checkpointing": checkpointing,
+                        **({} if attention == "sdpa" else {"attention": attention}),
+                    },
                     gpu="a100-sxm-80gb",
                 ),
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, mask_name, read_shared_cache
 from memplan.catalogue.decoder.frame import (
-    BOTH,
     after,
     inputs,
     local,
@@ -27,7 +26,6 @@ from memplan.catalogue.inference.decoding import for_last
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.catalogue.vision.uncalled_towers import gemma4_towers
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.configs.gemma import REUSED, STORED
 from memplan.models.layers import Layer
@@ -134,7 +132,7 @@ def shared_attention(
     repeats_first = masked or wide  # transformers repeats heads itself for a mask, or if they are wider than 256
     kernel = wiring.masked if masked else wiring.backend
     expands_by_view = kernel == "efficient" and repeats_first
-    if grouped and layer.k == 1 and (expands_by_view or (kernel == "eager" and not wiring.records)):
+    if grouped and layer.k == 1 and (expands_by_view or kernel == "eager"):
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", QUERIES, "new") for t in (keys, values))
         keys, values, grouped = f"{keys}.all", f"{values}.all", False  # expanding a single head makes no copy
     stored = shared_names(layer.sliding) if layer.mixer == STORED else ()
@@ -304,8 +302,15 @@ def _text_embeddings(has_per_layer: bool) -> tuple[Op, ...]:
     )
 
 
-def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
-    """Build the text decoder. `whole`: as the model for images and sound calls it for a text."""
+def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False, is_blockwise: bool = False) -> Stack:
+    """Build the text decoder.
+
+    is_multimodal  as the model for images and sound calls it
+    is_blockwise   tokens of an image attend to each other in layers with a window, which then have a mask of every row
+    """
+    narrow = wiring._replace(padded=wiring.padded or is_blockwise)
+    block_ids = (Op("blocks", (), (Tensor("blocks", "b s", "int64"),), gradient="none"),) if is_blockwise else ()
+    made = (*masks(wiring, "embeds", False), *masks(narrow, "embeds", True))
     has_per_layer = m.config_int("hidden_size_per_layer_input", least=0) > 0
     wide = wired(wiring, m.config_int("global_head_dim"))
 
@@ -315,7 +320,7 @@ def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
 
     def block(layer: Layer) -> Block:
         last_only = cuts and layer.mixer == REUSED
-        layer_wiring = (wiring if layer.sliding else wide)._replace(decodes=last_only or wiring.decodes)
+        layer_wiring = (narrow if layer.sliding else wide)._replace(decodes=last_only or wiring.decodes)
         heads = _heads(m, layer_wiring, layer, "n1", "ao")
         last, branch = "y1" if has_per_layer else "y0", "mixed" if layer.ffn == "experts" else "mo"
         operations = (
@@ -350,7 +355,7 @@ def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
         return local(layer_block) if layer.sliding else layer_block
 
     has_sliding = any(layer.sliding for layer in m.layers)
-    last = after(m, wiring, BOTH, norm=rms_norm, table=table_names(has_sliding))
+    last = after(m, wiring, norm=rms_norm, table=table_names(has_sliding), made=(*made, *block_ids))
     last = for_last(last) if cuts else last
     return Stack(
         (
@@ -362,8 +367,8 @@ def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
                 else ()
             ),
             positions(),
-            *masks(wiring, "embeds", False),
-            *masks(wiring, "embeds", True),
+            *block_ids,
+            *made,
             *ops.with_axes(rotary_tables(), GLOBAL),
             *(rotary_tables(True)[len(rotary_tables()) :] if has_sliding else ()),
         ),
@@ -389,9 +394,4 @@ def release_shared(last: tuple[Op, ...], m: ModelSpec, has_per_layer: bool, whol
     return (*last[:i], last[i]._replace(reads=(*last[i].reads, *names)), *last[i + 1 :])
 
 
-def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build the model for images and sound as it reads a text: its towers are loaded, and not called."""
-    return gemma4_towers(m, gemma4(m, wiring, is_multimodal=True))
-
-
-BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4, "gemma4_unified_text": gemma4}
+BUILDERS = {"gemma4_text": gemma4, "gemma4_unified_text": gemma4}

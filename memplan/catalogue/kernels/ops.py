@@ -265,6 +265,7 @@ def renamed(op: Op, new: Callable[[str], str]) -> Op:
         writes=tuple(map(tensor, op.writes)),
         keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
         captures=tuple(map(new, op.captures)),
+        recorded=tuple(map(new, op.recorded)),
         wraps=tuple(map(tensor, op.wraps)),
         past=tuple(map(tensor, op.past)),
         scratch=tuple(map(tensor, op.scratch)),

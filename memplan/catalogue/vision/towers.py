@@ -303,13 +303,11 @@ def attention(
     over: TowerAttention,
     mask: str = "",
     keys: str = "",
-    records: bool = True,
 ) -> Op:
     """Return the flash or memory-efficient kernel, see `memplan.catalogue.attention.attention`.
 
     Several calls reuse the scratch of one, and each keeps 512 bytes of RNG state. `keys`: the axis of the keys that a
-    query attends to, if it is not all rows of a call. `records`: autograd does, without which the memory-efficient
-    kernel returns no row sums.
+    query attends to, if it is not all rows of a call.
     """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     state = f"b {over.calls} 64" if over.calls else ""
@@ -324,7 +322,6 @@ def attention(
         source = f"{_ATEN}/transformers/cuda/flash_attn/flash_api.cpp mha_bwd"
     else:
         sums = f"b {over.calls} va {rows}32" if over.calls else f"{batch} va {rows}32"
-        sums = sums if records else "0"
         workspace = "batched" if batch else rows
         long = P if rows == "packed" else rows
         scratch = (
@@ -346,6 +343,7 @@ def attention(
         tuple(Keep(what, of) for of in (q, k, v) for what in saved),
         scratch_back=tuple(map(Scratch, scratch)),
         autocast="lower",
+        recorded=() if kernel == "flash" else (lse,),
         product=f"whole attention over {keys or (P if rows == 'packed' else rows)}",
         source=source,
     )
@@ -373,7 +371,7 @@ def joint_attention(
         bias = Tensor(f"{y}.bias", f"{over.batch} {over.rows} {over.rows}", f"={q}")
         source = f"{_ATEN}/transformers/attention.cpp convert_boolean_attn_mask"
         converted = Op(f"{name}.mask", (mask,), (bias,), autocast="lower", gradient="none", source=source)
-        return (converted, attention(name, q, k, v, y, "efficient", over, bias.name, records=wiring.records))
+        return (converted, attention(name, q, k, v, y, "efficient", over, bias.name))
     return (attention(name, q, k, v, y, "efficient" if mask else wiring.tower, over, mask),)
 
 

@@ -1,7 +1,7 @@
 """Vision and audio towers that a text-only run loads but does not run.
 
-Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py, models/siglip and
-siglip2.
+Source: transformers 5.24 models/gemma4_unified/modeling_gemma4_unified.py, models/step3p7/modeling_step3p7.py,
+models/siglip and siglip2.
 """
 
 from __future__ import annotations
@@ -33,13 +33,6 @@ def _norm(name: str, axis: str, bias: bool = False, group: str = "vision") -> Op
     return _parameters(name, ("weight", axis), *((("bias", axis),) if bias else ()), group=group)
 
 
-def _clipped(name: str, out: str, into: str, clips: bool, group: str = "vision") -> tuple[Op, ...]:
-    """Return a linear layer whose wrapper module can clip input and output to bounds stored as buffers."""
-    bounds = ("input_min", "input_max", "output_min", "output_max")
-    linear = _linear(f"{name}.linear", out, into, group=group)
-    return (linear, _buffers(name, *((bound, "") for bound in bounds))) if clips else (linear,)
-
-
 def _frequencies(name: str) -> Op:
     return _buffers(name, ("inv_freq", "vd4"), ("original_inv_freq", "vd4"))
 
@@ -51,19 +44,6 @@ def _with_tower(stack: Stack, outside: tuple[Op, ...], blocks: Iterable[tuple[st
         for name, times, layer in blocks
     )
     return stack._replace(before=(*skipped(outside), *stack.before), runs=(*skipped_runs, *stack.runs))
-
-
-def gemma4_towers(m: ModelSpec, made: Stack) -> Stack:
-    """Return the stack with those towers of Gemma 4 that the config has."""
-    image, sound = m.part("vision_config"), m.part("audio_config")
-    if sound:
-        clips = bool(sound.get("use_clipped_linears", True))
-        made = _with_tower(made, _audio_outside(), (("model.audio_tower.layers", "uL", _audio_layer(clips)),))
-    if image:
-        clips = bool(image.get("use_clipped_linears", False))
-        outside = _vision_outside(bool(image.get("standardize", False)))
-        made = _with_tower(made, outside, (("model.vision_tower.encoder.layers", "vL", _vision_layer(clips)),))
-    return made
 
 
 def unified_embedders(m: ModelSpec, made: Stack, called: str = "") -> Stack:
@@ -82,76 +62,6 @@ def unified_embedders(m: ModelSpec, made: Stack, called: str = "") -> Stack:
     parts = (("vision_config", pixels), ("audio_config", sound))
     uncalled = tuple(op for key, layers in parts if m.part(key) and key != called for op in layers)
     return _with_tower(made, uncalled, ())
-
-
-def _vision_outside(standardizes: bool) -> tuple[Op, ...]:
-    tower = "model.vision_tower"
-    return (
-        _linear(f"{tower}.patch_embedder.input_proj", "vh", "vin"),
-        _parameters(f"{tower}.patch_embedder", ("position_embedding_table", "2 vpositions vh")),
-        _frequencies(f"{tower}.encoder.rotary_emb"),
-        *((_buffers(tower, ("std_bias", "vh"), ("std_scale", "vh")),) if standardizes else ()),
-        _linear("model.embed_vision.embedding_projection", "h", "vh", group="projector"),
-    )
-
-
-def _vision_layer(clips: bool) -> tuple[Op, ...]:
-    heads = {"q": "va vd", "k": "vk vd", "v": "vk vd"}
-    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-    return (
-        *(op for t, out in heads.items() for op in _clipped(f"self_attn.{t}_proj", out, "vh", clips)),
-        *_clipped("self_attn.o_proj", "vh", "va vd", clips),
-        _norm("self_attn.q_norm", "vd"),
-        _norm("self_attn.k_norm", "vd"),
-        *(op for t in ("gate", "up") for op in _clipped(f"mlp.{t}_proj", "vf", "vh", clips)),
-        *_clipped("mlp.down_proj", "vh", "vf", clips),
-        *(_norm(f"{name}_layernorm", "vh") for name in norms),
-    )
-
-
-def _audio_outside() -> tuple[Op, ...]:
-    tower, group = "model.audio_tower", "audio"
-    convolutions = f"{tower}.subsample_conv_projection"
-    return (
-        *(
-            op
-            for i, into in ((0, "1"), (1, "uc0"))
-            for op in (
-                _parameters(f"{convolutions}.layer{i}.conv", ("weight", f"uc{i} {into} 3 3"), group=group),
-                _norm(f"{convolutions}.layer{i}.norm", f"uc{i}", group=group),
-            )
-        ),
-        _linear(f"{convolutions}.input_proj_linear", "uh", "uin", group=group),
-        _buffers(f"{tower}.rel_pos_enc", ("inv_timescales", "uh2")),
-        _linear(f"{tower}.output_proj", "uo", "uh", True, group),
-        _linear("model.embed_audio.embedding_projection", "h", "uo", group=group),
-    )
-
-
-def _audio_layer(clips: bool) -> tuple[Op, ...]:
-    group = "audio"
-    feeds = ("feed_forward1", "feed_forward2")
-    norms = ("lconv1d.pre_layer_norm", "lconv1d.conv_norm", "norm_pre_attn", "norm_post_attn", "norm_out")
-    layers = {
-        **{f"{feed}.ffw_layer_1": ("4 uh", "uh") for feed in feeds},
-        **{f"{feed}.ffw_layer_2": ("uh", "4 uh") for feed in feeds},
-        **{f"self_attn.{name}": ("uh", "uh") for name in ("q_proj", "k_proj", "v_proj", "post")},
-        "lconv1d.linear_start": ("2 uh", "uh"),
-        "lconv1d.linear_end": ("uh", "uh"),
-    }
-    return (
-        *(op for name, (out, into) in layers.items() for op in _clipped(name, out, into, clips, group)),
-        _linear("self_attn.relative_k_proj", "uh", "uh", group=group),
-        _parameters("self_attn", ("per_dim_scale", "ud"), group=group),
-        _buffers("self_attn", ("softcap", "")),
-        _parameters("lconv1d.depthwise_conv1d", ("weight", "uh 1 ukernel"), group=group),
-        *(
-            _norm(f"{feed}.{name}", "uh", group=group)
-            for feed in feeds
-            for name in ("pre_layer_norm", "post_layer_norm")
-        ),
-        *(_norm(name, "uh", group=group) for name in norms),
-    )
 
 
 _HEADS = ("q_proj", "k_proj", "v_proj", "out_proj")

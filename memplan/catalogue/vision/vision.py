@@ -18,12 +18,18 @@ _INDEX = "torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_scatter__c
 
 
 def text_with_tower(
-    wiring: Wiring, text: Stack, tower: Tower, scatter: tuple[Op, ...] = (), held: tuple[str, ...] = ()
+    wiring: Wiring,
+    text: Stack,
+    tower: Tower,
+    scatter: tuple[Op, ...] = (),
+    held: tuple[str, ...] = (),
+    last: str = "embeds",
 ) -> Stack:
     """Return the tower followed by the text's stack.
 
     scatter  operations that merge the embeddings `text` and the tower's `features` into `stream`
     held     tensors that the model's frame references until its language model has returned
+    last     what the text's operations before the tower write last
     """
     if not wiring.images:
         between = tuple(op for run in tower.runs for op in run.before)
@@ -36,7 +42,9 @@ def text_with_tower(
         )
         before = (*skipped((*tower.before, *between, *tower.after)), *text.before)
         return text._replace(before=before, runs=(*skipped_runs, *text.runs))
-    at = next(i for i, op in enumerate(text.before) if any(w.name == "embeds" for w in op.writes))
+    at = next(i for i, op in enumerate(text.before) if any(w.name == last for w in op.writes))
+    while text.before[at + 1].name == "return":
+        at += 1
     inputs, *embedding = text.before[: at + 1]
     inputs = inputs._replace(writes=(*inputs.writes, *tower.inputs))
     own = renamed(tuple(embedding), {"embeds": "text"})

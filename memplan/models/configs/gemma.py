@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError, refused
 from memplan.core.frozen import FrozenDict
 from memplan.models.configs import processors
+from memplan.models.configs.gemma4_towers import clip_axes, gemma4_towers, unified_embedders
 from memplan.models.configs.images import padded_axes
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
-from memplan.models.configs.uncalled_towers import gemma4_towers, unified_embedders
 from memplan.models.facts import Family, ImageFacts, ModelFacts, flash_width
 from memplan.models.family_facts import (
     AttentionFacts,
@@ -132,18 +133,33 @@ def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **gemma4_towers(m)}
 
 
-def _samples(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
-    """Return a clip, of which as many samples make a token as embeddings of sound are wide; two more tokens frame it.
+def _clip(m: ModelFacts, seconds: int | None, samples: int, longest: int | None = None) -> tuple[int, Picture]:
+    """Return a clip of which as many `samples` make a token, cut after the `longest` seconds; two more tokens frame it.
 
-    Source: transformers 5.24 models/gemma4_unified/feature_extraction_gemma4_unified.py. Raises SpecError without its
-    length.
+    Raises SpecError without its length, and for a model without `audio_config`.
     """
+    name = m.name or m.model_type
+    if not m.part("audio_config"):
+        raise refused("batch.clips", f"{name} has no audio encoder; use 0")
     if seconds is None:
-        name = m.name or m.model_type
         why = f"the tokens of a clip of {name} depend on its length; give it (--clip-seconds 30)"
         raise refused("batch.clip_seconds", why)
-    tokens = -(-seconds * _SAMPLES // unified_embedders(m)["uo"])
+    tokens = -(-min(seconds, longest or seconds) * _SAMPLES // samples)
     return 1, Picture(tokens, 1, tokens + 2)
+
+
+def _samples(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
+    """Source: transformers 5.24 models/gemma4_unified/feature_extraction_gemma4_unified.py."""
+    return _clip(m, seconds, unified_embedders(m)["uo"])
+
+
+def _frames(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
+    """Source: transformers 5.24 models/gemma4/feature_extraction_gemma4.py, processing_gemma4.py."""
+    return _clip(m, seconds, 640, 30)
+
+
+def _tower_axes(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    return {**padded_axes(m, images, picture), **clip_axes(m, picture.patches)}
 
 
 def _unified_axes(m: ModelFacts) -> Mapping[str, int]:
@@ -204,14 +220,27 @@ FAMILIES = {
         axes=_gemma4_axes_with_towers,
         attention=MASKS_IMAGES,
         parallel=ParallelFacts(wrapped_stem="model.vision_tower.patch_embedder."),
-        images=ImageFacts(is_called=False),
+        stack="gemma4_multimodal",
+        images=ImageFacts(
+            picture=processors.gemma4,
+            largest=partial(processors.gemma4, height=14, width=20),  # 280 tokens, as many as any
+            axes=_tower_axes,
+            has_masks=True,
+            clip=_frames,
+            ffn="gated",
+        ),
     ),
     "gemma4_unified": _UNIFIED._replace(
         keys=_UNIFIED.keys._replace(decoder="text_config"),
         axes=_unified_axes,
         stack="gemma4_unified",
         attention=MASKS_IMAGES,
-        images=ImageFacts(picture=processors.gemma4, axes=padded_axes, clip=_samples),
+        images=ImageFacts(
+            picture=processors.gemma4_unified,
+            largest=partial(processors.gemma4_unified, height=14, width=20),
+            axes=padded_axes,
+            clip=_samples,
+        ),
     ),
     "gemma4_unified_text": _UNIFIED,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil, floor, sqrt
 from typing import Any, cast
 
-from memplan.core.errors import ConfigError, SpecError
+from memplan.core.errors import ConfigError, SpecError, refused
 from memplan.models.configs.towers import llama4 as llama4_axes
 from memplan.models.configs.towers import merged_patches, rows, size
 from memplan.models.facts import ModelFacts
@@ -268,8 +268,11 @@ _GEMMA_TOKENS = 280  # of an image. Source: transformers 5.24 models/gemma4/imag
 def gemma4(m: ModelFacts, height: int, width: int) -> Picture:
     """Resize to the most whole merged patches that keep the sides' ratio; two more tokens frame the image.
 
-    Source: transformers 5.24 models/gemma4/image_processing_gemma4.py get_aspect_ratio_preserving_size.
+    Source: transformers 5.24 models/gemma4/image_processing_gemma4.py get_aspect_ratio_preserving_size. Raises
+    SpecError for a model without `vision_config`.
     """
+    if not m.part(_VISION):
+        raise refused("batch.images", f"{m.name or m.model_type} has no vision tower; use 0")
     most, merge = _GEMMA_TOKENS, size(m, "pooling_kernel_size", 3)
     side = size(m, "patch_size", 16) * merge
     factor = sqrt(most * side**2 / (height * width))
@@ -277,7 +280,13 @@ def gemma4(m: ModelFacts, height: int, width: int) -> Picture:
     if not high or not wide:
         long, short = max(height, width), min(height, width)
         high, wide = (1, min(long // short, most)) if not high else (min(long // short, most), 1)
-    return Picture(1, most, high * wide + 2)
+    return Picture(1, most * merge**2, high * wide + 2, merge)
+
+
+def gemma4_unified(m: ModelFacts, height: int, width: int) -> Picture:
+    """Return the image as the unified Gemma 4 reads it, whose patches are merged already."""
+    picture = gemma4(m, height, width)
+    return picture._replace(columns=picture.columns // picture.merge**2, merge=1)
 
 
 def _closest(height: int, width: int, most: int) -> int:

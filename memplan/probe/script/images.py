@@ -162,7 +162,8 @@ def _positioned_inputs(
     places = torch.full((images, picture.patches, 2), -1, dtype=torch.int64)
     places[:, : tokens * picture.merge**2] = 0
     if _has_no_data(ids):
-        selections[images, picture.patches] = images * tokens
+        selections[images, picture.patches // picture.merge**2] = images * tokens
+        _module(base).create_bidirectional_mask = _mask_of_padding if axes["unread"] else _no_mask
         selections[(*ids.shape, axes["h"])] = images * tokens * axes["h"]
         _list_as(ids, [tokens] * images)
     kinds = torch.zeros_like(ids)
@@ -177,16 +178,17 @@ def _positioned_inputs(
 def _sampled_inputs(
     base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Return the samples of clips, and a mask of the tokens that they make."""
+    """Return the samples of clips, or their frames, and a mask of them."""
     clips, tokens = each * len(ids), picture.patches
+    rows, width = (axes["uframes"], axes["umel"]) if "uframes" in axes else (tokens, axes["uo"])
     if _has_no_data(ids):
         selections[clips, tokens] = clips * tokens
         selections[(*ids.shape, axes["h"])] = clips * tokens * axes["h"]
     kinds = torch.zeros_like(ids)
     kinds[:, : each * tokens] = _AUDIO
     return {
-        "input_features": torch.empty(clips, tokens, axes["uo"], device=ids.device).normal_(),
-        "input_features_mask": torch.ones(clips, tokens, dtype=torch.bool, device=ids.device),
+        "input_features": torch.empty(clips, rows, width, device=ids.device).normal_(),
+        "input_features_mask": torch.ones(clips, rows, dtype=torch.bool, device=ids.device),
         "mm_token_type_ids": kinds,
     }
 

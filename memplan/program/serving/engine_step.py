@@ -99,10 +99,10 @@ def _draft_step(s: Settings, tokens: int, requests: int) -> EngineStep | None:
 
 
 def _encoder(s: Settings, axes: dict[str, int], steps: tuple[Instant, ...]) -> tuple[Instant, ...]:
-    """Return the moments of the vision tower, and those of the step with the tower's output. Adds the tower's axes to
-    `axes`."""
+    """Return the moments of the vision tower and those of the step with the tower's output; none without a tower. Adds
+    the tower's axes to `axes`."""
     images, tower = profiled_items(s) if steps else None, s.model.family.images
-    if images is None or tower is None:
+    if images is None or tower is None or "vf" not in axes:
         return ()
     axes["vn"], axes["vt"] = images.items * images.patches, images.items * images.tokens * images.levels
     axes["vhp"], axes["vfp"] = -(-axes["vh"] // s.tp), -(-axes["vf"] // s.tp)
