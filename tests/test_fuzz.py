@@ -58,6 +58,20 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
         {"model": "mistral-7b-v0.1", "parallelism": {"world": 2, "pp": 2}, "kernels": {"checkpointing": "offload"}},
     ),
     ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
+    # A table of no positions was divided among ranks.
+    (
+        "runs",
+        {
+            "parallelism": {"strategy": "fsdp2"},
+            "model": {
+                "config": {
+                    "model_type": "aya_vision",
+                    "text_config": {"vocab_size": 1},
+                    "vision_config": {"image_size": 1},
+                }
+            },
+        },
+    ),
     ("runs", {"task": "generate", "profile": "tgi-3", "gpu": "rtx-2080-super", "model": "qwen2-vl-2b"}),
     ("runs", {"model": "gemma-3-4b", "parallelism": {"tp": 2}, "optimizer": {"name": "x" * 3000}}),  # said in full
     ("configs", {"config": {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": 1}, "run": {}}),

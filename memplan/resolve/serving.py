@@ -120,7 +120,9 @@ def _with_defaults(
         fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
         if attention_free(model) and s.prefix_caching is None:  # config/model.py is_prefix_caching_supported
             fields["prefix_caching"] = False
-        if _uses_mla(model) and s.block_size is None:
+        if model.has_compressed_cache:
+            fields["block_size"] = ENTRIES
+        elif _uses_mla(model):
             fields["block_size"] = 64  # required by the FlashMLA, FlashInfer and sparse MLA kernels
     if engine.kind == "sglang":
         fields["max_num_batched_tokens"] = s.max_num_batched_tokens or tokens

@@ -26,7 +26,7 @@ from memplan.catalogue.quantization.gguf import dynamic_range
 from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimate.serving import pool_tokens, requests
-from memplan.models.cards import find_model, load_card
+from memplan.models.cards import card_names, find_model, load_card
 from memplan.planning.inference import with_tp
 from memplan.program.serving.budget import budget, card_for, layers_that_fit, pool_of
 from memplan.program.serving.compressed import room_of
@@ -47,7 +47,7 @@ from memplan.resolve.serving import resolve_serving
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import changed
 from memplan.spec.serving import Serving
-from tests.sampling import examples
+from tests.sampling import examples, sampled
 
 GIB, MIB = 2**30, 2**20
 GOLDEN = [
@@ -1111,3 +1111,22 @@ def test_the_range_of_a_tight_engine_ends_above_its_card() -> None:
     assert answer.verdict.answer == "tight"
     assert answer.gpu is not None
     assert answer.band.low < answer.gpu.usable < answer.band.high
+
+
+def test_an_answer_for_each_family_holds_its_own_run() -> None:
+    """A card of each model_type, with the engine that profiles towers: no crash, and no refusal of the answer's run."""
+    families = {load_card(name).model_type: name for name in sorted(card_names())}
+    refused, broken = 0, dict[str, str]()
+    for name in sampled(sorted(families.values()), 16):
+        try:
+            answer = estimate(RunSpec(model=name, task="generate", profile="vllm"))
+        except MemplanError:
+            refused += 1
+            continue
+        try:
+            if estimate(answer.run).run != answer.run:
+                broken[name] = "another run"
+        except MemplanError as error:
+            broken[name] = str(error)
+    assert broken == {}
+    assert refused < len(families) / 2

@@ -15,13 +15,11 @@ from collections.abc import Mapping
 from functools import partial
 from math import sqrt
 
-from memplan.core.errors import ConfigError, SpecError, refused
+from memplan.core.errors import SpecError, refused
 from memplan.models.configs import processors
-from memplan.models.configs.towers import size
+from memplan.models.configs.towers import size, without_patches
 from memplan.models.facts import ImageFacts, ModelFacts
 from memplan.models.family_facts import Picture
-
-_VISION = "vision_config"
 
 
 def _frames(m: ModelFacts, frames: int, height: int, width: int) -> tuple[int, Picture]:
@@ -111,7 +109,7 @@ def _picture(m: ModelFacts, height: int, width: int) -> Picture:
     assert picture is not None
     resized = picture(m, height, width)
     if not resized.patches or not resized.tokens:
-        raise ConfigError(f"config: {_VISION}.image_size: an image has no patch of {_VISION}.patch_size", "image_size")
+        without_patches()
     return resized
 
 

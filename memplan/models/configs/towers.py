@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import isqrt
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from memplan.core.errors import ConfigError
 from memplan.models.facts import ModelFacts, flash_width
@@ -229,8 +229,13 @@ def mistral3(m: ModelFacts) -> dict[str, int]:
 
 
 def rows(m: ModelFacts) -> int:
-    """Return the rows, and columns, of patches of an image of the tower's size."""
-    return size(m, "image_size") // size(m, "patch_size")
+    """Return the rows, and columns, of patches of an image of the tower's size. Raises ConfigError if it has none."""
+    return size(m, "image_size") // size(m, "patch_size") or without_patches()
+
+
+def without_patches() -> NoReturn:
+    """Raise ConfigError: an image is smaller than a patch."""
+    raise ConfigError(f"config: {_VISION}.image_size: an image has no patch of {_VISION}.patch_size", "image_size")
 
 
 def llama4(m: ModelFacts) -> dict[str, int]:
