@@ -11,8 +11,8 @@ not_expressed.jsonl     measurements that a RunSpec cannot describe yet, with th
 reports.jsonl           what people reported in issues and documentation: `outcome` ran or oom; `gib` in a `metric`,
                         if it was measured; `grade` A if all settings are stated, B if one or two are assumed, C if more
                         are; `as_of` the framework's version, or the day, that a figure was written for, whose file and
-                        defaults the run has; `padded` if every row is padded to a stated length, or the longest row of
-                        published data is counted; `partly` if a part is not counted; the `cause` of a miss, the
+                        defaults the run has; `padded` if rows are padded or packed to a stated length, or the longest
+                        row of published data is counted; `partly` if a part is not counted; the `cause` of a miss, the
                         `reason` for no run, the `quote` of a figure
 inference.jsonl         forward passes and generation; a figure may be of one `phase`, or `summed` over all GPUs
 
