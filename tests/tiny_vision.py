@@ -106,6 +106,40 @@ TINY: dict[str, dict[str, Any]] = {
         "video_token_id": 291,
         "audio_token_id": 292,
     },
+    "glm4v": {
+        **{key: value for key, value in _IDS.items() if not key.startswith("vision")},
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "image_size": 112,
+        },
+    },
+    "glm_ocr": {
+        **{key: value for key, value in _IDS.items() if not key.startswith("vision")},
+        "text_config": {
+            **_TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+        },
+    },
     "idefics3": _SMOL,
     "internvl": {
         "text_config": {**_TEXT, "model_type": "qwen2"},
@@ -322,6 +356,8 @@ TINY: dict[str, dict[str, Any]] = {
         "audio_token_id": 1990,
     },
 }
+
+TINY["glm46v"] = TINY["glm4v"]
 
 # Further shapes of a family: Gemma 4's large models have experts or none, no embeddings in every layer, and images
 # whose tokens attend to each other.

@@ -434,7 +434,7 @@ class ModelFacts:
         """Return the size of every axis of `memplan.core.ir` for this model, and of widths derived from them.
 
         `L1`, `L2` and so on are the repetitions of its runs. A width of only some layers has its size in its name:
-        `k8`, `f512`.
+        `a64`, `k8`, `f512`.
         """
         return {**self._axes}
 
@@ -444,6 +444,7 @@ class ModelFacts:
         p = self.config_int("word_embed_proj_dim", self.hidden_size)
         return {
             **{run.times: run.number for run in self.runs},
+            **{f"a{layer.a}": layer.a for layer in set(self.layers) if layer.a},
             **{f"k{layer.k}": layer.k for layer in set(self.layers)},
             **{f"f{layer.f}": layer.f for layer in set(self.layers)},
             "h": self.hidden_size,

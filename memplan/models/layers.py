@@ -28,6 +28,7 @@ class Layer(NamedTuple):
     f               FFN width; 0 for a layer without an FFN
     mixer           kind of token mixer, in words shared by the family's config module and its stack builder
     ffn             kind of FFN, likewise
+    a               query heads, if the layers differ in them
     choosable_sums  Kimi K3: number of sums of earlier layers' outputs that the layer chooses from, in addition to its
                     input
     opens_sum       Kimi K3: the layer adds its input to those sums and starts the next one
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
     f: int
     mixer: str = "attention"
     ffn: str = "dense"
+    a: int = 0
     choosable_sums: int = 0
     opens_sum: bool = False
 

@@ -179,3 +179,38 @@ def test_a_broken_config_is_refused_by_its_key(broken: tuple[str, dict[str, Any]
     with pytest.raises(MemplanError, match=key) as caught:
         estimate(run(name, keys))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "line"),
+    [
+        ("diffllama", {"attention_dropout": 0.1}, "config: attention_dropout must be 0 for diffllama"),
+        ("diffllama", {"num_key_value_heads": 1}, "config: num_key_value_heads must be even for diffllama, not 1"),
+        (
+            "laguna",
+            {"num_attention_heads_per_layer": [16, 32, 31, 32, 16]},
+            "config: num_attention_heads_per_layer must be multiples of num_key_value_heads 2, not 31",
+        ),
+        (
+            "laguna",
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 2}}},
+            "config: rope_parameters: partial_rotary_factor of sliding_attention must be above 0 and at most 1, not 2",
+        ),
+        (
+            "laguna",
+            {"moe_apply_router_weight_on_input": True},
+            "moe_apply_router_weight_on_input: true is not supported by transformers' class",
+        ),
+    ],
+)
+def test_what_a_decoders_class_refuses_is_refused_in_one_line(name: str, keys: dict[str, Any], line: str) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(run(name, keys))
+    assert str(caught.value) == line
+
+
+def test_layers_of_laguna_have_their_own_numbers_of_heads() -> None:
+    stack = build(ModelSpec(config("laguna")), Wiring("flash", "efficient"))
+    blocks = [block for r in stack.runs for block in r.blocks]
+    heads = [next(w.shape for op in block.ops for w in op.weights if "q_proj" in w.name) for block in blocks]
+    assert heads == ["a16 d h", "a32 d h", "a16 d h"]

@@ -93,6 +93,29 @@ def test_a_qwen3_image_has_one_token_per_32_pixel_square(family: str, size: Any,
     assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
 
 
+# A token covers 28 x 28 pixels. 14 x 700 is first enlarged to 28 x 1400; 56 x 84, which is less than 6272 pixels, by
+# 1.15; 4000 x 3000 shrunk by 1.58 to 2520 x 1876, 9633792 / 2 pixels or less.
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(336, 12 * 12), ((14, 700), 1 * 50), ((56, 84), 3 * 4), ((4000, 3000), 90 * 67)]
+)
+@pytest.mark.parametrize("family", ["glm46v", "glm4v", "glm_ocr"])
+def test_an_image_of_glm_is_a_token_for_every_four_patches(family: str, size: Any, tokens: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": family, **TINY[family]}), size)
+    assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
+
+
+def test_a_glm_4_6v_with_experts_is_refused() -> None:
+    text = {**TINY["glm46v"]["text_config"], "model_type": "glm4v_moe_text"}
+    with pytest.raises(UnsupportedModelError, match=r'^text_config\.model_type: "glm4v_moe_text" is not supported yet'):
+        ModelSpec({"model_type": "glm46v", **TINY["glm46v"], "text_config": text}).axes()
+
+
+def test_a_tower_of_glm_must_be_as_wide_as_the_text() -> None:
+    vision = {**TINY["glm_ocr"]["vision_config"], "out_hidden_size": 96}
+    with pytest.raises(ConfigError, match="out_hidden_size 96 must be the text's hidden_size 128"):
+        ModelSpec({"model_type": "glm_ocr", **TINY["glm_ocr"], "vision_config": vision}).axes()
+
+
 # Two frames make one picture of 28 (Qwen2-VL) or 32 pixels per token; 200 frames of Qwen3-VL share 6 x 2048 x 2048
 # pixels, 354 a side, which is 11 tokens a side. InternVL and SmolVLM read each frame as a tile.
 @pytest.mark.parametrize(

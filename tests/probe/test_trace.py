@@ -57,6 +57,7 @@ RUNS = {
     "fused": tiny("llama", kernels={**PLAIN, "loss": "fused"}),
     "chunked": tiny("llama", kernels={**PLAIN, "loss": "chunked"}),
     "chunks are held": tiny("llama", kernels={**PLAIN, "loss": "chunked"}, loop={"hold_outputs": "step"}),
+    "torch's RMSNorm": tiny("diffllama", kernels=PLAIN),
     "freeze": tiny("qwen2_vl", method={"kind": "freeze", "trainable_layers": 1}),
     "by tokens": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
     "last chunk of a token": tiny("gemma", batch={"sequence": 129}, kernels={**PLAIN, "loss": "chunked_lm_head"}),

@@ -33,6 +33,7 @@ QWEN_2 = Decoder(bias=True, mlp_bias="mlp_bias", masks=FULL)
 QWEN_3 = LLAMA._replace(qk_norm="each")
 GRANITE = LLAMA._replace(branch=scaled_branches, embedded=scaled_embeddings(), logits=scaled_logits)
 ERNIE = Decoder(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rotate=rope_in_fp32, table_dtype="fp32")
+GLM_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 _GLM = Decoder(bias="attention_bias", rotate=partial_rope_of_pairs, attend=attend_heads_first, mlp=fused_mlp)
 _COHERE = Decoder(
     bias="attention_bias",
@@ -79,9 +80,7 @@ BUILDERS = {
     "cwm": MISTRAL._replace(masks=BOTH),
     "ernie4_5": ernie4_5,
     "glm": _GLM,
-    "glm4": _GLM._replace(
-        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
-    ),
+    "glm4": _GLM._replace(norms=GLM_NORMS),
     "granite": GRANITE,
     "helium": LLAMA._replace(out_bias=False, norm=rms_norm_of_cast_weight, rotate=rope_of_pairs),
     "hunyuan_v1_dense": LLAMA._replace(rotate=rope_and_norm),

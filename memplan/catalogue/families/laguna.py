@@ -17,16 +17,13 @@ from memplan.core.ir import Op, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
-_LOCAL = {"a": "aw", "rot": "wrot", "rot2": "wrot2"}  # axes of layers with a window
+_LOCAL = {"rot": "wrot", "rot2": "wrot2"}  # axes of layers with a window
 
 
 def _attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
     """Attention whose heads, or all their numbers, are multiplied by the softplus of a projection of its input."""
     bias, group, each = m.get("attention_bias", False), "attention", m.config["gating"] in (True, "per-head")
-    queries = m.axes()["aw" if layer.sliding else "a"]
-    repeated, k, v, heads, grouped = keys_and_values(
-        m, f"{name}.attention", wiring, layer.sliding, m.num_key_value_heads != queries
-    )
+    repeated, k, v, heads, grouped = keys_and_values(m, f"{name}.attention", wiring, layer.sliding, layer.k != layer.a)
     gates = "b s a" if each else QUERIES
     operations = (
         *(
@@ -62,7 +59,7 @@ def _attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_att
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", group, bias),
         ops.release_names("q", "k", "v", "o", "open", "n1"),
     )
-    return ops.with_axes(operations, _LOCAL) if layer.sliding else operations
+    return ops.with_axes(operations, {"a": f"a{layer.a}", **(_LOCAL if layer.sliding else {})})
 
 
 def _mixture(m: ModelSpec, name: str = "mlp.gate") -> tuple[Op, ...]:

@@ -6,6 +6,7 @@ The tower sees all images as one sequence of patches. Qwen3-VL shares parts of t
 from __future__ import annotations
 
 from memplan.catalogue.decoder.decoder import decoder
+from memplan.catalogue.decoder.frame import Norm
 from memplan.catalogue.families.dense import QWEN_2
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import rotary_angles
@@ -80,22 +81,35 @@ def qwen_inputs() -> tuple[Tensor, ...]:
     )
 
 
-def qwen_attention(wiring: Wiring, over: t.TowerAttention = t.IMAGE) -> tuple[Op, ...]:
-    """Attention with q, k and v in one projection; q and k are rotated in fp32 and cast back.
+def qwen_attention(
+    wiring: Wiring,
+    over: t.TowerAttention = t.IMAGE,
+    bias: bool = True,
+    out_bias: bool = True,
+    norm: Norm | None = None,
+) -> tuple[Op, ...]:
+    """Attention with q, k and v in one projection; q and k are normalised by `norm`, rotated in fp32 and cast back.
 
     Source: transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py VisionAttention.
     """
     shape, half = f"{t.P} va vd", f"{t.P} va vd2"
+    q, k = ("v.q0", "v.k0") if norm is None else ("v.q.whole", "v.k.whole")
     return (
-        t.linear("attn.qkv", "v.n1", "v.qkv", "3 va vd", "vh"),
+        t.linear("attn.qkv", "v.n1", "v.qkv", "3 va vd", "vh", bias=bias),
         ops.view("attn.heads", "v.qkv", "v.heads", f"{t.P} 3 va vd", gradient="new"),
-        ops.split("attn.unbind", "v.heads", (Tensor("v.q0", shape), Tensor("v.k0", shape), Tensor("v.v", shape))),
+        ops.split("attn.unbind", "v.heads", (Tensor(q, shape), Tensor(k, shape), Tensor("v.v", shape))),
+        *(
+            op
+            for x, whole in (("q", q), ("k", k))
+            if norm is not None
+            for op in (*norm(f"attn.{x}_norm", whole, f"v.{x}0", shape, "vd"), ops.release_names(whole))
+        ),
         *(ops.cast(f"attn.float_{x}", f"v.{x}0", f"v.{x}32", shape, "fp32") for x in "qk"),
         *(op for x in "qk" for op in t.rotated(f"attn.rope_{x}", f"v.{x}32", f"v.{x}turned", shape, half)),
         *(ops.cast(f"attn.cast_{x}", f"v.{x}turned", f"v.{x}", shape, f"=v.{x}0") for x in "qk"),
         ops.release_names("v.q32", "v.k32", "v.q0", "v.k0"),
         *t.chunked("attn.attention", "v.q", "v.k", "v.v", "v.o", wiring, over),
-        t.linear("attn.proj", "v.o", "v.ao", "vh", "va vd"),
+        t.linear("attn.proj", "v.o", "v.ao", "vh", "va vd", bias=out_bias),
         ops.release_names("v.o", "v.n1"),
     )
 

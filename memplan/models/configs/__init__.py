@@ -34,8 +34,9 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "vision": (
         "vision-language",
-        "aya_vision cohere2_vision gemma3 idefics3 internvl lfm2_vl llava llava_next llava_next_video llava_onevision "
-        "mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm",
+        "aya_vision cohere2_vision gemma3 glm46v glm4v glm_ocr idefics3 internvl lfm2_vl llava llava_next "
+        "llava_next_video llava_onevision mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl "
+        "qwen3_vl_moe smolvlm",
     ),
     "audio": ("audio-language", "qwen2_audio voxtral"),
     "ssm": (

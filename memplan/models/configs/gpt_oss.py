@@ -93,25 +93,29 @@ def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _laguna_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Return layers that are dense first, and have windows only where `layer_types` says so."""
+    """Return layers that are dense first, and have windows and their own numbers of heads where lists say so."""
     if m.get("moe_apply_router_weight_on_input", False):
         text = "moe_apply_router_weight_on_input: true is not supported by transformers' class"
         raise UnsupportedModelError(text, "moe_apply_router_weight_on_input")
+    key, k = "num_attention_heads_per_layer", m.num_key_value_heads
+    heads = listed(m, key) or [m.num_attention_heads] * m.num_hidden_layers
+    wrong = [n for n in heads if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % k]
+    if wrong:
+        raise ConfigError(f"config: {key} must be multiples of num_key_value_heads {k}, not {as_json(wrong[0])}", key)
     sliding = kinds(m, "layer_types", SLIDING, [False] * m.num_hidden_layers)
-    return tuple(a._replace(sliding=s) for a, s in zip(dense_or_sparse(m), sliding, strict=True))
+    layers = zip(dense_or_sparse(m), sliding, heads, strict=True)
+    return tuple(layer._replace(sliding=window, a=a) for layer, window, a in layers)
 
 
 def _laguna_axes(m: ModelFacts) -> Mapping[str, int]:
-    """Return the axes, those of layers with a window too: query heads and rotated widths."""
+    """Return the axes, those of rotated widths in layers with a window too."""
     rotated = {
         f"{axis}{half}": width // (2 if half else 1)
         for axis, kind, share in (("rot", "full_attention", 0.5), ("wrot", "sliding_attention", 1.0))
         for width in (_rotated(m, kind, share),)
         for half in ("", "2")
     }
-    a, window = _heads_of_kind(m, sliding=False), _heads_of_kind(m, sliding=True)
-    sizes = expert_axes(shared="shared_expert_intermediate_size")(m)
-    return {**sizes, **rotated, "a": a, "ad": a * m.head_dim, "aw": window}
+    return {**expert_axes(shared="shared_expert_intermediate_size")(m), **rotated}
 
 
 def _rotated(m: ModelFacts, kind: str, share: Any) -> int:
@@ -123,21 +127,6 @@ def _rotated(m: ModelFacts, kind: str, share: Any) -> int:
         text = f"partial_rotary_factor of {kind} must be above 0 and at most 1, not {as_json(share)}"
         raise ConfigError(f"config: rope_parameters: {text}", "rope_parameters")
     return 2 * -(-int(m.head_dim * share) // 2)
-
-
-def _heads_of_kind(m: ModelFacts, sliding: bool) -> int:
-    """Return the query heads of layers with a window, or of the others."""
-    key = "num_attention_heads_per_layer"
-    each = listed(m, key) or [m.num_attention_heads] * m.num_hidden_layers
-    wrong = [n for n in each if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % m.num_key_value_heads]
-    if wrong:
-        text = f"must have multiples of num_key_value_heads {m.num_key_value_heads}, not {as_json(wrong[0])}"
-        raise ConfigError(f"config: {key} {text}", key)
-    numbers = {n for n, layer in zip(each, m.layers, strict=True) if layer.sliding == sliding}
-    if len(numbers) > 1:
-        text = f"{key}: is not supported yet unless it has one number for layers with a window and one for the others"
-        raise UnsupportedModelError(text, key)
-    return next(iter(numbers), m.num_attention_heads)
 
 
 _GRANITE_SWA = Family(

@@ -227,6 +227,31 @@ QWEN2_5_VL = QWEN2_VL._replace(
     axes=_windowed,
     ffn="fused",
 )
+# Fewest and most pixels. Source: preprocessor_config.json as published with GLM-OCR.
+_PIXELS_GLM = (112 * 112, 14 * 14 * 2 * 2 * 2 * 6144)
+GLM_OCR = ImageFacts(
+    {
+        **_QWEN,
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "out_hidden_size": 1536,
+    },
+    partial(processors.glm, *_PIXELS_GLM),
+    partial(_largest_merged, _PIXELS_GLM[1] // 2),
+    is_packed=True,
+    ffn="gated",
+)
+GLM_4V = GLM_OCR._replace(
+    defaults={
+        **GLM_OCR.defaults,
+        "hidden_size": 1536,
+        "num_heads": 12,
+        "intermediate_size": 13696,
+        "out_hidden_size": 4096,
+        "image_size": 336,
+    }
+)
 QWEN3_VL = ImageFacts(
     {
         **_QWEN,

@@ -39,6 +39,16 @@ def qwen(least: float, most: float, m: ModelFacts, height: int, width: int) -> P
     return Picture(h // patch, w // patch, h * w // factor**2, merge)
 
 
+def glm(least: float, most: float, m: ModelFacts, height: int, width: int) -> Picture:
+    """Enlarge to a merged patch, then resize as Qwen2-VL. The pixels of two frames of the image count.
+
+    Source: transformers 5.24 models/glm46v/image_processing_glm46v.py smart_resize.
+    """
+    side = size(m, "patch_size") * size(m, "spatial_merge_size")
+    scale = max(1, side / height, side / width)
+    return qwen(least / 2, most / 2, m, int(height * scale), int(width * scale))
+
+
 def pairs(least: float, most: float, m: ModelFacts, frames: int, height: int, width: int) -> tuple[int, Picture]:
     """Return a video of which two frames make one picture, each resized as an image.
 

@@ -20,7 +20,7 @@ from itertools import groupby
 from math import isqrt
 from typing import Any, NoReturn, cast
 
-from memplan.core.errors import ConfigError
+from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.facts import ModelFacts, flash_width
 from memplan.models.family_facts import EMPTY
 from memplan.models.layers import MOST_LAYERS, as_json
@@ -108,6 +108,33 @@ def _qwen(m: ModelFacts, runs: Sequence[int], hidden: str = "hidden_size", ratio
 
 def qwen2_vl(m: ModelFacts) -> dict[str, int]:
     return _qwen(m, (size(m, "depth"),), "embed_dim", "mlp_ratio")
+
+
+def glm_ocr(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of GLM-OCR's tower; `vcontext` is the width of the MLP at its end.
+
+    Raises ConfigError if the tower's output is not as wide as the text model.
+    """
+    out, h = size(m, "out_hidden_size"), m.hidden_size
+    if out != h:
+        raise ConfigError(f"config: {_VISION}.out_hidden_size {out} must be the text's hidden_size {h}", _VISION)
+    return {**_qwen(m, (size(m, "depth"),)), "vcontext": h * size(m, "in_channels")}
+
+
+def glm4v(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of GLM-4.1V's tower. Its blocks' MLPs are as wide as its output, and the last as wide as theirs
+    in the config."""
+    axes = glm_ocr(m)
+    return {**axes, "vf": m.hidden_size, "vcontext": axes["vf"], "vpositions": rows(m) ** 2}
+
+
+def glm46v(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of GLM-4.6V's tower. Raises UnsupportedModelError for another text model than GLM-4.1V's."""
+    text = m.part("text_config").get("model_type", "glm4v_text")
+    if text != "glm4v_text":
+        why = f"{as_json(text)} is not supported yet for glm46v; supported: glm4v_text"
+        raise UnsupportedModelError(f"text_config.model_type: {why}", "text_config")
+    return glm4v(m)
 
 
 def run_lengths(depth: int, ends: Sequence[int]) -> Iterator[int]:

@@ -83,6 +83,23 @@ _LLAVA_NEXT = LLAVA._replace(serving=ServingFacts(is_modelled=False), images=ima
 _SIGLIP = _LLAVA_NEXT._replace(wraps="cohere2", stack="text_only")
 _SMOLVLM = LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
 
+_GLM_4V = Family(
+    {
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "intermediate_size": 13696,
+        "partial_rotary_factor": 1.0,
+    },
+    _TEXT._replace(names={"head_dim": ()}),
+    axes=towers.glm4v,
+    stack="glm4v",
+    serving=ServingFacts(is_modelled=False),
+    images=images.GLM_4V,
+)
+
 FAMILIES: dict[str, Family] = {
     "aya_vision": _SIGLIP._replace(
         defaults={**_SIZES, "tie_word_embeddings": True}, axes=towers.aya_vision, images=images.AYA
@@ -98,6 +115,22 @@ FAMILIES: dict[str, Family] = {
         attention=DENSE["gemma3_text"].attention._replace(no_flash_2=MASKS_IMAGES.no_flash_2),
         parallel=ParallelFacts(wrapped_stem="vision_tower.embeddings."),
         images=images.GEMMA3,
+    ),
+    "glm46v": _GLM_4V._replace(axes=towers.glm46v),
+    "glm4v": _GLM_4V,
+    "glm_ocr": _GLM_4V._replace(
+        defaults={
+            "vocab_size": 59392,
+            "hidden_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 4096,
+            "partial_rotary_factor": 1.0,
+        },
+        keys=_TEXT,
+        axes=towers.glm_ocr,
+        images=images.GLM_OCR,
     ),
     "idefics3": _SMOLVLM,
     "internvl": LLAVA._replace(

@@ -29,6 +29,9 @@ class ImageGrid:
         self.rows = rows
         self.tensor = torch.tensor(rows, dtype=torch.int64).to(device)
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor[index]
+
     def prod(self, _: int) -> Counts:
         return Counts([t * h * w for t, h, w in self.rows])
 
@@ -36,8 +39,12 @@ class ImageGrid:
 class Counts:
     """The values of a tensor of integers, in place of the tensor."""
 
-    def __init__(self, numbers: list[int]) -> None:
+    def __init__(self, numbers: list[int], device: torch.device | None = None) -> None:
         self.numbers = numbers
+        self.device = device
+
+    def cumsum(self, _: int) -> torch.Tensor:
+        return torch.zeros(len(self.numbers), dtype=torch.int64, device=self.device)
 
     def __floordiv__(self, by: int) -> Counts:
         return Counts([n // by for n in self.numbers])
@@ -51,13 +58,14 @@ class CumulativeLengths:
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
+        self.device = device
         self.tensor = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
 
     def __getitem__(self, _: slice) -> CumulativeLengths:
         return self
 
     def __sub__(self, _: CumulativeLengths) -> Counts:
-        return Counts(self.lengths)
+        return Counts(self.lengths, self.device)
 
 
 def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def _outside(compute: Callable[[], Any]) -> Any:
 
 def _patch_sizes(base: Any, grid: ImageGrid) -> None:
     """Patch the model to use known image sizes instead of reading them from the device."""
-    module = _module(base)
+    tower = _module(base.model.visual)
     utils: Any = sys.modules["transformers.vision_utils"]
     sizes: Any = _outside(lambda: torch.tensor(grid.rows, dtype=torch.int64))
     device = grid.tensor.device
@@ -283,9 +291,10 @@ def _patch_sizes(base: Any, grid: ImageGrid) -> None:
         "get_vision_position_ids": positions,
         "get_vision_interpolation_indices_and_weights": interpolated,
     }.items():
-        if hasattr(module, name):
-            setattr(module, name, function)
-    module.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+        for module in (_module(base), tower):
+            if hasattr(module, name):
+                setattr(module, name, function)
+    tower.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
 
     def rope(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         batch, tokens = input_ids.shape
