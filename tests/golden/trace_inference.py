@@ -173,6 +173,8 @@ PADDED: tuple[dict[str, Any], ...] = (  # images, which pad a tile to its most p
     {"batch": PICTURED},
     {"batch": PICTURED, "generation": {"num_beams": 2}},
 )
+SPOKEN = {"micro": 2, "sequence": 200, "clips": 2, "clip_seconds": 3, "new_tokens": 3}
+TALKED: tuple[dict[str, Any], ...] = ({"batch": {**SPOKEN, "new_tokens": 0}, "task": "forward"}, {"batch": SPOKEN})
 REAL_ACROSS: tuple[dict[str, Any], ...] = (
     {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
     {"model": "t5-base", "batch": {"micro": 4, "sequence": 1001, "new_tokens": 3}, "kernels": {"attention": "eager"}},
@@ -200,7 +202,8 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
     for name, fields in product(("qwen2_audio", "voxtral"), HEARD) if not names or "audio" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
-    padded = (*product(("lfm2_vl",), PADDED), *product(("gemma4_unified",), PADDED[:3]))
+    own = (PADDED[0], PADDED[3], *TALKED)
+    padded = (*product(("lfm2_vl",), PADDED), *product(("gemma4_unified",), PADDED[:3]), *product(("gemma4",), own))
     for name, fields in padded if not names or "padded" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})

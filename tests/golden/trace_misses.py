@@ -343,6 +343,11 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": {"micro": 2, "sequence": 64},
         "loop": {"hold_outputs": True},
     },
+    "a single key head, copied for a product when that needs it": {
+        **small("llama", {"llama": {**DECODERS["llama"], "num_key_value_heads": 1}}),
+        "batch": {"micro": 2, "sequence": 300},
+        "kernels": {"attention": "eager"},
+    },
 }
 
 

@@ -67,7 +67,7 @@ def repeats_by_view(wiring: Wiring, sliding: bool = False) -> bool:
     """
     masked = wiring.has_mask(sliding)
     backend = wiring.masked if masked else wiring.backend
-    return (backend == "efficient" and masked) or (backend == "eager" and not wiring.records)
+    return backend == "eager" or (backend == "efficient" and masked)
 
 
 def one_head(name: str, wiring: Wiring, sliding: bool = False) -> tuple[Op, ...]:

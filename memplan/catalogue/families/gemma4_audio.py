@@ -221,10 +221,10 @@ def _attention(clips: bool, name: str = "self_attn") -> tuple[Op, ...]:
         *flat("k", "u.k.context", _CONTEXT),
         ops.matmul(f"{name}.contents", "u.q.flat", "u.k.flat", "u.ac", _SCORES),
         ops.release_names("u.q.low", "u.q.flat", "u.k.low", "u.k.flat"),
-        ops.copy(f"{name}.queries_flat", "u.q", "u.q.whole", _PADDED),
+        *flat("queries", "u.q", _PADDED),
         ops.copy(f"{name}.relative_flat", "u.r", "u.r.flat", "b images upositions uh", gradient="new"),
-        ops.matmul(f"{name}.places", "u.q.whole", "u.r.flat", "u.bd", places),
-        ops.release_names("u.r.flat"),
+        ops.matmul(f"{name}.places", "u.queries.flat", "u.r.flat", "u.bd", places),
+        ops.release_names("u.queries.low", "u.queries.flat", "u.r.flat"),
         ops.copy(f"{name}.shift", "u.bd", "u.shifted", wide, gradient="new"),
         ops.release_names("u.bd"),
         ops.add(f"{name}.sum", "u.ac", "u.shifted", "u.sum", _SCORES),
@@ -248,9 +248,7 @@ def _attention(clips: bool, name: str = "self_attn") -> tuple[Op, ...]:
         ops.release_names("u.o"),
         ops.cast(f"{name}.to", "u.cut", "u.small", _SHAPE, "=u.n"),
         *clipped(f"{name}.post", "u.small", "u.ao", "uh", "uh", clips, _GROUP),
-        ops.release_names(
-            "u.small", "u.cut", "u.q", "u.k.context", "u.v.context", "u.r", "u.q.whole", "u.ac", "u.shifted", "u.n"
-        ),
+        ops.release_names("u.small", "u.cut", "u.q", "u.k.context", "u.v.context", "u.r", "u.ac", "u.shifted", "u.n"),
     )
 
 
@@ -325,7 +323,7 @@ def tower_of(m: ModelSpec, wiring: Wiring) -> Tower:
     name = f"{_PROJECTOR}.embedding_projection"
     after = (
         t.linear(f"{_TOWER}.output_proj", "x", "u.last", "uo", "uh", _GROUP, _LEAD, True, False),
-        ops.release_names("x", "embeds", "u.mask", "u.positions"),
+        ops.release_names("x", "u.mask", "u.positions"),
         *rms_norm(f"{_PROJECTOR}.embedding_pre_projection_norm", "u.last", "u.normed", wide, "uo", affine=False),
         t.linear(name, "u.normed", "u.projected", "h", "uo", _GROUP, _LEAD, False, False),
         ops.release_names("u.normed"),

@@ -84,7 +84,8 @@ def _heard() -> Tower:
     n, wide = "model.embed_audio", f"{_LEAD} uo"
     project = t.linear(f"{n}.embedding_projection", "v.normed", "v.projected", "h", "uo", "audio", _LEAD, False, False)
     features = (
-        ops.cast(f"{n}.to", "input_features", "v.sound", wide, f"={project.weights[0].name}"),
+        # to the dtype of the layer, unless it is quantised: then peft has made the embeddings fp32
+        ops.cast(f"{n}.to", "input_features", "v.sound", wide, "=model.embed_tokens.weight"),
         *rms_norm(f"{n}.embedding_pre_projection_norm", "v.sound", "v.normed", wide, "uo", affine=False),
         project,
         ops.release_names("v.sound", "v.normed"),
