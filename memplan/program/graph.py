@@ -531,10 +531,10 @@ def _recorded_inference(graph: Graph, division: Division | None) -> AllocationTr
 
 
 def _casts(graph: Graph) -> str:
-    """Return the state of autocast's weight casts, which one autocast context around all passes keeps from prefill on:
-    `made` in prefill, `there` in decoding, empty without such a context."""
+    """Return the state of autocast's weight casts, which one context around all passes keeps from the first on:
+    `made` in the first, `there` in later ones, empty without such a context."""
     now = graph.inference
-    return "" if now is None or not now.spans_autocast else "there" if now.decodes else "made"
+    return "" if now is None or not now.spans_autocast else "there" if now.extends else "made"
 
 
 @lru_cache(maxsize=64)

@@ -124,7 +124,7 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
             ("a model with cross-attention to images", crosses),
             ("assisted generation", generation.assisted),
             ("several GPUs", run.parallelism.world > 1),
-            ("autocast", run.precision.autocast),
+            ("autocast", is_new and run.precision.autocast),
             ("code published with the weights", bool(published)),
         )
         for what, there in unsupported:

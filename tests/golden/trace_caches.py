@@ -106,6 +106,7 @@ def chunked() -> Iterator[tuple[str, dict[str, Any]]]:
             {"kernels": {"attention": "eager"}},
             {"kernels": {"attention": "flash_attention_2"}},
             {"loop": {"padded": True}},
+            {"precision": {"weights": "fp32", "autocast": True}},
             {"generation": {"cache_implementation": "offloaded"}},
         ):
             generation = {"prefill_chunk_size": 20, **more.get("generation", {})}

@@ -32,6 +32,7 @@ from tests.tiny_vision import TINY as TOWERS
 SHORT = {"micro": 3, "sequence": 75}
 AMP = {"weights": "fp32", "autocast": True}
 STATIC = {"cache_implementation": "static"}
+INT8 = {"method": {"quantization": {"format": "int8"}}, "precision": AMP}
 RUNS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
     {"task": "forward", "batch": SHORT, "loop": {"padded": True, "use_cache": False}},
@@ -138,6 +139,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "generation": STATIC},
     {"batch": {"micro": 2, "new_tokens": 4}, "method": {"kind": "lora"}},
     {"batch": {"micro": 2, "new_tokens": 4}, "method": {"quantization": {}}},
+    {"batch": {"micro": 2, "new_tokens": 4}, "method": {"kind": "lora"}, "precision": AMP},
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}},
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "kernels": {"attention": "eager"}},
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
@@ -192,10 +194,10 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
             batch = {**SOURCE[name], **fields["batch"]}
             shared = {"model": {"config": SMALL[name]}, "task": "generate", "gpu": "a100-sxm-80gb"}
             yield name, RunSpec(**{**shared, **fields, "batch": batch})
-    for padded in (False, True) if not names or "apart" in names else ():
+    ways = (*({"kernels": MATH, "loop": {"padded": padded}} for padded in (False, True)), INT8)
+    for more in ways if not names or "apart" in names else ():
         shared = {"model": {"config": SMALL["whisper"]}, "task": "generate", "gpu": "a100-sxm-80gb"}
-        more = {"kernels": MATH, "loop": {"padded": padded}, "batch": {"micro": 3, "new_tokens": 4}}
-        yield "whisper", RunSpec(**shared, **more)
+        yield "whisper", RunSpec(**shared, **more, batch={"micro": 3, "new_tokens": 4})
     for fields in SEEN if not names or "images" in names else ():
         config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
         yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})

@@ -37,7 +37,7 @@ def named_before(now: Pass) -> Iterator[Tensor]:
     After a part of a prompt these are the logits of the part's last token.
     """
     if now.part:
-        yield Tensor(OF_PART, "b v", "=embeds")
+        yield Tensor(OF_PART, "b v", "product" if now.spans_autocast else "=embeds")
         return
     if now.verifies:
         outputs = "verified_before" if now.last_only else "outputs_before"

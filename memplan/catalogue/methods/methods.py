@@ -263,12 +263,12 @@ def apply(
 
 
 def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
-    """Reduce operations that the run skips to their weights."""
+    """Reduce operations that the run skips to their weights. Autocast keeps the casts of weights that would train."""
 
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
             return (op,)
-        autocast = op.autocast if keeps_casts else ""
+        autocast = op.autocast if keeps_casts and all(w.requires_grad for w in op.weights) else ""
         return (Op(op.name, weights=idle(op).weights, gradient="none", autocast=autocast),) if op.weights else ()
 
     if not any(op.skipped for op in operations(stack)):
