@@ -111,6 +111,15 @@ def has_one_table(model: ModelSpec) -> bool:
     return is_decoder and len(tables) == 1 and readers == tables
 
 
+def tied_modules(model: ModelSpec) -> frozenset[str]:
+    """Return the names of the embeddings and of a head that multiplies by their table; empty without such a head."""
+    stack = default_stack(model)
+    tables = {w.name for op in stack.before for w in op.weights if w.group == "embedding"}
+    heads = [op for op in operations(stack) if op.product and any(w.name in tables for w in op.weights)]
+    paths = (path for op in heads for path in (op.name, *(w.name.rpartition(".")[0] for w in op.weights)))
+    return frozenset(path.rpartition(".")[2] for path in paths)
+
+
 def takes_prefix(model: ModelSpec) -> bool:
     """Whether every layer of a decoder with one table caches keys and values, and all of them alike."""
     runs = build(model, Wiring("flash", "efficient", caching=True)).runs

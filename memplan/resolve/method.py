@@ -115,9 +115,11 @@ def method_recipe(
         bias=str(method.options.get("bias") or "none") if method.kind in LORA else "none",
     )
     if method.options and other is None:
-        from memplan.resolve.peft_options import decomposition, init_note
+        from memplan.resolve.peft_options import decomposition, init_note, tied_copies
 
-        recipe, notes = recipe._replace(decomposition=decomposition(method)), [*notes, *init_note(method)]
+        tied = tied_copies(model, method, targets, saved)
+        recipe = recipe._replace(decomposition=decomposition(method), saved=(*saved, *tied), ties=bool(tied))
+        notes = [*notes, *init_note(method)]
     if other is not None:
         options = filled_options(method.kind, method.options, model.model_type)
         if other.on != "tokens":  # whose indices change nothing but their number

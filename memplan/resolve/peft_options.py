@@ -9,7 +9,7 @@ from typing import Any, cast
 from memplan.catalogue.methods.selection import Selection, module_paths
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError, nearest, refused
 from memplan.models.model import ModelSpec
-from memplan.program.stack_facts import default_stack, parameter_targets
+from memplan.program.stack_facts import default_stack, parameter_targets, tied_modules
 from memplan.spec.training import Method
 
 _BIAS = ("none", "all", "lora_only")
@@ -59,10 +59,14 @@ def token_indices(field: str, value: Any, repeats: bool = False) -> Iterator[Spe
         yield refused(field, "names a token twice")
 
 
+# The names by which peft finds modules to tie. Source: peft 0.21 utils/constants.py EMBEDDING_LAYER_NAMES.
+_TIED = frozenset({"embed_tokens", "lm_head"})
+
 # Each setting, what a value must be, and a test of it.
 _SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("a mapping of patterns to numbers", _is_pattern),
     "bias": (" or ".join(_BIAS), lambda value: value in _BIAS),
+    "ensure_weight_tying": ("true or false", _is_true_or_false),
     "exclude_modules": ("names, or a regular expression", _are_names),
     "fan_in_fan_out": ("true or false", _is_true_or_false),
     "init_lora_weights": (f"true, false, {', '.join(_INITS)}, or pissa_niter_N", _is_init),
@@ -103,6 +107,20 @@ def lora_options(m: Method) -> Iterator[SpecError]:
         patterns = cast(Mapping[str, int], value) if isinstance(value, Mapping) else ()
         for pattern in (value,) if isinstance(value, str) else patterns:
             yield from _pattern(f"method.options.{name}", pattern)
+
+
+def tied_copies(model: ModelSpec, m: Method, targets: tuple[str, ...], saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the embeddings and the head tied to them if `ensure_weight_tying` saves one copy of both; else nothing.
+
+    Source: peft 0.21 tuners/tuners_utils.py BaseTuner._check_tied_modules. Raises SpecError if it ties adapters.
+    """
+    tied = tied_modules(model) if m.options.get("ensure_weight_tying") else frozenset[str]()
+    if tied and _TIED.intersection(saved):
+        return tuple(sorted(tied))
+    if tied and _TIED.intersection(targets):
+        field = "method.options.ensure_weight_tying"
+        raise refused(field, f"is not supported yet with adapters on {' or '.join(sorted(tied))}; leave it out")
+    return ()
 
 
 def init_note(m: Method) -> list[str]:

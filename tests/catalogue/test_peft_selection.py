@@ -36,6 +36,7 @@ def chosen(targets: list[str]) -> list[dict[str, Any]]:
         {"targets": targets, "options": {"rank_pattern": {first: 5}}},
         {"targets": targets, "options": {"exclude_modules": rf".*\.1\..*{first}"}},
         {"targets": ["layers.1.self_attn.o_proj", "h.1.attn.c_attn", last]},
+        {"targets": targets, "modules_to_save": ["lm_head"], "options": {"ensure_weight_tying": True}},
     ]
 
 
@@ -108,6 +109,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "qlora", "options": {"init_lora_weights": "corda"}}, "peft has corda over unquantised weights only"),
     ({"kind": "qlora", "options": {"init_lora_weights": "pissa"}}, "peft has pissa over unquantised weights only"),
     ({"kind": "dora", "options": {"bias": "all"}}, "all is not supported yet with dora"),
+    (
+        {"targets": ["embed_tokens"], "options": {"ensure_weight_tying": True}},
+        "ensure_weight_tying: is not supported yet with adapters on embed_tokens or lm_head; leave it out",
+    ),
 ]
 
 

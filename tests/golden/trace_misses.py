@@ -24,8 +24,9 @@ from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY
 
 
-def lora(saved: list[str], **more: Any) -> dict[str, Any]:
-    method = {"kind": "lora", "targets": ["q_proj", "v_proj"], "modules_to_save": saved}
+def lora(saved: list[str], ties: bool = False, **more: Any) -> dict[str, Any]:
+    options = {"options": {"ensure_weight_tying": True}} if ties else {}
+    method = {"kind": "lora", "targets": ["q_proj", "v_proj"], "modules_to_save": saved, **options}
     return {"method": method, "batch": {"micro": 2, "sequence": 512}, **more}
 
 
@@ -70,6 +71,8 @@ CASES: dict[str, dict[str, Any]] = {
         **lora(["wte", "lm_head"]),
         "method": {"kind": "lora", "targets": ["c_attn"], "modules_to_save": ["wte", "lm_head"]},
     },
+    "one copy of tied modules": {"model": "llama-3.2-1b", **lora(["embed_tokens", "lm_head"], ties=True)},
+    "one copy of a tied head": {"model": "gemma-2-2b", **lora(["lm_head"], ties=True)},
     "outputs cast by accelerate and held": {
         "model": "llama-3.2-1b",
         "method": "lora",

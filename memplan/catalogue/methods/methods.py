@@ -87,6 +87,7 @@ class Recipe(NamedTuple):
     tokens         number of trained rows of the embeddings
     magnitudes     dtype of DoRA's magnitudes, or "" if it is the adapters'
     decomposition  peft's `init_lora_weights` that decomposes the loaded matrices on the GPU: pissa, pissa_niter, olora
+    ties           of saved modules, the embeddings and a head tied to them share one copy (`ensure_weight_tying`)
     """
 
     kind: str
@@ -124,6 +125,7 @@ class Recipe(NamedTuple):
     tokens: int = 0
     magnitudes: str = ""
     decomposition: str = ""
+    ties: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -349,7 +351,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
         dtype = recipe.adapter_dtype if recipe.kind == "ln_tuning" else ""
-        stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved, dtype),))
+        stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved, recipe.ties, dtype),))
     if recipe.tokens or recipe.virtual_tokens or recipe.kind == "adaption_prompt":
         from memplan.catalogue.methods.prompts import with_trained_inputs
 
@@ -454,11 +456,11 @@ def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], ta
     return with_matrix_buffer(stack, functions, axes) if functions.library.has_buffer else stack
 
 
-def _with_saved_copies(op: Op, saved: tuple[str, ...], dtype: str = "") -> Op:
+def _with_saved_copies(op: Op, saved: tuple[str, ...], ties: bool, dtype: str = "") -> Op:
     """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays in memory.
 
-    A tied head, which multiplies by the embedding, is a module of its own: it has a copy of its own, and reads the
-    frozen original if only the embedding is copied.
+    A tied head, which multiplies by the embedding, is a module of its own: unless it `ties`, it has a copy of its own,
+    and reads the frozen original if only the embedding is copied.
 
     dtype  dtype of the copies, if not that of the originals
 
@@ -466,7 +468,8 @@ def _with_saved_copies(op: Op, saved: tuple[str, ...], dtype: str = "") -> Op:
     """
     parameters = [w for w in op.weights if w.group != "buffer"]
     modules = {
-        w.name: op.name if op.product and w.group == "embedding" else w.name.rpartition(".")[0] for w in parameters
+        w.name: op.name if op.product and w.group == "embedding" and not ties else w.name.rpartition(".")[0]
+        for w in parameters
     }
     copy_of = {
         name: f"{module}.{name.rpartition('.')[2]}.saved"
