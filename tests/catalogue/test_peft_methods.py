@@ -136,7 +136,8 @@ def peft_trains(model_type: str, **fields: Any) -> int:
         if method.virtual_tokens or method.kind == "trainable_tokens"
         else {"target_modules": None if targets == "default" else targets}
     )
-    wanted = adapter_config(method, model_type, **more, task_type="CAUSAL_LM")
+    saved = {"modules_to_save": list(method.modules_to_save)} if method.modules_to_save else {}
+    wanted = adapter_config(method, model_type, **more, **saved, task_type="CAUSAL_LM")
     model = deepcopy(built(model_type, json.dumps(TINY[model_type])))
     if method.kind == "xlora":
         load_no_adapters(model, wanted)

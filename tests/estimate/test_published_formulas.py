@@ -6,6 +6,7 @@ import pytest
 
 from memplan import RunSpec, estimate
 from memplan.catalogue.attention.flash_attention import flash
+from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.methods import methods
 from memplan.catalogue.parallelism import megatron_parallel
@@ -78,7 +79,8 @@ def kept_by_a_layer(
         (Op("loss", ("x",), (Tensor("loss"),)),),
     )
     if t > 1:
-        stack = megatron_parallel.divide(stack, ("q", "k", "v", "up"), ("dense", "down"), tokens_divided, t, 1)
+        degrees = Degrees(tp=t, sequence_parallel=tokens_divided, style="megatron")
+        stack = megatron_parallel.divide(stack, ("q", "k", "v", "up"), ("dense", "down"), degrees)
     stack = methods.rewrite_weights(stack, lambda w: w._replace(dtype="bf16"))
     low = lower(stack, {"L": 24})
 

@@ -141,7 +141,7 @@ def _attention(
             packed = (
                 wiring.has_one_query and masked and not wiring.copies
             )  # the queries of a head group become rows of one query
-            kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width)
+            kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
             if masked and floats:
                 kernel = _with_float_mask(name, y, mask, kernel)
             return _mark_unmasked(wiring, kernel)
@@ -222,15 +222,16 @@ def _efficient(
     grouped: bool,
     mask: str,
     width: str,
+    records: bool = True,
     converts: bool = True,
 ) -> tuple[Op, ...]:
     """Return memory-efficient attention: keeps q, k, v, the output, fp32 row sums (rounded up to 32 rows) and the mask.
 
-    Backward's workspace depends on the tile size that the GPU's
-    shared memory allows: `efficient_workspace` bytes per head (see `efficient_workspace_bytes`). Every layer converts a
-    boolean mask to q's dtype, and pads the result into another tensor if its rows are no multiple of 8. A float mask is
-    not converted (`converts`). Autocast casts the function's arguments. With a mask, k and v are repeated before the
-    call, otherwise inside it.
+    The sums are computed only if autograd `records` and a gradient flows. Backward's workspace depends on the tile size
+    that the GPU's shared memory allows: `efficient_workspace` bytes per head (see `efficient_workspace_bytes`). Every
+    layer converts a boolean mask to q's dtype, and pads the result into another tensor if its rows are no multiple of
+    8. A float mask is not converted (`converts`). Autocast casts the function's arguments. With a mask, k and v are
+    repeated before the call, otherwise inside it.
     """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     if mask:
@@ -265,7 +266,7 @@ def _efficient(
             (q1, k1, v1, *((f"{y}.bias",) if mask else ())),
             (
                 Tensor(y, f"b s a {width}", f"={q1}"),
-                Tensor(lse, "b a s32", "fp32"),
+                Tensor(lse, "b a s32" if records else "0", "fp32"),
                 Tensor(seed, "", "int64"),
                 Tensor(offset, "", "int64"),
             ),
@@ -278,7 +279,7 @@ def _efficient(
                 Scratch(Tensor("output product", "b s a efficient_fp32", "fp32")),
             ),
             autocast="lower",
-            recorded=(lse,),
+            recorded=(lse,) if records else (),
             product="attention",
             source=f"{_ATEN}/cuda/attention_backward.cu",
         ),
