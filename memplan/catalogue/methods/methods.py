@@ -460,17 +460,13 @@ def _with_saved_copies(op: Op, saved: tuple[str, ...], ties: bool, dtype: str = 
     """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays in memory.
 
     A tied head, which multiplies by the embedding, is a module of its own: unless it `ties`, it has a copy of its own,
-    and reads the frozen original if only the embedding is copied.
-
-    dtype  dtype of the copies, if not that of the originals
+    and reads the frozen original if only the embedding is copied. The copies have the `dtype`, or the originals' own.
 
     Source: peft 0.21 utils/other.py ModulesToSaveWrapper.update, which deep-copies each module.
     """
     parameters = [w for w in op.weights if w.group != "buffer"]
-    modules = {
-        w.name: op.name if op.product and w.group == "embedding" and not ties else w.name.rpartition(".")[0]
-        for w in parameters
-    }
+    apart = op.product and not ties
+    modules = {w.name: op.name if apart and w.group == "embedding" else w.name.rpartition(".")[0] for w in parameters}
     copy_of = {
         name: f"{module}.{name.rpartition('.')[2]}.saved"
         for name, module in modules.items()
