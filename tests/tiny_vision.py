@@ -56,6 +56,7 @@ _GEMMA = {
     "position_embedding_size": 512,
 }
 
+_GLM_TOWER = {"depth": 3, "hidden_size": 160, "intermediate_size": 432, "num_heads": 4, "out_hidden_size": 128}
 TINY: dict[str, dict[str, Any]] = {
     "aya_vision": {
         "text_config": {"model_type": "cohere2", **TEXTS["cohere2"]},
@@ -117,14 +118,7 @@ TINY: dict[str, dict[str, Any]] = {
                 "partial_rotary_factor": 0.5,
             },
         },
-        "vision_config": {
-            "depth": 3,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "image_size": 112,
-        },
+        "vision_config": {**_GLM_TOWER, "image_size": 112},
     },
     "glm_ocr": {
         **{key: value for key, value in _IDS.items() if not key.startswith("vision")},
@@ -132,13 +126,7 @@ TINY: dict[str, dict[str, Any]] = {
             **_TEXT,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
         },
-        "vision_config": {
-            "depth": 3,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-        },
+        "vision_config": _GLM_TOWER,
     },
     "idefics3": _SMOL,
     "internvl": {

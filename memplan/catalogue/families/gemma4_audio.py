@@ -15,7 +15,6 @@ from memplan.catalogue.vision.towers import Tower
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
 _TOWER, _PROJECTOR, _GROUP = "model.audio_tower", "model.embed_audio", "audio"
 _LEAD, _CHUNKS = "b images grid", "b images uchunks"
 _SHAPE, _PADDED = f"{_LEAD} uh", f"{_CHUNKS} uchunk uh"

@@ -12,7 +12,6 @@ from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
-_SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
 _TOWERS = {"audio_config": gemma4_audio.tower_of, "vision_config": gemma4_vision.tower_of}
 
 

@@ -15,7 +15,6 @@ from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Block, Op, Run, Scratch, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
 _TOWER, _PROJECTOR = "model.vision_tower", "model.embed_vision"
 _LEAD = "b images grid"
 _SHAPE, _HEADS, _FEATURES = f"{_LEAD} vh", f"{_LEAD} va vd", "b merged h"

@@ -325,10 +325,9 @@ def _evaluation(config: Config) -> None:
     does = does and str(config.get("eval_strategy")) not in ("no", "False")
     key = "val_set_size" if config.number("val_set_size") else "test_datasets"
     trainer.evaluation(config, does, key, "eval_batch_size")
-    cuts = any("cut_cross_entropy" in plugin for plugin in config.names("plugins") or []) and config.value(
-        "kernels.loss"
-    )
-    if "also.evaluation.micro" in config.found and cuts == "fused" and config.flag("cut_cross_entropy"):
+    has_plugin = any("cut_cross_entropy" in plugin for plugin in config.names("plugins") or [])
+    cuts = has_plugin and config.flag("cut_cross_entropy") and config.value("kernels.loss") == "fused"
+    if cuts and "also.evaluation.micro" in config.found:
         config.set("also.evaluation.fuses", True, "plugins", why="Cut Cross-Entropy, in evaluation too")
     if does and config.flag("sample_packing") and config.get("eval_sample_packing") not in (None, True):
         config.leave("eval_sample_packing", "evaluation is counted as packed")
