@@ -13,6 +13,8 @@ from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
 from memplan.models.cards import find_model
 from memplan.models.configs.megatron import padded
+from memplan.program.graph import operations_of
+from memplan.resolve.decide import decide
 from tests.cases import each
 
 # GPT-3 of Megatron-LM's functional tests, at 12 layers.
@@ -250,6 +252,10 @@ def test_adapters_of_ms_swift_are_divided_as_their_layers(t: int) -> None:
         assert plain - full == 4 * 2 * tokens * B * r
         inputs = 2 * tokens * H + S * (H + f) // t  # of two layers that divide columns, and two that divide rows
         assert dropped - plain == B * inputs  # masks; the copies are kept in place of the inputs
+        (block,) = operations_of(decide(answer(method=lora, **run).run).structure.graph)[0].runs[0].blocks
+        written = {op.name: op.writes[0].shape for op in block.ops if op.writes}
+        for layer in ("self_attention.linear_qkv", "mlp.linear_fc1"):  # of all ranks' tokens, as the layer's own output
+            assert written[f"{layer}.lora_B"] == written[f"{layer}.base_layer"]
     wholes, parts = (H + H) + (H + H), (3 * H + f) + (H + f)
     held = answer(method=lora, **of_ranks(t, False), **swift)
     assert abs(held.categories["optstate"] - 12 * 12 * r * (wholes + parts // t)) < 2**16

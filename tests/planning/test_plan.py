@@ -684,3 +684,14 @@ def test_the_first_single_lever_is_the_same_without_the_bound(method: str, monke
     monkeypatch.setattr(Trials, "may_fit", lambda *_: True)
     assert found == answer_with_one_lever(run)
     assert estimated < len(tried) - estimated
+
+
+def test_levers_that_change_nothing_are_searched_though_a_shorter_sequence_would_do() -> None:
+    """Three of them fit only together, which no set of two and no forecast finds; 192 tokens alone would fit, too."""
+    kernels: dict[str, Any] = {"checkpointing": "none"}
+    batch = {"micro": 8, "sequence": 8192}
+    found = plan(RunSpec(model="llama-3.2-1b", method="lora", batch=batch, kernels=kernels, gpu="rtx-3060"))
+    first, *others = found.proposals
+    assert {lever.group for lever in first.levers} == {"batch", "checkpointing", "loss"}
+    assert not any(lever.tier for lever in first.levers)
+    assert any(len(other.levers) == 1 and other.levers[0].group == "sequence" for other in others)

@@ -54,7 +54,9 @@ def test_a_tower_that_fsdp1_flattens_with_other_weights_is_traced(case: dict[str
     assert abs(error(case)) < 1e-3
 
 
-EXACT = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-", "root-"))]
+EXACT = [
+    case for case in rows("traced_ranks.jsonl") if case["name"].startswith(("unequal-", "zero0-", "root-", "casts-"))
+]
 
 
 @in_groups(sampled(EXACT, 8), label)
@@ -65,6 +67,15 @@ def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: di
         wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
         found = {phase: mine[int(step), phase] for phase in wanted}
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_parts_that_are_cast_last_are_there_twice_until_their_units_are() -> None:
+    """Loading ends with all parts in fp32, and those of the root, embeddings and head, in bf16, too: as traced."""
+    case = next(case for case in rows("traced_ranks.jsonl") if case["name"] == "casts-lora")
+    ranks, config = case["run"]["parallelism"]["world"], case["run"]["model"]["config"]
+    ends = 2 * config["vocab_size"] * config["hidden_size"] + config["hidden_size"]
+    (load,) = (phase.peak for phase in estimate(RunSpec(**case["run"])).phases if phase.phase == "load")
+    assert load == pytest.approx((4 * case["parameters"] + 2 * ends) / ranks, rel=2e-3)
 
 
 @ALL

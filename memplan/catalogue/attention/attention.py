@@ -227,11 +227,11 @@ def _efficient(
 ) -> tuple[Op, ...]:
     """Return memory-efficient attention: keeps q, k, v, the output, fp32 row sums (rounded up to 32 rows) and the mask.
 
-    The sums are computed only if autograd `records` and a gradient flows. Backward's workspace depends on the tile size
-    that the GPU's shared memory allows: `efficient_workspace` bytes per head (see `efficient_workspace_bytes`). Every
-    layer converts a boolean mask to q's dtype, and pads the result into another tensor if its rows are no multiple of
-    8. A float mask is not converted (`converts`). Autocast casts the function's arguments. With a mask, k and v are
-    repeated before the call, otherwise inside it.
+    The sums are computed only if autograd `records`. Backward's workspace depends on the tile size that the GPU's
+    shared memory allows: `efficient_workspace` bytes per head (see `efficient_workspace_bytes`). Every layer converts a
+    boolean mask to q's dtype, and pads the result into another tensor if its rows are no multiple of 8. A float mask is
+    not converted (`converts`). Autocast casts the function's arguments. With a mask, k and v are repeated before the
+    call, otherwise inside it.
     """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     if mask:
@@ -279,7 +279,6 @@ def _efficient(
                 Scratch(Tensor("output product", "b s a efficient_fp32", "fp32")),
             ),
             autocast="lower",
-            recorded=(lse,) if records else (),
             product="attention",
             source=f"{_ATEN}/cuda/attention_backward.cu",
         ),
