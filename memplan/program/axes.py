@@ -24,6 +24,8 @@ from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, operations_of
 from memplan.program.training.program import Program
 
+_UNSORTED = 3072  # indices whose gradient torch sums unsorted: 2.13 cuda/Embedding.cu embedding_dense_backward_cuda
+
 
 class _Run(NamedTuple):
     """Inputs that axes are derived from: ints for one run, arrays for many.
@@ -108,7 +110,7 @@ def axes_of(
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
-    has_several, sorts, further = b > 1, tokens > 3072, by.choose(s > SINGLE_CHUNK, (s - 1) // CHUNK, 0)
+    has_several, sorts, further = b > 1, tokens > _UNSORTED, by.choose(s > SINGLE_CHUNK, (s - 1) // CHUNK, 0)
     axes = {
         "b": b,
         "s": s,
@@ -198,7 +200,7 @@ def _embedding_segments(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _segments(run: _Run, tokens: Any, rows: int) -> Any:
-    return run.by.choose(tokens > 3072, tokens // 10 + run.by.least(tokens, rows), 0)
+    return run.by.choose(tokens > _UNSORTED, tokens // 10 + run.by.least(tokens, rows), 0)
 
 
 def _relative_positions(run: _Run) -> Iterator[tuple[str, Any]]:
@@ -206,7 +208,7 @@ def _relative_positions(run: _Run) -> Iterator[tuple[str, Any]]:
     for prefix, length in (("", run.s), ("target_", run.t)):
         if f"{prefix}pairs" in run.needs:
             pairs = length * length
-            yield f"{prefix}pairs", run.by.choose(pairs > 3072, pairs, 0)
+            yield f"{prefix}pairs", run.by.choose(pairs > _UNSORTED, pairs, 0)
             yield f"{prefix}pair_segments", _segments(run, pairs, run.fixed["buckets"])
 
 
@@ -217,7 +219,7 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
     t, targets, widths = run.t, run.b * run.t, run.model.head_widths
     yield "t", t
     yield from rounded_axes("t", t, run.by).items()
-    yield "sorted_targets", run.by.choose(targets > 3072, targets, 0)
+    yield "sorted_targets", run.by.choose(targets > _UNSORTED, targets, 0)
     yield "target_segments", _segments(run, targets, run.model.vocab_size)
     for name, keys in (("efficient_workspace_t", t), ("efficient_workspace_cross", run.s)):
         if name in run.needs:
@@ -390,7 +392,7 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
         yield f"packed{rounded}", -(-rows // rounded) * rounded
     yield "tower_fp32", 0 if half else d + 1
     padded = run.b * axes["images"] * axes["grid"]
-    yield "tower_ids", run.by.choose(padded > 3072, padded, 0)
+    yield "tower_ids", run.by.choose(padded > _UNSORTED, padded, 0)
     if "tower_segments" in run.needs:
         yield "tower_segments", _segments(run, padded, run.fixed["vpositions"])
     calls = {"grid": (run.b * axes["patches"], run.b * axes["images"] * axes["grid"] ** 2)}
