@@ -9,7 +9,7 @@ anything failed. `tests/estimate/test_every_model.py` tests a sample in each run
 
 An answer fails if it
 
-    crashes   raises anything but a MemplanError of one printable line
+    crashes   raises anything but a refusal: a MemplanError of one printable line that is no InternalError
     negative  has a phase or line with bytes that are no integer or below zero, or a line that counts nothing
     sum       has a ledger or categories that do not sum to `allocated`, or a peak that is not the largest phase
     order     does not keep allocated <= reserved <= used, and used within its band
@@ -37,6 +37,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli.compare import command_of_run
 from memplan.cli.runs import runs_of
+from memplan.core.errors import InternalError
 from memplan.models.cards import card_names, load_card
 from tests.encoders import SMALL
 from tests.tiny import TINY as DECODERS
@@ -203,6 +204,8 @@ def ask(model: str, options: str) -> Asked:
         failures += _laws_between_runs(run, answer)
     except MemplanError as error:
         refused = str(error)
+        if isinstance(error, InternalError):
+            failures.append(Failure("crashes", "InternalError", refused))
         if not refused.isprintable():
             failures.append(Failure("crashes", "message is not one printable line", repr(refused)))
     except Exception as error:  # crashes are what this looks for

@@ -14,26 +14,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each with what to write instead.
 BANNED = {
-    r"\bbeside\b": "next to, in addition to, with",
-    r"\bso many\b": "n copies, that many",
-    r"\bwhat of\b": "the noun",
-    r"\bof which nothing\b": "without its own",
-    r"\bthat is asked about\b": "this one",
-    r"\bas (?:it|they) lies?\b": "in its layout",
-    r"\b(?:is|are) had\b": "has",
-    r"\bis there to\b": "that",
-    r"\ball else\b": "everything else",
-    r"\bthe same of\b": "the noun again",
-    r"\braises nothing\b": "nothing at all",
-    r"\banew\b": "again",
-    r"\bsuch a one\b": "one",
-    r"\btakes back\b": "overrides",
-    r"\blacks?\b": "needs more, has no",
-    r'^"""What\b': "a noun, or a verb, that says what it is",
+    "beside": "next to, in addition to, with",
+    "so many": "n copies, that many",
+    "what of": "the noun",
+    "of which nothing": "without its own",
+    "that is asked about": "this one",
+    "as (?:it|they) lies?": "in its layout",
+    "(?:is|are) had": "has",
+    "is there to": "that",
+    "all else": "everything else",
+    "the same of": "the noun again",
+    "raises nothing": "nothing at all",
+    "anew": "again",
+    "such a one": "one",
+    "takes back": "overrides",
+    "lacks?": "needs more, has no",
+    '"""What': "a noun, or a verb, that says what it is",
 }
 # Keys of the JSON contract and a verdict of a trace, which other tools read.
 CONTRACT = {"beside", "lacks"}
-PATTERN = re.compile("|".join(BANNED), re.IGNORECASE)
+PATTERN = re.compile(rf"(?<!\w)(?:{'|'.join(BANNED)})\b", re.IGNORECASE)
 MOST_WORDS = 12  # of a test's name
 
 
@@ -54,6 +54,8 @@ def prose_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def found_in(path: Path) -> list[str]:
+    if path.suffix == ".py" and not PATTERN.search(path.read_text("utf-8")):  # to tell its prose takes long
+        return []
     return [
         f"{path.relative_to(ROOT)}:{number}: {match[0]}"
         for number, line in prose_of(path)

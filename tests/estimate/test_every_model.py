@@ -7,14 +7,16 @@ reproduce it.
 from __future__ import annotations
 
 import os
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
 
+from benchmarks import sweep
 from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
 from memplan import MemplanError, ModelSpec, RunSpec
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.errors import InternalError
 from memplan.engine.events import FREED
 from memplan.engine.walk import bytes_at_each, size, values
 from memplan.models.configs.images import picture_of, takes_images
@@ -47,6 +49,14 @@ def test_no_answer_breaks_a_law(part: int) -> None:
         if failure.kind != "slow"  # seconds depend on the machine
     ]
     assert failures == []
+
+
+def test_a_mistake_of_memplan_is_a_failure_and_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: RunSpec) -> None:
+        raise InternalError("attention reads keys, which nothing writes")
+
+    monkeypatch.setattr(sweep, "estimate", fail)
+    assert [failure.kind for failure in ask("qwen2-0.5b", "--method lora").failures] == ["crashes"]
 
 
 DIVIDED = ("none", "fsdp", "fsdp2")
@@ -82,7 +92,10 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", sampled(sorted(FAMILIES), 16))
 def test_equal_layers_are_counted_as_if_each_were_run(name: str) -> None:
-    """In every family, with towers, images, windows, tied tables and experts, one copy stands for all copies."""
+    """In every family, with towers, images, windows, tied tables and experts, one copy stands for all copies.
+
+    Sharding and method are paired in every way; each of either is run with and without images.
+    """
     model = ModelSpec({"model_type": name, **FAMILIES[name]})
     batches: list[dict[str, Any]] = [{"micro": 2, **({} if model.only_sequence else {"sequence": 96})}]
     if takes_images(model):
@@ -90,7 +103,7 @@ def test_equal_layers_are_counted_as_if_each_were_run(name: str) -> None:
         tokens = picture_of(model, side.get("image_size")).tokens
         batches.append({"micro": 2, "sequence": max(96, tokens), "images": 1, **side})
     asked = 0
-    for batch, strategy, method in product(batches, DIVIDED, METHODS):
+    for batch, (strategy, method) in zip(cycle(batches), product(DIVIDED, METHODS), strict=False):
         ranks = {"world": 4, "dp": 4, "strategy": strategy} if strategy != "none" else {}
         parts = {"method": method, "precision": "fp32", "parallelism": ranks, "batch": batch}
         run = RunSpec.model_validate({"model": {"config": model.config}, **parts})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from operator import mul
 from typing import Any
 
@@ -19,7 +18,7 @@ from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import InternalError, MemplanError
-from memplan.core.ir import Stack, operations, undefined_names
+from memplan.core.ir import operations
 from memplan.engine.largest import PhaseTerms
 from memplan.engine.walk import alive, bytes_at_each, largest, rows, size, values
 from memplan.estimate.training import least_bytes
@@ -146,33 +145,23 @@ WIRINGS = (
 )
 
 
-def stacks_of(family: str, options: str) -> Iterator[Stack]:
-    """Return the stacks of a run of the family's small config: every pipeline stage and every generation pass.
-
-    Empty if the run is refused.
-    """
-    try:
-        decided = decide(run_of(f"{family} (small)", options))
-        graphs = (
-            [step.graph for step in steps_of(decided)]
-            if decided.structure.graph.inference
-            else [stage.graph for stage in every_stage(decided.structure)]
-        )
-        for graph in graphs:
-            yield operations_of(graph)[0]
-    except InternalError:  # no refusal, but what is looked for
-        raise
-    except MemplanError:
-        return
-
-
 @pytest.mark.parametrize("family", sampled(list(FAMILIES), 8))
 def test_every_read_of_a_stack_has_a_writer(family: str) -> None:
-    """Tests a share of the option sets for each family, so that every set is tested with some family."""
-    place, share = list(FAMILIES).index(family), 4 if COMPLETE else 24
+    """Tests a share of the option sets for each family, so that every set is tested with some twenty families.
+
+    Every pipeline stage and generation pass; what builds a stack raises an InternalError if a read has no writer.
+    """
+    place, share = list(FAMILIES).index(family), 8 if COMPLETE else 24
     for options in WIRINGS[place % share :: share]:
-        for stack in stacks_of(family, options):
-            assert not list(undefined_names(stack)), options
+        try:
+            structure = (decided := decide(run_of(f"{family} (small)", options))).structure
+            steps = steps_of(decided) if structure.graph.inference else every_stage(structure)
+            for step in steps:
+                operations_of(step.graph)
+        except InternalError:  # no refusal, but what is looked for
+            raise
+        except MemplanError:
+            continue
 
 
 @laws
