@@ -750,7 +750,7 @@ history of its file names one (`tests/golden/reports.jsonl`). Graded A if all se
 assumed, C if more are. Nothing was fitted to them; lengths of data are rarely stated, so a peak may be of a shorter
 batch than the settings allow. Reserved by torch, used as `nvidia-smi` shows it, or the cache that an engine made. The
 medians leave out runs of which a part is not counted; *of known rows* is the median of those whose rows have a known
-length: graded A, or B with rows that are packed, padded to one, or published:
+length: graded A, or B with rows that are packed, padded to one, or published, or an engine's cache:
 """
 
 BANDS = """

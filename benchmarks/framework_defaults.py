@@ -93,6 +93,17 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             *("vllm_gpu_memory_utilization", "cpo_alpha", "split_dataset_ratio"),
         ),
     ),
+    "megatron-swift": (
+        "swift",
+        ("arguments/base_args/*.py", "megatron/arguments/*.py"),
+        (
+            *("tuner_type", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vit", "freeze_aligner", "freeze_llm"),
+            *("micro_batch_size", "global_batch_size", "recompute_granularity", "cross_entropy_loss_fusion"),
+            *("cross_entropy_fusion_impl", "attention_backend", "optimizer", "clip_grad", "use_distributed_optimizer"),
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel"),
+        ),
+    ),
     "peft": (
         "peft",
         ("config.py", "tuners/*/config.py", "tuners/lora/config.py"),

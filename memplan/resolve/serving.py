@@ -7,7 +7,7 @@ from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.inference.cache_formats import cache_format, formats_of
+from memplan.catalogue.inference.cache_formats import FIRST_VLLM, cache_format, formats_of
 from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.profiles.engines import ENGINES, ServingEngine, engine_settings, find_engine
 from memplan.core.errors import SpecError, UnknownNameError, refused
@@ -165,10 +165,6 @@ def _published_format(model: ModelSpec, engine: ServingEngine) -> str | None:
 _KEPT_IN_GGUF = ("mxfp4",)
 
 
-# vLLM's first engine, of which other caches than those of all tokens, and encoders of images, were not read.
-_FIRST = "vllm-0.6"
-
-
 def _is_plain(model: ModelSpec) -> bool:
     """Whether the model has no image encoder, and each layer caches keys and values of all tokens."""
     return model.family.images is None and not _uses_mla(model) and {c.kind for c in caches(model)} == {"attention"}
@@ -246,7 +242,7 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
         or model.objectives[0] != "causal_lm"
         or not model.family.serving.is_modelled
         or (model.has_compressed_cache and engine.name != COMPRESSES)
-        or (engine.name == _FIRST and not _is_plain(model))
+        or (engine.name in FIRST_VLLM and not _is_plain(model))
     ):
         raise refused("model", f"{model.model_type} models are not supported yet with {engine.name}")
     s = run.serving

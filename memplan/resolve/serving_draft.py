@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.catalogue.inference.cache_formats import FIRST_VLLM
 from memplan.core.errors import errors_about, refused
 from memplan.models.cards import find_config, find_model
 from memplan.models.configs import families
@@ -11,7 +12,7 @@ from memplan.program.serving.layer_ranges import whole
 from memplan.program.serving.settings import Draft, Settings
 
 METHODS = {  # by kind of engine, or by name
-    "vllm-0.6": (),
+    **dict.fromkeys(FIRST_VLLM, ()),
     "vllm-0.11": ("eagle", "eagle3", "mtp", "ngram"),
     "vllm": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),
     "sglang": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),

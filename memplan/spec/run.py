@@ -30,6 +30,7 @@ NEWEST = {
     "verl": "verl-0.9",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
+    "vllm-v0": "vllm-v0-0.8",
     "sglang": "sglang-0.5",
     "tgi": "tgi-3",
     "llama.cpp": "llama.cpp-2026",

@@ -11,6 +11,7 @@ from benchmarks import golden
 from benchmarks.golden import SLACK, Measured
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
+from memplan.engine.walk import size
 from memplan.models.cards import find_model
 from memplan.models.configs.megatron import padded
 from memplan.program.graph import operations_of
@@ -506,6 +507,28 @@ def test_losses_allocate_what_megatrons_do(row: dict[str, Any]) -> None:
     held = sum(line.bytes for line in found.ledger if line.dims == (B, S, 50304))
     per_pair = (row["kept"] + row["backward"]) // (row["tokens"] * row["words"])
     assert held == per_pair * B * S * 50304
+
+
+ADAPTERS = [*map(json.loads, (golden.GOLDEN / "traced_megatron_lora.jsonl").read_text("utf-8").splitlines())]
+
+
+@pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: " ".join(str(row[key]) for key in list(row)[:4]))
+def test_adapters_keep_what_ms_swifts_do(row: dict[str, Any]) -> None:
+    """Of its own code, over stand-ins of Transformer Engine's layers: what is kept for backward, and the weights."""
+    t, divided, method = row["ranks"], row["sequence_parallel"], {"kind": "lora", "rank": 6, "dropout": row["dropout"]}
+    ranks = of_ranks(t, divided) if t > 1 else {}
+    eager = {**kernels("eager")["kernels"], "fused": []}
+    batch = {"micro": 2, "sequence": 256}
+    run = decide(answer(method=method, batch=batch, profile="megatron-swift", kernels=eager, **ranks).run)
+    stack, axes = operations_of(run.structure.graph)
+    axes = {**axes, "b": 2, "s": 256, "s_tp": 256 // t if divided else 256}
+    ops = stack.runs[0].blocks[0].ops
+    adapter = [op for op in ops if f".{row['layer']}." in op.name and op.name.rpartition(".")[2].startswith("lora_")]
+    kept = {keep.what for op in adapter for keep in op.keeps}
+    written = {tensor.name: tensor for op in ops for tensor in op.writes if tensor.name in kept}
+    assert sum(size(each.shape, each.dtype or "bf16", axes)[1] for each in written.values()) == row["kept"]
+    trained = [weight for op in adapter for weight in op.weights]
+    assert sum(size(weight.shape, "uint8/1", axes)[1] for weight in trained) == row["trained"]
 
 
 def test_one_loss_has_one_form() -> None:

@@ -124,7 +124,7 @@ def test_a_version_is_counted_as_the_nearest_at_or_below_it(name: str, counted: 
     assert (answer.bytes.allocated, answer.run) == (same.bytes.allocated, same.run)
     assert answer.notes == (f"profile: {name} is counted as {counted}, the nearest version at or below it", *same.notes)
     assert find_engine("vllm-0.20") is find_engine("vllm-0.9") is find_engine("vllm-0.11")
-    assert find_engine("vllm-0.7.3") is find_engine("vllm-0.6")
+    assert find_engine("vllm-0.7.3") is find_engine("vllm-0.7")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 from memplan import RunSpec, estimate
+from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.engines import (
     ENGINES,
     EngineBehaviour,
@@ -209,6 +210,16 @@ def test_a_pool_computed_from_the_card_misses_a_log_as_documented(row: dict[str,
     assert f"{100 * (tokens / row['tokens'] - 1):+.1f}" == row["percent"]
     page = (Path(__file__).parents[2] / "docs" / "how-it-works" / "serving.md").read_text("utf-8")
     assert f"| {row['tokens']:,} | {tokens:,} |" in page
+
+
+@of_kind("left")
+def test_the_share_leaves_the_pool_that_a_log_says(row: dict[str, Any]) -> None:
+    share = float(row["share_gib"]) * GIB / find_gpu(row["gpu"]).usable
+    serving = {"memory_utilization": share, "lora_slots": 1, **row["serving"]}
+    run = run_of(row["model"], row["profile"], row["gpu"], precision={"weights": "fp16"}, sequence=512, serving=serving)
+    answer = estimate(run)
+    assert answer.serving is not None
+    assert abs(answer.serving["pool"] / GIB / float(row["gib"]) - 1) <= float(row["within"])
 
 
 def run_of(model: str, profile: str, gpu: str | None = "h100", tp: int = 1, **more: Any) -> RunSpec:
@@ -513,6 +524,23 @@ def adapters(model: str, profile: str, **degrees: Any) -> int:
     """Return the bytes of two slots of rank 16 on a card."""
     s = resolve_serving(divided(model, profile, serving=_SLOTS, **degrees))
     return sum(h.bytes for h in rank_weights(s) if h.group == "adapter")
+
+
+def test_the_share_of_vllm_0_7_does_not_pay_for_slots() -> None:
+    pools = {
+        name: [
+            budget(resolve_serving(run_of("llama-3-8b", name, serving=slots)), 80 * GIB).available
+            for slots in ({}, _SLOTS)
+        ]
+        for name in ("vllm-0.6", "vllm-0.7", "vllm-v0-0.8")
+    }
+    of_slots = adapters("llama-3-8b", "vllm-0.6")
+    assert pools["vllm-0.7"][0] == pools["vllm-0.7"][1]
+    assert {name: before - after for name, (before, after) in pools.items() if name != "vllm-0.7"} == {
+        "vllm-0.6": of_slots,
+        "vllm-v0-0.8": of_slots,
+    }
+    assert pools["vllm-0.7"][0] - pools["vllm-0.6"][0] == (256 - 51) * MIB
 
 
 def test_experts_have_an_adapter_each() -> None:

@@ -769,7 +769,6 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
-    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not read yet",
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
@@ -783,7 +782,7 @@ REFUSED: dict[str, str] = {
     "model: {a: b}\ntokenizer: {c: d}\ncheckpointer: {e: f}": "checkpointer: torchtune's evaluation and",
     "model: {a: b}\ntokenizer: {c: d}\nloss: {e: f}\ngrpo_samples: 4": "run.yaml:4: grpo_samples: torchtune's GRPO",
     "base_model: a\nmicro_batch_size: 1\ndeepspeed: ~~/a.json": "deepspeed: there is no file '~~/a.json'",
-    "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
+    "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, Megatron-SWIFT, torchtune, LitGPT, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }
 

@@ -567,7 +567,7 @@ REFUSED = {
     "python3 -m verl.trainer.main_eval data.x=1": "train.sh:1: verl.trainer.main_eval: verl's other runs are not read",
     "python3 -m verl.trainer.main_ppo --config-name=ppo_megatron_trainer": "config_name: 'ppo_megatron_trainer' is not",
     "deepspeed --module openrlhf.cli.train_kd": "train.sh:1: openrlhf.cli.train_kd: OpenRLHF's other runs are not read",
-    "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
+    "megatron export --model a": "megatron export is not supported yet; supported: megatron sft or megatron pt or ",
     "swift rlhf --rlhf_type gkd --model a --teacher_model_server http://b": (
         "teacher_model_server: gkd against the top logits of a server is not supported yet; name a teacher_model"
     ),

@@ -35,7 +35,8 @@ class CacheFormat(NamedTuple):
         return -(-width // self.numbers) * self.bytes + self.scale
 
 
-_NEW, _OLD, _OLDEST = "vllm-0.33", "vllm-0.11", "vllm-0.6"
+FIRST_VLLM = ("vllm-0.6", "vllm-0.7", "vllm-v0-0.8")  # of V0 only layers that cache all tokens were read
+_NEW, _OLD = "vllm-0.33", "vllm-0.11"
 _SGLANG, _TGI, _GGML = "sglang-0.5", "tgi-3", "llama.cpp-2026"
 _EIGHT = "one scale for all: vllm 0.33.0 config/cache.py CacheDType; sglang 0.5.23 mem_cache/kv_cache_dtype.py"
 _TRITON = "vllm 0.33.0 v1/attention/backends/triton_attn.py TritonAttentionBackend.customize_spec"
@@ -43,12 +44,12 @@ _BLOCKS = "llama.cpp ggml/src/ggml-common.h, common/arg.cpp kv_cache_types"
 _FOUR = "sglang 0.5.23 layers/quantization/fp4_kv_cache_quant_method.py compute_cell_size"
 
 FORMATS = (
-    CacheFormat("bf16", 1, ITEMSIZE["bf16"], (_NEW, _OLD, _OLDEST, _SGLANG, _TGI, _GGML), "two bytes a number"),
-    CacheFormat("fp16", 1, ITEMSIZE["fp16"], (_NEW, _OLD, _OLDEST, _SGLANG, _TGI, _GGML), "two bytes a number"),
-    CacheFormat("fp32", 1, ITEMSIZE["fp32"], (_NEW, _OLD, _OLDEST, _SGLANG, _TGI, _GGML), "four bytes a number"),
-    CacheFormat("fp8", 1, 1, (_NEW, _OLD, _OLDEST, _SGLANG, _TGI), _EIGHT),
-    CacheFormat("fp8_e4m3", 1, 1, (_NEW, _OLD, _OLDEST, _SGLANG), _EIGHT),
-    CacheFormat("fp8_e5m2", 1, 1, (_NEW, _OLD, _OLDEST, _SGLANG, _TGI), _EIGHT),
+    CacheFormat("bf16", 1, ITEMSIZE["bf16"], (_NEW, _OLD, *FIRST_VLLM, _SGLANG, _TGI, _GGML), "two bytes a number"),
+    CacheFormat("fp16", 1, ITEMSIZE["fp16"], (_NEW, _OLD, *FIRST_VLLM, _SGLANG, _TGI, _GGML), "two bytes a number"),
+    CacheFormat("fp32", 1, ITEMSIZE["fp32"], (_NEW, _OLD, *FIRST_VLLM, _SGLANG, _TGI, _GGML), "four bytes a number"),
+    CacheFormat("fp8", 1, 1, (_NEW, _OLD, *FIRST_VLLM, _SGLANG, _TGI), _EIGHT),
+    CacheFormat("fp8_e4m3", 1, 1, (_NEW, _OLD, *FIRST_VLLM, _SGLANG), _EIGHT),
+    CacheFormat("fp8_e5m2", 1, 1, (_NEW, _OLD, *FIRST_VLLM, _SGLANG, _TGI), _EIGHT),
     CacheFormat("fp8_e4m3fn", 1, 1, (_TGI,), "TGI's documentation, launcher: --kv-cache-dtype"),
     CacheFormat("int8_per_token_head", 1, 1, (_NEW,), _TRITON, scale=4, latent=False),
     CacheFormat("fp8_per_token_head", 1, 1, (_NEW,), _TRITON, scale=4, latent=False),

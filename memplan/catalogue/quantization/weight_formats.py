@@ -6,6 +6,7 @@ or less.
 
 from __future__ import annotations
 
+from memplan.catalogue.inference.cache_formats import FIRST_VLLM
 from memplan.core.records import NamedTuple
 
 
@@ -65,7 +66,7 @@ FORMATS: dict[str, tuple[FormatChoice, ...]] = {
     ),
     "vllm-0.33": _compressed(75, 75, 75, "vllm 0.33.0"),
     "vllm-0.11": _compressed(80, 75, 80, "vllm 0.11.0"),
-    "vllm-0.6": _compressed(80, 75, 80, "vllm 0.6.4.post1"),
+    **dict.fromkeys(FIRST_VLLM, _compressed(80, 75, 80, "vllm 0.6.4.post1")),
     "sglang-0.5": _compressed(80, 80, 80, "sglang 0.5.23"),
     "tgi-3": (
         FormatChoice("fp8-channel", _FP8, _DEATH, 80, "assumed: Marlin's kernels"),

@@ -55,7 +55,6 @@ _SHELLS = ("sh", "bash", "zsh")
 _LATER = {
     "verl.": ("verl's other runs", "verl.trainer.main_ppo or verl.trainer.sft_trainer"),
     "openrlhf.": ("OpenRLHF's other runs", "openrlhf.cli.train_sft, train_dpo, train_rm or train_ppo_ray"),
-    "megatron": ("Megatron-SWIFT's runs", "swift sft, or memplan MODEL --profile megatron-swift"),
 }
 _HYDRA = "verl."  # programs that take key=value anywhere among their flags
 _MODULE = re.compile(r"\w+(?:\.(?!py$)\w+)+")

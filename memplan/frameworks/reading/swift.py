@@ -54,9 +54,6 @@ def _program(config: Config) -> None:
         config.set("objective", _OBJECTIVES[task], "task_type")
     if task == "embedding":
         config.leave("task_type", "the loss of embeddings is not counted")
-    for key in ("micro_batch_size", "expert_model_parallel_size", "recompute_granularity"):
-        if config.said(key) is not None:
-            raise config.error(key, "Megatron-SWIFT is not read yet; near: memplan MODEL --profile megatron-swift")
     if config.said("rlhf_type") is not None or config.command.endswith("rlhf"):
         _trainer(config)
 

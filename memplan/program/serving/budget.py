@@ -16,7 +16,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 from memplan.program.serving.draft_weights import rank_weights
 from memplan.program.serving.engine_step import EngineStep, largest
-from memplan.program.serving.model_weights import WeightGroup
+from memplan.program.serving.model_weights import SLOTS, WeightGroup
 from memplan.program.serving.parallel import stage_settings
 from memplan.program.serving.pool import Pool
 from memplan.program.serving.settings import Settings
@@ -61,6 +61,11 @@ class Budget(NamedTuple):
         return sum(h.bytes for h in self.weights)
 
     @property
+    def paid(self) -> int:
+        """Bytes of the weights that the engine's share pays for."""
+        return _paid(self.settings, self.weights)
+
+    @property
     def shown(self) -> int:
         """Bytes of the pool in a report."""
         s = self.settings
@@ -85,6 +90,10 @@ class Budget(NamedTuple):
         least = _warm_up_cache(s) if s.engine.kind == "tgi" and s.gpu else 0
         room = self.available - max(least, self.pool.needs(s.context, s.batch))
         return room if self.aside is None else min(room, self.aside - self.step.bytes - self.graphs.usual)
+
+
+def _paid(s: Settings, weights: tuple[WeightGroup, ...]) -> int:
+    return sum(h.bytes for h in weights if not s.behaviour.ignores_slots or h.group != SLOTS)
 
 
 def pool_of(s: Settings, available: int) -> Pool:
@@ -125,7 +134,7 @@ def _divided(s: Settings, total: int | None, level: str) -> Budget:
         needs = pool_of(s, 0).needs(s.context, s.batch)
         available, taken = needs, parameters + step.bytes + aside + needs
     else:
-        taken, available = _left(s, total, before, parameters, step.bytes, aside)
+        taken, available = _left(s, total, before, _paid(s, weights), step.bytes, aside)
     pool = pool_of(s, available)
     # TGI 3.3.7 models/flash_causal_lm.py warmup logs that a graph finds no memory, and goes on without it
     if s.engine.kind == "tgi" and total is not None:
@@ -186,7 +195,7 @@ def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhea
     groups = tuple(Communicator(what, ranks) for what, ranks in divided if ranks > 1)
     return (
         cuda_graph_memory(kind, bool(s.serving.cuda_graphs)),
-        loaded_kernels(kind),
+        loaded_kernels(kind, s.behaviour.measures_since_start),
         cuda_context(capability),
         (*nccl(groups), *_dynamic_types(s)),
     )
@@ -221,7 +230,7 @@ def _card_for(b: Budget, level: str) -> int:
     needs, step = b.pool.needs(s.context, s.batch), b.step.bytes
     match s.engine.kind:
         case "vllm":
-            total = (b.parameters + step + aside + needs) / share
+            total = (b.paid + step + aside + needs) / share
         case "sglang":
             total = before + (b.parameters + aside + needs) / share
             if share < 1:

@@ -20,6 +20,7 @@ from memplan.program.serving.settings import Settings
 from memplan.program.stored.quantization_config import FIELD
 from memplan.program.stored.weights import StoredWeight, stored_weights
 
+SLOTS = "adapter"  # the group of the slots for adapters
 TABLE = "table"  # the group of the runner's buffers for requests
 MXFP4_GROUP = 32  # numbers that share a scale
 
@@ -176,7 +177,7 @@ def _adapters(s: Settings) -> Iterator[WeightGroup]:
     if slots and s.serving.lora_rank:
         source = "vllm 0.33.0 lora/layers create_lora_weights; sglang 0.5.23 lora/mem_pool.py"
         bytes_ = slots * slot(s) * ITEMSIZE[s.dtype]
-        yield WeightGroup(f"slots for {slots} adapters", "adapter", slots, s.dtype, bytes_, source)
+        yield WeightGroup(f"slots for {slots} adapters", SLOTS, slots, s.dtype, bytes_, source)
 
 
 def host_of_adapters(s: Settings) -> int:

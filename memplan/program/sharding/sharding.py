@@ -381,11 +381,16 @@ class DataParallel(Sharding):
 
     def broadcast_buffers(self) -> Iterable[int]:
         """Return the buffers if torch records NCCL's stream for them: the process runs ahead of that stream, so each
-        is freed before it is sent, and all of them together are as large as the weights.
+        is freed before it is sent, and all of them together are as large as the weights that are copied. A first
+        weight as large as a buffer, such as the embeddings, is sent as it is.
 
-        Source: torch 2.7 csrc/distributed/c10d/comm.cpp broadcast_coalesced, c10/cuda/CUDACachingAllocator.cpp free.
+        Source: torch 2.7 csrc/distributed/c10d/comm.cpp broadcast_coalesced, flatten_dense_tensors,
+        c10/cuda/CUDACachingAllocator.cpp free.
         """
-        full, rest = divmod(total_bytes(self.weights()) if self.ranks.records_streams else 0, BROADCAST)
+        if not self.ranks.records_streams:
+            return ()
+        first = next((held.bytes for held in self.weights()), 0)
+        full, rest = divmod(total_bytes(self.weights()) - first * (first >= BROADCAST), BROADCAST)
         return [BROADCAST] * full + [rest] * bool(rest)
 
     def on_gpu(self, room: int) -> Structure:
