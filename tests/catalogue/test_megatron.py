@@ -512,7 +512,7 @@ def test_losses_allocate_what_megatrons_do(row: dict[str, Any]) -> None:
 ADAPTERS = [*map(json.loads, (golden.GOLDEN / "traced_megatron_lora.jsonl").read_text("utf-8").splitlines())]
 
 
-@pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: " ".join(str(row[key]) for key in list(row)[:4]))
+@pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: " ".join(map(str, row.values())))
 def test_adapters_keep_what_ms_swifts_do(row: dict[str, Any]) -> None:
     """Of its own code, over stand-ins of Transformer Engine's layers: what is kept for backward, and the weights."""
     t, divided, method = row["ranks"], row["sequence_parallel"], {"kind": "lora", "rank": 6, "dropout": row["dropout"]}

@@ -1,8 +1,9 @@
 """Trace ms-swift's adapters over Megatron-core's layers, and print rows for tests/catalogue/test_megatron.py.
 
-pip download --no-deps ms-swift==4.0.0 megatron-core==0.12.0    (a wheel for Python 3.11; unpack both in one FOLDER)
+pip download --no-deps ms-swift==4.0.0 mcore-bridge==1.6.5 megatron-core==0.12.0    (for Python 3.11; all in one FOLDER)
 
-Each process is a rank, on the CPU. The adapter's code is ms-swift's own. Transformer Engine's layers do not run without
+Each process is a rank, on the CPU. The adapter's code is that of ms-swift 4.0, and of mcore_bridge, which has it for
+ms-swift 4.6. Transformer Engine's layers do not run without
 a GPU: Megatron-core's own products, which save the same for backward, stand in for them.
 
 python tests/golden/trace_megatron_lora.py FOLDER > tests/golden/traced_megatron_lora.jsonl
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,6 +35,9 @@ LAYERS = {
     "linear_fc1": (True, HIDDEN, WIDTH),
     "linear_fc2": (False, WIDTH, HIDDEN),
 }
+
+
+PACKAGES = {"ms-swift 4.0.0": "swift.megatron", "mcore_bridge 1.6.5": "mcore_bridge"}
 
 
 def stand_ins(config: Any, world: int) -> dict[str, type[nn.Module]]:
@@ -99,23 +104,26 @@ def stand_ins(config: Any, world: int) -> dict[str, type[nn.Module]]:
     return {**own, "TELayerNormColumnParallelLinear": NormColumn, **dict.fromkeys(grouped, Unused)}
 
 
-def adapters_of(folder: Path, classes: dict[str, type[nn.Module]]) -> Any:
-    """Return ms-swift's module with its adapters, which finds the stand-ins for Transformer Engine's layers."""
+def adapters_of(folder: Path, package: str, classes: dict[str, type[nn.Module]]) -> Any:
+    """Return a package's module with its adapters, which finds the stand-ins for Transformer Engine's layers."""
     engine = ModuleType("megatron.core.extensions.transformer_engine")
     engine.__dict__.update(classes)
     sys.modules[engine.__name__] = engine
-    for name in ("swift", "swift.utils", "swift.megatron", "swift.megatron.utils", "swift.megatron.tuners"):
+    import_module("peft.tuners.lora")  # which looks for Transformer Engine itself
+    own: dict[str, Any] = {"get_current_device": lambda: "cpu", "tuners_sharded_state_dict": None}
+    own |= {"NpuGroupedLoraLinear": classes["TEGroupedLinear"], "is_expert_layer": lambda layer: False}
+    parts = ("", ".utils", ".tuners", ".tuners.utils", ".tuners.npu_lora")
+    for name in ("transformer_engine", "swift", "swift.utils", *(f"{package}{part}" for part in parts)):
         sys.modules[name] = ModuleType(name)
-    sys.modules["swift.utils"].__dict__["get_current_device"] = lambda: "cpu"
-    sys.modules["swift.megatron.utils"].__dict__["tuners_sharded_state_dict"] = None
-    spec = importlib.util.spec_from_file_location(
-        "swift.megatron.tuners.lora", folder / "swift" / "megatron" / "tuners" / "lora.py"
-    )
+        sys.modules[name].__dict__.update(own)
+    path = folder.joinpath(*package.split("."), "tuners", "lora.py")
+    spec = importlib.util.spec_from_file_location(f"{package}.tuners.lora", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)  # pyright: ignore[reportAttributeAccessIssue]
+    tracker = SimpleNamespace(fork=nullcontext, is_initialized=lambda: False)
+    module.get_cuda_rng_tracker = lambda: tracker  # pyright: ignore[reportAttributeAccessIssue]
     return module
 
 
@@ -134,14 +142,14 @@ def kept(layer: nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for at, storage in saved.items() if at not in weights)
 
 
-def rows(folder: Path, world: int, divided: bool) -> Iterator[dict[str, Any]]:
+def rows(folder: Path, package: str, world: int, divided: bool) -> Iterator[dict[str, Any]]:
     """Yield what adapters keep in each layer, next to what the layer keeps without one."""
     sizes = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 8}
     config = import_module("megatron.core.transformer.transformer_config").TransformerConfig(
         **sizes, tensor_model_parallel_size=world, sequence_parallel=divided, use_cpu_initialization=True
     )
     classes = stand_ins(config, world)
-    lora = adapters_of(folder, classes)
+    lora = adapters_of(folder, package, classes)
     tokens = TOKENS // world if divided else TOKENS
     for name, (is_column, inputs, outputs) in LAYERS.items():
         base_class = classes["TELayerNormColumnParallelLinear" if is_column else "TERowParallelLinear"]
@@ -165,8 +173,8 @@ def dropped(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def main() -> None:
     folder = Path(sys.argv[1])
     if len(sys.argv) == 2:
-        for world, divided in ((1, False), (2, False), (2, True)):
-            ranks = [[str(world), str(int(divided)), str(rank)] for rank in range(world)]
+        for name, (world, divided) in product(PACKAGES, ((1, False), (2, False), (2, True))):
+            ranks = [[name, str(world), str(int(divided)), str(rank)] for rank in range(world)]
             running = [
                 subprocess.Popen(
                     [sys.executable, __file__, str(folder), *rank], stdout=None if i == 0 else subprocess.DEVNULL
@@ -175,7 +183,7 @@ def main() -> None:
             ]
             assert not any(process.wait() for process in running)
         return
-    world, divided, rank = map(int, sys.argv[2:])
+    name, (world, divided, rank) = sys.argv[2], map(int, sys.argv[3:])
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29556")
     sys.path.insert(0, str(folder))
     torch.cuda.current_device = lambda: "cpu"  # pyright: ignore[reportAttributeAccessIssue]
@@ -183,9 +191,9 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     import_module("megatron.core.parallel_state").initialize_model_parallel(world)
     core = import_module("megatron.core.package_info").__version__
-    for row in rows(folder, world, bool(divided)):
+    for row in rows(folder, PACKAGES[name], world, bool(divided)):
         if rank == 0:
-            print(json.dumps({**row, "ms-swift": "4.0.0", "megatron-core": core}), flush=True)
+            print(json.dumps({**row, "code": name, "megatron-core": core}), flush=True)
 
 
 if __name__ == "__main__":
