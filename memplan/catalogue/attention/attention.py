@@ -222,7 +222,7 @@ def _efficient(
     grouped: bool,
     mask: str,
     width: str,
-    records: bool = True,
+    records: bool,
     converts: bool = True,
 ) -> tuple[Op, ...]:
     """Return memory-efficient attention: keeps q, k, v, the output, fp32 row sums (rounded up to 32 rows) and the mask.
@@ -333,7 +333,7 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
     kernel = (
         eager(name, "q", "k", "v", y, grouped, mask, "d", wiring.drops, wiring.caching)
         if wiring.backend == "eager"
-        else _efficient(name, "q", "k", "v", y, grouped and not wiring.decodes, mask, "d", converts=False)
+        else _efficient(name, "q", "k", "v", y, grouped and not wiring.decodes, mask, "d", wiring.records, False)
     )
 
     def seen(t: Tensor) -> Tensor:
