@@ -160,7 +160,8 @@ class Op(NamedTuple):
                        model's variables), of `forward` (what it returns) or of the `step`; an encoder's `states` until
                        an operation outside of blocks that `releases` them; a `cache` until the next pass, or that of a
                        model inside another one's step until its loss is computed. `past`: the blocks find it as what
-                       is `past`, with its gradients
+                       is `past`, with its gradients. `model`: the model's own attribute to its next pass, and with it
+                       the embeddings before it that require a gradient, and that gradient
     releases           what it lets go that operations hold: all `states`, the `last states`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
@@ -228,16 +229,18 @@ class Block(NamedTuple):
     """One layer of the model, and what checkpointing recomputes as a unit: reads `x` (and names of `Stack.before`),
     writes `y`.
 
-    shares              names that everything after the block may read; the block is not repeated
+    shares              names that everything after the block may read, also of its input and output; the block is not
+                        repeated
     returned            the model itself passes on what it shares. Otherwise that is in a dictionary that all blocks'
                         checkpoints reference, and recomputation replaces it there
     never_checkpointed  never checkpointed, like the layers of a tower that the library does not checkpoint
     by_name             gets what it reads besides `x` as keyword arguments, which reentrant checkpointing references
                         until the graph is freed
-    replaces            names shared by earlier blocks that the model drops, because what it shares takes their place
+    replaces            names shared by earlier blocks that the model drops, before it shares others, maybe by that name
     passed              names that an earlier block returned and the model passes to it, which a checkpoint keeps
     recomputes_all      a checkpoint recomputes all of it, instead of stopping at the last tensor that is kept
-    unread              nothing reads its output: what it keeps is freed when forward ends, and its weights are idle
+    unread              nothing reads its output: what it keeps is freed when forward ends, and its weights are idle. If
+                        it returns its input, nothing reads what it makes of it, and that is freed when the block ends
     """
 
     name: str
@@ -316,7 +319,7 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
         for block in run.blocks:
             last = known | {"x", *block.passed}
             yield from _unwritten(block.name, block.ops, last, "y", *block.shares)
-            known = known.union(block.shares).difference(block.replaces)
+            known = known.difference(block.replaces).union(block.shares)
     known = known | last | {"x"}
     yield from _unwritten("after", stack.after, known)
     yield from _unwritten("loss", stack.loss, known, *(("loss",) if stack.loss else ()))

@@ -192,11 +192,11 @@ class Recorder(Tape):
         super().end_forward()
         self.turn = len(self.events)
 
-    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+    def end_step(self, *gradients: Storage, behind: Iterable[Storage] = ()) -> tuple[Moment, Moment]:
         while self._late_gradients:
             self.drop(self._late_gradients.pop())
         self.over = len(self.events)
-        return super().end_step(*gradients)
+        return super().end_step(*gradients, behind=behind)
 
     def enter_copy(self, number: int, way: Way, skipped: int, times: str) -> None:
         self._entered = _Copy(number, way, skipped, times, len(self.events), 0)

@@ -332,20 +332,21 @@ class _Pass:
         """Run one copy, which stands for all of a run unless it is alone."""
         tape = self.tape
         number = None
-        name, period = copies.blocks[0].name, len(copies.blocks)
-        first_layer = self.layers[name]
-        self.layers[name] += period * (copies.count(self.depth) + copies.skipped)
-        last_layer = self.layers[name] - period
+        names = [block.name for block in copies.blocks]
+        first = [self.layers[name] + names[:i].count(name) for i, name in enumerate(names)]
+        further = copies.count(self.depth) + copies.skipped - 1
+        last = [layer + further * names.count(name) for layer, name in zip(first, names, strict=True)]
+        for name in names:
+            self.layers[name] += further + 1
         if not copies.alone:
             number = len(self.runs)
             self.runs.append((copies.times, copies.less + 1 + copies.after))
-            self.first_layers.append(
-                {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(copies.blocks)}
-            )
+            of_first = zip(names, last, first, strict=True)
+            self.first_layers.append({f"{name}.{to}.": f"{name}.{of}." for name, to, of in of_first})
             tape.enter_run(number, self.first_layers[number])
         tape.enter_copy(self.first_copy + at, "forward", copies.skipped, copies.times)
         entering = self.stream
-        frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
+        frames = [self._run_block(at, i, copies, layer) for i, layer in enumerate(last)]
         if number is not None:
             tape.leave_run(self.stream, *self.carried.values(), *self.gatherer.handed, *tape.handed)
             holding = (op for block in copies.blocks for op in block.ops if op.holds)
@@ -370,7 +371,7 @@ class _Pass:
         if units[i]:
             again_first = units if copies.count(self.depth) > 1 else ()
             self.gatherer.gather(units[i], frame, _first((*units[i + 1 :], *again_first), self.next_unit[at + 1]))
-        behind = storages_behind(block.ops)
+        behind = storages_behind(block.ops, {"x": "x"} if block.shares else {})
         y, shares = behind["y"], {name: behind[name] for name in block.shares}
         frame.past = self._pasts[at][i]
         made = tape.forward(
@@ -379,15 +380,16 @@ class _Pass:
             grad=self.records,
             checkpoint=is_checkpointed or not self.records,
         )
+        for name in block.replaces:
+            tape.drop(self.outer.pop(name))
         for name, storage in shares.items():
-            shared = self.outer[name] = made[storage]
+            shared = self.outer[name] = made.get(storage, self.stream)
+            shared.refs += storage in ("x", y)  # in addition to the stream's
             shared.shared = True
             if is_checkpointed and not self.options.reentrant and not block.returned:
                 shared.refs += 1
                 frame.shared.append(shared)
                 frame.shares = tuple(shares.values())
-        for name in block.replaces:
-            tape.drop(self.outer.pop(name))
         self.flowing |= shares_with_gradient(block, frame.flows, is_checkpointed and self.options.reentrant)
         self.gatherer.leave(copies.units[i])
         returns_input = y not in made
@@ -398,6 +400,8 @@ class _Pass:
         self.stream = self.stream if returns_input else made[y]
         self.carried = {**self.carried, **carried}
         self.stream_requires_grad = "y" in frame.flows
+        if block.unread and returns_input:
+            tape.forget(frame)
         return frame
 
     def _checkpoint(self, frame: Frame, block: Block) -> None:
@@ -456,7 +460,11 @@ class _Pass:
         self._before_backward()
         for storage in (root, *left.values()):
             tape.drop(storage)
-        held, nodes = tape.end_step(*self.grads.values())
+        behind = [self.first[name] for name in stack.leaf if tape.holds_for_model]
+        for storage in behind:
+            storage.refs += 1
+        behind += [self.grads.pop(name) for name in stack.leaf if tape.holds_for_model]
+        held, nodes = tape.end_step(*self.grads.values(), behind=behind)
         tape.note()
         return PassResult(kept, held, nodes, tuple(self.runs))
 

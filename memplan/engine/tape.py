@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from types import MappingProxyType
 
@@ -306,20 +306,27 @@ class Tape(LiveStorages):
         frame.flow, frame.checkpointed = None, False
         vars(frame).update(nodes=[])
 
-    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+    @property
+    def holds_for_model(self) -> bool:
+        """Whether a model holds an output until its next pass."""
+        return "model" in self._held
+
+    def end_step(self, *gradients: Storage, behind: Iterable[Storage] = ()) -> tuple[Moment, Moment]:
         """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.
 
-        Returns the storages freed by either.
+        Returns the storages freed by either. If a model holds an output until its next pass, these are that output and
+        what is `behind` it in the graph, which are freed last.
         """
         if self.stash is not None:
             self.stash.pass_by(())
         freed: list[Moment] = []
-        for name, more in (("step", gradients), ("nodes", ())):
+        holds = self.holds_for_model
+        for name, more in (("step", gradients), ("nodes", ()), ("model", behind)):
             before = self.snapshot()
-            for storage in (*self._held.pop(name), *more):
+            for storage in (*self._held.pop(name, ()), *more):
                 self.drop(storage)
             freed.append(before.less(self.snapshot()))
-        return freed[0], freed[1]
+        return (freed[2], before.less(before)) if holds else (freed[0], freed[1])
 
     # backward
 

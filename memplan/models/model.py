@@ -36,20 +36,20 @@ class ModelSpec(ModelFacts):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, family=_family_of(state["config"]))
 
-    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
-        """Return the model with other numbers of heads, FFN width and vocabulary, and the same `head_dim`."""
-        sizes = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": key_value_heads,
-            "intermediate_size": intermediate_size,
-            "vocab_size": vocab_size,
-            "head_dim": self.head_dim,
-        }
+    def resized(self, **sizes: int) -> ModelSpec:
+        """Return the model with other sizes, by Hugging Face's names, and the same `head_dim`.
+
+        With fewer layers, lists of layers are cut, as by transformers' config classes.
+        """
+        sizes = {"head_dim": self.head_dim, **sizes}
         keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in sizes.items())
-        config = {key: n for key, n in keys if key}
-        narrowed = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
-        narrowed.head_dim = self.head_dim  # some families have no key for it and would derive another from the heads
-        return narrowed
+        config: dict[str, Any] = {**self.config, **{key: n for key, n in keys if key}}
+        if "num_hidden_layers" in sizes and self.config.get("layer_types"):
+            kinds = cast(tuple[str, ...], self.config["layer_types"])
+            config["layer_types"] = (*kinds, *kinds[-1:] * sizes["num_hidden_layers"])[: sizes["num_hidden_layers"]]
+        resized = ModelSpec(config, self.name, self.card, self.checkpoint)
+        resized.head_dim = self.head_dim  # some families have no key for it and would derive another from the heads
+        return resized
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:

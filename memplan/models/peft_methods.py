@@ -32,11 +32,12 @@ class PeftMethod(NamedTuple):
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
     refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
     again    whether checkpointed layers can compute it again: peft refuses a prefix, and a pass's hooks end with it
-    own_loss what its model does to the loss: adds that of A's and B's `orthogonality` in training, or computes another,
-             of tokens in `context`, from the logits that the model below returns
+    own_loss what its model does to the loss: adds that of A's and B's `orthogonality` in training, or that of a second
+             `stream` where it enters the blocks, or computes another, of tokens in `context`, from the logits that the
+             model below returns
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
-             values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
-             rows of the embeddings (`tokens`)
+             values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads,
+             rows of the embeddings (`tokens`), or a second stream through all `blocks`
     """
 
     targets: Targets = MappingProxyType({})
@@ -49,8 +50,8 @@ class PeftMethod(NamedTuple):
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
     again: bool = True
-    own_loss: Literal["", "orthogonality", "context"] = ""
-    on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
+    own_loss: Literal["", "orthogonality", "context", "stream"] = ""
+    on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens", "blocks"] = "linear"
 
 
 def _each(model_types: str, names: str) -> dict[str, str]:
@@ -240,6 +241,23 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "pvera": PeftMethod(_WITHOUT_FC, 256, dropout="pvera_dropout", conv1d=True),
     "randlora": PeftMethod(_LORA, 32, dropout="randlora_dropout", formats=BITSANDBYTES, conv1d=True),
     "road": PeftMethod(_LORA, options={"variant": "road_1", "group_size": 64}, formats=BITSANDBYTES),
+    "shadow": PeftMethod(
+        rank=8,
+        options={
+            "shadow_model": "mirror",
+            "shadow_num_hidden_layers": None,
+            "shadow_intermediate_size": None,
+            "share_embeddings": True,
+            "update_hidden_size": None,
+            "shadow_dropout": 0.2,
+            "auxiliary_loss_weight": 0.05,
+        },
+        alpha="shadow_alpha",
+        formats=BITSANDBYTES,
+        conv1d=True,
+        own_loss="stream",
+        on="blocks",
+    ),
     "shira": PeftMethod(_WITHOUT_FC, 32),
     "supertuning": PeftMethod(_LORA, options={"sparsity": 0.99}),
     "tinylora": PeftMethod(_LORA, 2, {"u": 64}, dropout="tinylora_dropout", conv1d=True),
@@ -290,6 +308,11 @@ def refuses_layers(method: str, model_type: str) -> bool:
 def trains_prefix(method: str) -> bool:
     """Whether a method trains keys and values of virtual tokens in every layer."""
     return method in PEFT_METHODS and PEFT_METHODS[method].on == "prefix"
+
+
+def leads_stream(method: str) -> bool:
+    """Whether a method leads the hidden states of a second model through the blocks."""
+    return method in PEFT_METHODS and PEFT_METHODS[method].on == "blocks"
 
 
 def computes_again(method: str) -> bool:

@@ -17,10 +17,12 @@ from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
 from memplan.catalogue.kernels.trl_losses import FUSED_TOKENS, PART_TOKENS, PART_WIDTH, TILE_TOKENS, TILE_WIDTH
 from memplan.catalogue.kernels.unsloth_loss import CHUNK_BYTES, LEAST_LOGITS, LEAST_ROWS, TILE_ROWS, TILE_WORDS
+from memplan.catalogue.methods.shadow import SHADOW, shadow_model
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.records import NamedTuple
 from memplan.models.configs.megatron import padded
 from memplan.models.model import ModelSpec
+from memplan.models.peft_methods import leads_stream
 from memplan.program.graph import Graph, operations_of
 from memplan.program.training.program import Program
 
@@ -147,7 +149,11 @@ def axes_of(
         axes |= {"kept": scored + 1, "completion_rows": b * scored}
         axes["generated"] = b * more["accumulation"]
         axes |= {"earlier_rows": (b - 1) * completion, "fused_tokens": by.least(completion, FUSED_TOKENS)}
-    for role, other in graph.roles:  # those inside the step
+    inside = graph.roles
+    if leads_stream(graph.recipe.kind):
+        small, full = shadow_model(m, dict(graph.recipe.options)), graph.recipe._replace(kind="full")
+        inside = ((SHADOW, graph._replace(model=small, recipe=full)),)
+    for role, other in inside:
         own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)

@@ -16,6 +16,7 @@ from memplan.catalogue.inference.decoding import evaluation, inference
 from memplan.catalogue.inference.offloaded_caches import offloaded
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import losses
+from memplan.catalogue.kernels.checkpointing import checkpoint_every
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
 from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
@@ -23,6 +24,7 @@ from memplan.catalogue.kernels.wiring import TRAINERS, Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
 from memplan.catalogue.methods.own_losses import with_own_loss
+from memplan.catalogue.methods.shadow import with_shadow
 from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
@@ -238,22 +240,20 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if recipe.selection is not None:
         stack, axes = recipe.selection.marked(stack, axes)
     if graph.every_n_layers > 1 and graph.checkpoint:
-        from memplan.catalogue.kernels.checkpointing import checkpoint_every
-
         stack, axes = checkpoint_every(stack, axes, graph.every_n_layers, graph.checkpoints_last)
     stack = apply(stack, recipe, axes, graph.inference is not None and graph.inference.keeps_skipped_casts)
+    stack, axes = with_shadow(stack, axes, model, graph.wiring, recipe, graph.inference is None)
     if graph.flattens_frozen:
         stack = rewrite_blocks(stack, with_all_gradients)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model, degrees, records=graph.inference is None)
-    is_megatron = model.is_megatron
-    if degrees.ep > 1 and not is_megatron:
+    if degrees.ep > 1 and not model.is_megatron:
         stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
         heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
         stack = (
             (megatron.exchanged_heads if degrees.context == "ulysses" else megatron.ring_attention)(stack, degrees)
-            if is_megatron
+            if model.is_megatron
             else context_parallel.with_context_parallelism(stack, degrees, heads)
         )
     weights = [w for op in operations(stack) for w in op.weights]
@@ -295,7 +295,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.wiring.keeps_last and stack.after:
         stack = stack._replace(after=with_last_input(stack.after))
     if graph.loss == "hf":
-        stack = with_own_loss(stack, recipe.kind, graph.has_one_sequence, graph.inference is None)
+        stack = with_own_loss(stack, recipe, graph.has_one_sequence, graph.inference is None)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 

@@ -131,6 +131,20 @@ def takes_prefix(model: ModelSpec) -> bool:
     return has_one_table(model)
 
 
+def leads_through_blocks(model: ModelSpec) -> bool:
+    """Whether a decoder's layers, which are alike, pass on one tensor of hidden states, and peft finds their list.
+
+    Source: peft 0.21.2 tuners/shadow/model.py _get_backbone, _get_decoder_layers.
+    """
+    stack = default_stack(model)
+    blocks = [block for run in stack.runs for block in run.blocks]
+    lists = {tuple(block.name.split(".")[1:]) for block in blocks}
+    passed = {t.shape for block in blocks for op in block.ops for t in op.writes if t.name == "y"}
+    last = {t.shape for op in stack.after for t in op.writes if t.name == "n"}
+    found = lists <= {("layers",), ("h",), ("decoder", "layers")} and not any(block.shares for block in blocks)
+    return found and passed == last == {"b s h"} and takes_prefix(model)
+
+
 @lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """Return the fused kernels that can replace operations of the model."""

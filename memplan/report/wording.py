@@ -82,7 +82,7 @@ def adapters(method: Method) -> Iterator[str]:
     """Yield the rank of a method's adapters and the layers that have them, as far as it has either."""
     on = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
     if has_rank(method.kind) or on:
-        yield f"rank {method.rank} on {on}" if has_rank(method.kind) else f"on {on}"
+        yield " ".join([f"rank {method.rank}"] * has_rank(method.kind) + [f"on {on}"] * bool(on))
 
 
 def card(answer: Estimate) -> GPU | None:

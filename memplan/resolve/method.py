@@ -20,6 +20,7 @@ from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
     has_one_table,
+    leads_through_blocks,
     linears,
     modules,
     modules_with_weights,
@@ -91,6 +92,8 @@ def method_recipe(
         raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
     if other is not None and other.on == "attention":
         _check_attention(model, method)
+    if other is not None and other.on == "blocks":
+        _check_blocks(model, method)
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -143,6 +146,19 @@ def _check_attention(model: ModelSpec, method: Method) -> None:
     if method.last_layers > model.num_hidden_layers:
         of = f"{method.last_layers} is more than the model's {model.num_hidden_layers} layers"
         raise refused("method.options.adapter_layers", of)
+
+
+def _check_blocks(model: ModelSpec, method: Method) -> None:
+    """Refuse models whose layers peft does not find, or whose layers do not pass on one tensor of hidden states."""
+    if not leads_through_blocks(model):
+        what = (
+            f"{method.kind} is counted for causal_lm of decoders whose layers are alike and pass on hidden states only"
+        )
+        raise refused("method.kind", f"{what}, not for {model.objective} of {model.model_type}; use lora")
+    width = method.options.get("shadow_intermediate_size")
+    if width is not None and not {"intermediate_size", "ffn_dim", "n_inner"}.intersection(model.config):
+        field = "method.options.shadow_intermediate_size"
+        raise refused(field, f"peft finds no such size in the config of {model.model_type}; leave it out")
 
 
 def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ...], Selection | None, list[str]]:

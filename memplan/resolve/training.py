@@ -24,7 +24,7 @@ from memplan.core.ir import SavedTensors
 from memplan.core.once import once
 from memplan.models.configs.megatron import fuses_accumulation, gpt_config
 from memplan.models.model import ModelSpec, without_dropout
-from memplan.models.peft_methods import PEFT_METHODS
+from memplan.models.peft_methods import PEFT_METHODS, leads_stream
 from memplan.program.graph import Graph, without_gradients
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
@@ -396,7 +396,11 @@ def _build_graph(run: OpenTraining) -> None:
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
-        and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
+        and (
+            loss in ("chunked_lm_head", "label_smoothing")
+            or leads_stream(method.kind)
+            or (adds_logits and library.loss.logits != "padded")
+        ),
         loss_chunks=dict(facts.loss_chunks).get(loss, 0),
         fused=tuple(sorted({*(kernels.fused or ()), *library.model.own_kernels})),
         casts_outputs=library.loss.casts_outputs or casts_logits,
@@ -481,6 +485,7 @@ def _build_structure(run: OpenTraining) -> None:
         projects_head=run.library.trainer.projects_head,
         holds_outputs=loop.hold_outputs == "step"
         or run.library.loss.holds_previous_outputs
+        or leads_stream(run.method.kind)  # peft's model references the stream until its next pass
         or run.code == "torchtitan"  # its trainer keeps references to a step's batches until the step ends
         or (run.degrees.sequence_parallel and run.degrees.style == "megatron"),
         on_host=run.parallelism.offload.optimizer and not ranks.offloads,

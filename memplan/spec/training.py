@@ -53,6 +53,7 @@ MethodKind = Literal[
     "pvera",
     "randlora",
     "road",
+    "shadow",
     "shira",
     "supertuning",
     "tinylora",
@@ -76,11 +77,6 @@ Attention = Literal[
 ]
 _ChunkedLoss = Literal["chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"]
 LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
-
-# The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
-# kind of parameters.
-_NEAREST = {"lora": "shadow"}
-LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
 
 
 class Method(Part):
@@ -129,10 +125,7 @@ class Method(Part):
             values = {"targets": "default", **({"rank": rank} if rank else {}), **values}
         if kind in ("forward", "generate"):
             raise refused("method.kind", f"{kind!r} is a task, not a method; set the run's task to it")
-        name = kind.lower().replace("-", "_") if isinstance(kind, str) else ""
-        if name in LATER_METHODS:
-            raise refused("method.kind", f"{kind!r} is not supported yet; the nearest that is: {LATER_METHODS[name]}")
-        if name == "bone":
+        if isinstance(kind, str) and kind.lower() == "bone":
             raise refused("method.kind", "peft has no bone since it has its successor; use miss")
         if kind in ("qlora", "qdora") and values.get("quantization") is None:
             values["quantization"] = {}

@@ -16,7 +16,7 @@ from memplan.catalogue.methods.peft_layers import LAYERS, factorization, nearest
 from memplan.catalogue.methods.peft_updates import UPDATES
 from memplan.core.errors import MemplanError
 from memplan.models.peft_methods import FEEDFORWARD, PEFT_METHODS, default_targets, filled_options
-from memplan.spec.training import LATER_METHODS, Method, MethodKind
+from memplan.spec.training import Method, MethodKind
 from tests.cases import in_groups
 from tests.tiny import TINY
 
@@ -52,6 +52,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "poly": ({"rank": 5, "options": {"n_tasks": 3, "n_skills": 5, "n_splits": 4}},),
     "psoft": ({"rank": 5}, {"options": {"psoft_orth": False}}, {"options": {"psoft_mag_a": False}}),
     "pvera": ({"rank": 6},),
+    "shadow": (
+        {"targets": "default", "rank": 5, "options": {"update_hidden_size": 12}},
+        {"targets": "default", "options": {"shadow_num_hidden_layers": 3, "shadow_intermediate_size": 24}},
+        {"targets": "default", "options": {"share_embeddings": False}},
+        {"targets": "default", "modules_to_save": ["lm_head"]},
+    ),
     "shira": ({"rank": 5},),
     "supertuning": ({"options": {"sparsity": 0.7}},),
     "tinylora": ({"rank": 5}, {"options": {"u": 7}}),
@@ -133,7 +139,7 @@ def peft_trains(model_type: str, **fields: Any) -> int:
         targets = list(default_targets("xlora", model_type))
     more = (
         {}
-        if method.virtual_tokens or method.kind == "trainable_tokens"
+        if method.virtual_tokens or method.kind in ("trainable_tokens", "shadow")
         else {"target_modules": None if targets == "default" else targets}
     )
     saved = {"modules_to_save": list(method.modules_to_save)} if method.modules_to_save else {}
@@ -155,7 +161,7 @@ def test_every_method_trains_as_many_parameters_as_in_peft(case: tuple[str, str]
         method: dict[str, Any] = {"kind": kind, "targets": targets, **NEEDED.get(kind, {})}
         if row.rank:
             method["rank"] = 4
-        has_default = row.on in ("prompt", "prefix", "tokens") or model_type in row.targets
+        has_default = row.on in ("prompt", "prefix", "tokens", "blocks") or model_type in row.targets
         refuses = (model_type == "gpt2" and not row.conv1d) or model_type in row.refuses
         # OPT's fc1 reads flattened tokens, and the adapters of layers outside of `model` cannot be loaded
         refuses |= (kind in ("poly", "xlora") and (model_type, targets) == ("opt", "all-linear")) or (
@@ -190,9 +196,7 @@ def test_every_setting_counts_as_in_peft(kind: str, settings: dict[str, Any]) ->
 def test_methods_are_pefts() -> None:
     peft = pytest.importorskip("peft")
     known = {t.value.lower() for t in peft.PeftType} - {"lora"}
-    assert {*PEFT_METHODS} | {*LATER_METHODS} == known
-    assert not {*LATER_METHODS} & {*PEFT_METHODS}
-    assert {*LATER_METHODS.values()} <= {*get_args(MethodKind)}
+    assert {*PEFT_METHODS} == known
     assert {*PEFT_METHODS} == {*get_args(MethodKind)} - {"full", "freeze", "lora", "qlora", "dora", "qdora"}
     assert {*LAYERS, *UPDATES, *FORMULAS} == {kind for kind, row in PEFT_METHODS.items() if row.on == "linear"}
 
@@ -273,7 +277,7 @@ REFUSED = [
         {"kind": "supertuning", "options": {"sparsity": 1.0}},
         "method.options.sparsity: must be at least 0 and less than 1",
     ),
-    ({"kind": "supertuning", "options": {"sparsity": 1}}, "must be a fraction such as 0.5, not 1"),
+    ({"kind": "supertuning", "options": {"sparsity": "1"}}, "must be a fraction such as 0.5, not '1'"),
     ({"kind": "tinylora", "options": {"u": 0}}, "method.options.u: must be at least 1, not 0"),
     ({"kind": "tinylora", "options": {"u": 10**30}}, f"method.options.u: must be at most {2**40}, not 1000"),
     ({"kind": "hra", "rank": 65}, "method.rank: 65 is more than the 64 features of self_attn.q_proj"),
@@ -292,6 +296,11 @@ REFUSED = [
         "method.options.adapters: must be given (--peft-options adapters=4): a whole number from 1 to 256",
     ),
     ({"kind": "adamss", "options": {"num_subspaces": 10**9}}, "num_subspaces: must be a whole number from 1 to 256"),
+    ({"kind": "shadow", "options": {"shadow_model": "a/b"}}, "shadow_model: 'a/b' is not supported yet"),
+    ({"kind": "shadow", "options": {"update_hidden_size": 0}}, "must be a whole number above 0, not 0"),
+    ({"kind": "shadow", "options": {"auxiliary_loss_weight": 0}}, "auxiliary_loss_weight: must be above 0, not 0"),
+    ({"kind": "shadow", "options": {"shadow_hidden_size": 8}}, "shadow has no such setting in memplan"),
+    ({"kind": "shadow", "targets": ["q_proj"]}, "method.targets: shadow adapts no linear layer"),
     ({"kind": "ln_tuning"}, "copies of the norms are in fp32, and layers in bf16 cannot read their output"),
     ({"kind": "ia3", "targets": ["q_prj"]}, "unknown name 'q_prj'; did you mean q_proj"),
 ]
@@ -317,6 +326,22 @@ def test_prompts_and_trained_tokens_are_of_decoders_with_one_table() -> None:
     for fields in ({"kernels": {"loss": "chunked"}}, {"task": "generate"}):
         with pytest.raises(MemplanError, match="not supported yet"):
             estimate(RunSpec(model="qwen2-0.5b", method=methods[1], **fields))  # type: ignore[arg-type]
+
+
+def test_a_second_stream_goes_through_decoders_alone_and_unpacked() -> None:
+    for fields in (
+        {"model": "t5-base"},
+        {"model": "mamba-130m"},
+        {"model": "gemma-3n-e4b-text"},
+        {"model": "opt-350m"},
+        {"trainer": "dpo"},
+        {"kernels": {"fused": ["rms_norm"]}},
+        {"parallelism": {"world": 2, "strategy": "fsdp"}},
+        {"also": {"evaluation": {"new_tokens": 8}}},
+        {"profile": "trl-1.15", "batch": {"packing": "bfd"}, "kernels": {"loss": "hf"}},
+    ):
+        with pytest.raises(MemplanError, match="shadow"):
+            estimate(RunSpec(**{"model": "qwen2-0.5b", "method": "shadow", **fields}))  # type: ignore[arg-type]
 
 
 def test_names_are_read_as_people_write_them() -> None:

@@ -545,7 +545,7 @@ MISTAKES = {
         "roles.teacher.model (--teacher)",
         "its vocabulary has 152,064",
     ),
-    "qwen2-7b --method shadow": ("method.kind (--method)", "'shadow' is not supported yet"),
+    "qwen2-vl-2b --method shadow": ("method.kind (--method)", "shadow is counted for causal_lm of decoders"),
     "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
     "qwen2-7b --profile transformers-4.2": ("profile (--profile)", "did you mean transformers-4.35"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),

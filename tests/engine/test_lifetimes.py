@@ -368,6 +368,49 @@ def test_a_block_sees_tensors_shared_by_earlier_blocks_until_replaced() -> None:
     assert list(undefined_names(whole._replace(runs=(passed,)))) == []
 
 
+def two_tracks(updates: Iterable[Op], **last: object) -> Stack:
+    """Return a stack whose blocks share their input `old` until the next block replaces the second track `s`."""
+    first = (Op("seed", (), (Tensor("s", "s", "fp32"),), (Weight("m", "s", "adapter", "fp32"),)),)
+    enter = Block("enter", (view("old", "x"), op("mix", "x s", "y")), ("old",), returned=True)
+    leave = Block("leave", (*updates, view("y", "x")), ("s",), returned=True, replaces=("old", "s"))
+    whole = stack([op("mul", "x", "y")], copies="L")
+    layers = Run((enter, whole.runs[0].blocks[0], leave), "L")
+    ended = Run((leave._replace(shares=(), replaces=("s",), **last),), "n")  # type: ignore[arg-type]
+    return whole._replace(before=(*whole.before, *first), runs=(layers, ended))
+
+
+def view(y: str, x: str) -> Op:
+    return Op(y, (x,), (Tensor(y, "y", "fp32"),), view=True, gradient="same" if y == "y" else "none")
+
+
+UPDATE = op("update", "x s", "s", Keep("x", "s"), Keep("s", "x"))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_block_shares_its_input_until_a_later_one_replaces_it(checkpoint: bool) -> None:
+    low = lower(two_tracks((UPDATE,), unread=True), AXES, ExecutionOptions(checkpoint=checkpoint))
+    # each of the four copies keeps its input of the update and the track before it; the first track is the seed
+    assert kept(low)["s"] == 4
+    named = [m.where for m in low.moments]
+    assert {f"leave.{i}.update" for i in range(4)} <= {*named}  # numbered by name, though three blocks alternate
+
+
+def test_what_an_unread_side_branch_keeps_is_freed_with_its_block() -> None:
+    sizes = {"s": 1}
+    unread, read = (
+        lower(two_tracks((UPDATE, op("more", "s", "p", Keep("p", "s"))), **last), AXES)
+        for last in ({"unread": True}, {})
+    )
+    assert peak(unread, "loss", sizes) == peak(read, "loss", sizes) - 1  # which kept the last track
+    assert (kept(unread)["p"], kept(read)["p"]) == (4, 5)
+
+
+def test_what_a_model_references_stays_into_the_optimizer_step_alone() -> None:
+    low = lower(stack([Op("a", ("x",), (Tensor("y", "y", "fp32"),), holds="model"), view("z", "y")], copies="n"), AXES)
+    named = {low.sizes[key][0]: n for key, n in alive(low.held, low.runs, AXES).items() if n}
+    assert named == {"y": 1}
+
+
 def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> None:
     """An autograd function runs it to save tensors for backward, but not in a checkpointed block's forward."""
     record_states = Op("record", ("a",), (Tensor("states", "states", "fp32"),), needs_recording=True)

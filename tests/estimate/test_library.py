@@ -303,7 +303,7 @@ def test_gpus_are_divided_as_the_command_line_divides_them(given: dict[str, Any]
         ({"batch": {"micro": "1"}}, "invalid_value", "batch.micro", ()),
         ({"gpu": "h10"}, "unknown_name", "gpu", ("h100-sxm", "h20", "a10")),
         ({"kernels": {"loss": "chunked"}, "task": "generate"}, "invalid_run", "kernels.loss", ()),
-        ({"method": "shadow"}, "not_supported", "method.kind", ()),
+        ({"method": "shadow", "kernels": {"fused": ["rope"]}}, "not_supported", "method.kind", ()),
         ({"model": {"config": {"model_type": "llama"}}}, "unreadable", "hidden_size", ()),
         ({"model": {"config": {**SMALLEST, "model_type": "rwkv"}}}, "unsupported_model", "model_type", ()),
         ({"model": "nobody/no-such-model"}, "model_not_available", "model", ()),

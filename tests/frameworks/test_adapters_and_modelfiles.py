@@ -97,8 +97,17 @@ def test_a_setting_that_is_not_counted_is_named(tmp_path: Path, key: str) -> Non
 
 
 def test_another_method_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="peft_type: 'SHADOW' is not supported yet; supported: LORA, "):
-        adapters(tmp_path, peft_type="SHADOW")
+    with pytest.raises(SpecError, match="peft_type: 'SHADE' is not supported yet; supported: LORA, "):
+        adapters(tmp_path, peft_type="SHADE")
+
+
+def test_layers_that_a_second_stream_goes_through_are_all_or_named(tmp_path: Path) -> None:
+    layers = [f"model.layers.{i}" for i in range(28)]
+    file = adapters(tmp_path, peft_type="SHADOW", r=4, target_modules=layers, shadow_num_hidden_layers=2)
+    assert not file.notes
+    assert values(file)["method.options"] == {"shadow_num_hidden_layers": 2}
+    notes = adapters(tmp_path, peft_type="SHADOW", target_modules=layers[:3], shadow_hidden_size=64).notes
+    assert [note.partition(" ")[0] for note in notes] == ["target_modules", "shadow_hidden_size"]
 
 
 def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:

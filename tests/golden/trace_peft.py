@@ -9,8 +9,9 @@ adapters, under autocast, in fp32, over quantised weights if peft can, and with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -97,6 +98,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
     "randlora": ({"rank": 64, "dropout": 0.1},),
     "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),
+    "shadow": (
+        {},
+        {"rank": 32},
+        {"options": {"shadow_num_hidden_layers": 2}},
+        {"options": {"shadow_intermediate_size": 256}},
+        {"options": {"share_embeddings": False}},
+        {"options": {"update_hidden_size": 64, "shadow_dropout": 0.0}},
+        {"adapter_dtype": "bf16"},
+        {"modules_to_save": ["lm_head"]},
+    ),
     "shira": ({"rank": 16},),
     "supertuning": ({"options": {"sparsity": 0.9}},),
     "tinylora": ({"rank": 4, "dropout": 0.1}, {"options": {"u": 16}}),
@@ -113,13 +124,22 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def one(
-    kind: str, model: str = "qwen2", checkpointing: str = "none", precision: Any = BF16, words: int = 0, **method: Any
+    kind: str,
+    model: str = "qwen2",
+    checkpointing: str = "none",
+    precision: Any = BF16,
+    words: int = 0,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    **method: Any,
 ) -> tuple[str, RunSpec]:
-    """Return a named run; with few words in the vocabulary a block is the largest moment, not the loss."""
-    shown = [*([f"{words} words"] if words else []), *map(str, method.values())]
+    """Return a named run; with few words in the vocabulary a block is the largest moment, not the loss.
+
+    parts  fields of other parts of the run
+    """
+    shown = [*([f"{words} words"] if words else []), *map(str, (*method.values(), *parts.values()))]
     sizes = {**SIZES, **({"vocab_size": words} if words else {})}
     name = " ".join([kind, model, checkpointing, *map(str, precision.values()), *shown])
-    fields = {
+    fields: dict[str, Any] = {
         "model": model if "-" in model else {"config": {"model_type": model, **sizes}},
         "method": {"kind": kind, **method},
         "precision": precision,
@@ -127,6 +147,8 @@ def one(
         "batch": {"micro": 2, "sequence": 256},
         "kernels": {"attention": "sdpa", "checkpointing": checkpointing},
     }
+    for part, settings in parts.items():
+        fields[part] = {**fields.get(part, {}), **settings}
     return name, RunSpec.model_validate(fields)
 
 
@@ -184,11 +206,50 @@ def lora_runs() -> Iterator[tuple[str, RunSpec]]:
         yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **settings)
 
 
+EAGER = {"kernels": {"attention": "eager"}}
+
+
+def block_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, RunSpec]]:
+    """Yield runs of a method that leads a second stream through the blocks."""
+    for i, model in enumerate(("qwen2", "llama", "mistral", "gpt2", "gpt_neox", "opt", "phi", "mixtral", "falcon")):
+        yield one(kind, model, words=512)
+        yield one(kind, model, "full", (AUTOCAST, FP32)[i % 2])
+    for model in ("gptj", "qwen3", "granite", "stablelm"):
+        yield one(kind, model, "full", words=512)
+    for model in ("gemma2", "bloom"):
+        yield one(kind, model, words=512, parts=EAGER)
+    yield one(kind, "gemma2", "full", AUTOCAST, parts=EAGER)
+    yield one(kind, "gpt2", options={"share_embeddings": False})
+    for more in settings[1:]:
+        yield one(kind, words=512, **more)
+        yield one(kind, "llama", "full", AUTOCAST, **more)
+    for checkpointing in ("offload", "selective"):
+        yield one(kind, checkpointing=checkpointing, words=512)
+    yield one(kind, checkpointing="full", words=512, parts={"kernels": {"reentrant": True}})
+    yield one(kind, checkpointing="full", words=512, parts={"kernels": {"every_n_layers": 2}})
+    yield one(kind, parts={"batch": {"micro": 1}})
+    yield one(kind, words=512, parts={"batch": {"accumulation": 2}})
+    yield one(kind, parts={"loop": {"padded": True}})
+    yield one(kind, parts={"loop": {"hold_outputs": True}})
+    yield one(kind, precision=AUTOCAST, parts={"loop": {"trainer": True}})
+    yield one(kind, "llama", words=512, parts={"kernels": {"attention": "flash_attention_2"}})
+    yield one(kind, precision=FP32, words=512, parts={"kernels": {"attention": "sdpa_efficient"}})
+    yield one(kind, "llama", "full", AUTOCAST, parts={"also": {"evaluation": {"micro": 8}}})
+    for form in PEFT_METHODS[kind].formats:
+        yield one(kind, words=512, quantization={"format": form})
+        yield one(kind, "llama", "full", AUTOCAST, quantization={"format": form})
+    yield one(kind, "qwen2.5-0.5b", "full", AUTOCAST)
+    yield one(kind, "llama-3.2-1b", parts={"batch": {"micro": 1, "sequence": 1024}})
+
+
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
     if kind == "lora":
         yield from lora_runs()
         return
     row = PEFT_METHODS[kind]
+    if row.on == "blocks":
+        yield from block_runs(kind, SETTINGS[kind])
+        return
     if row.on != "linear":
         yield from other_runs(kind, SETTINGS[kind])
         return

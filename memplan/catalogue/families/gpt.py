@@ -263,7 +263,7 @@ def _parallel_stack(
         positions(),
         *masks(wiring, "tokens" if embedded else "embeds"),
         *((ops.dropout("transformer.drop", "tokens", "embeds", "b s h"),) if embedded else ()),
-        Op("transformer.rotary_emb", ("positions",), (Tensor(looked_up, "s rot", "fp32"),), (rows,)),
+        Op("transformer.rotary_emb", ("positions",), (Tensor(looked_up, "s rot", f"={rows.name}"),), (rows,)),
         *more,
     )
     last = after(m, wiring, held=("sincos", "tokens" if embedded else "embeds"))

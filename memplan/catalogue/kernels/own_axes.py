@@ -1,12 +1,12 @@
-"""Axes of a model that runs inside the step of another one, of another size."""
+"""Axes and names of a model that runs inside the step of another one, and both models in sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks
-from memplan.core.ir import Op, Stack, Tensor, Weight
+from memplan.catalogue.kernels.rewriting import renamed, rewrite, rewrite_blocks, rewrite_lists
+from memplan.core.ir import Op, Run, Stack, Tensor, Weight, operations, outside
 
 # Axes that the batch alone decides, which are equal in every model of a step.
 _OF_BATCH = frozenset(("b", "s", "s1", "s8", "s32", "s128", "completion", "completion_rows", "kept", "generated"))
@@ -53,3 +53,34 @@ def with_own_axes(stack: Stack, role: str) -> Stack:
 def own_sizes(sizes: Mapping[str, int], role: str) -> dict[str, int]:
     """Return the sizes of a model's axes by the names that `own_shape` gives them."""
     return {_own(axis, role): n for axis, n in sizes.items() if axis not in _OF_BATCH}
+
+
+def with_own_names(stack: Stack, role: str, common: Collection[str] = ()) -> Stack:
+    """Return the stack with its tensors, and its weights outside of blocks, named after its role.
+
+    common  names that both models use
+    """
+    weights = {w.name for op in operations(stack) for w in op.weights}.union(("x", "y", "embeds"), common)
+    lone = {w.name: f"{role}.{w.name}" for ops_ in outside(stack) for op in ops_ for w in op.weights}
+    lone = {name: own for name, own in lone.items() if name not in common}
+
+    def new(name: str) -> str:
+        return lone.get(name, name) if name in weights else f"{role}.{name}"
+
+    def changed(operations_: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(
+            ops.renamed(op, new)._replace(weights=tuple(w._replace(name=lone.get(w.name, w.name)) for w in op.weights))
+            for op in operations_
+        )
+
+    stack = rewrite_lists(stack, changed)
+    lists = ("shares", "replaces", "passed")
+    return rewrite_blocks(stack, lambda b: b._replace(**{name: tuple(map(new, getattr(b, name))) for name in lists}))
+
+
+def joined(first: Stack, second: Stack) -> Stack:
+    """Return both models in sequence: what precedes the second one's blocks comes between the two."""
+    second = rewrite_lists(second, lambda operations_: renamed(operations_, {"embeds": "stream"}))
+    begins, *others = second.runs
+    begins = Run(begins.blocks, begins.times, (*first.after, *second.before, *begins.before))
+    return second._replace(before=first.before, runs=(*first.runs, begins, *others))

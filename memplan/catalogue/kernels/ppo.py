@@ -7,11 +7,12 @@ The value model's operations come first, with axes and names of its own. All mod
 from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.own_axes import joined, with_own_names
 from memplan.catalogue.kernels.policy_gradient import log_probs_of_logits, with_generated
 from memplan.catalogue.kernels.preference import RETURNED, converted, converted_states, returning_states
-from memplan.catalogue.kernels.rewriting import renamed, rewrite, rewrite_blocks, rewrite_lists
+from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.wiring import Trainer
-from memplan.core.ir import Op, Run, Stack, Tensor, operations, outside
+from memplan.core.ir import Op, Stack, Tensor
 
 _SOURCE = "trl 1.12.0 experimental/ppo/ppo_trainer.py PolicyAndValueWrapper, train; the same in trl 0.24.0"
 _RETURNED = "value"  # value of `Op.holds` for what the value model returns
@@ -48,7 +49,8 @@ def attach(stack: Stack, trainer: Trainer, value: Stack | None, autocast: str | 
     tail += [*log_probs_of_logits(outputs, trainer, bool(autocast), "b s v"), loss]
     before = tuple(with_generated(op) if op.name == "inputs" else op for op in stack.before)
     tail.append(ops.release_names("log_probs", "value.scores"))
-    return _joined(_own_names(value), stack._replace(before=before, loss=tuple(tail)))
+    value = with_own_names(_held(_held(value, _RETURNED, "cache"), _RETURNED, "states"), "value")
+    return joined(value, stack._replace(before=before, loss=tuple(tail)))
 
 
 def _scored(stack: Stack, trainer: Trainer) -> Op:
@@ -69,33 +71,3 @@ def _held(stack: Stack, by: str, what: str) -> Stack:
         return (op._replace(holds=by) if op.holds == what else op,)
 
     return rewrite(stack, change)
-
-
-def _own_names(stack: Stack) -> Stack:
-    """Return the value model with the names of its tensors, and of weights outside of blocks, after its role."""
-    stack = _held(_held(stack, _RETURNED, "cache"), _RETURNED, "states")
-    weights = {w.name for op in operations(stack) for w in op.weights}
-    lone = {w.name: f"value.{w.name}" for ops_ in outside(stack) for op in ops_ for w in op.weights}
-
-    def new(name: str) -> str:
-        if name in ("x", "y", "embeds") or name in weights:
-            return lone.get(name, name)
-        return f"value.{name}"
-
-    def changed(operations_: tuple[Op, ...]) -> tuple[Op, ...]:
-        return tuple(
-            ops.renamed(op, new)._replace(weights=tuple(w._replace(name=lone.get(w.name, w.name)) for w in op.weights))
-            for op in operations_
-        )
-
-    stack = rewrite_lists(stack, changed)
-    lists = ("shares", "replaces", "passed")
-    return rewrite_blocks(stack, lambda b: b._replace(**{name: tuple(map(new, getattr(b, name))) for name in lists}))
-
-
-def _joined(value: Stack, policy: Stack) -> Stack:
-    """Return both models in sequence: what precedes the policy's blocks comes between the two."""
-    policy = rewrite_lists(policy, lambda operations_: renamed(operations_, {"embeds": "stream"}))
-    first, *others = policy.runs
-    first = Run(first.blocks, first.times, (*value.after, *policy.before, *first.before))
-    return policy._replace(before=value.before, runs=(*value.runs, first, *others))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.core.ir import Op, Run, Stack
+
+Ops = tuple[Op, ...]
 
 
 def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, dict[str, int]]:
@@ -11,22 +15,30 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
     Embeddings, final norm and head are frozen too, as in LLaMA-Factory's freeze tuning.
     """
 
-    def frozen_ops(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    def frozen_ops(operations: Ops) -> Ops:
         return tuple(o._replace(weights=tuple(w._replace(trains=False) for w in o.weights)) for o in operations)
 
+    runs, axes = split(stack.runs, axes, trainable, frozen_ops)
+    return Stack(frozen_ops(stack.before), runs, frozen_ops(stack.after), stack.loss), axes
+
+
+def split(
+    whole: tuple[Run, ...], axes: dict[str, int], last: int, change: Callable[[Ops], Ops]
+) -> tuple[tuple[Run, ...], dict[str, int]]:
+    """Return the runs split before the `last` layers, with the operations before these changed, and all axes."""
     axes = dict(axes)
-    frozen = sum(len(r.blocks) * axes[r.times] for r in stack.runs) - trainable
+    first = sum(len(r.blocks) * axes[r.times] for r in whole) - last
     runs: list[Run] = []
-    for run in stack.runs:
+    for run in whole:
         period, copies = len(run.blocks), axes[run.times]
-        periods = min(copies, frozen // period)
-        part = min(period * (copies - periods), frozen - periods * period)
-        frozen -= periods * period + part
-        frozen_blocks = tuple(b._replace(ops=frozen_ops(b.ops)) for b in run.blocks)
-        mixed = (*frozen_blocks[:part], *run.blocks[part:])
-        between = frozen_ops(run.before)
+        periods = min(copies, first // period)
+        part = min(period * (copies - periods), first - periods * period)
+        first -= periods * period + part
+        changed = tuple(b._replace(ops=change(b.ops)) for b in run.blocks)
+        mixed = (*changed[:part], *run.blocks[part:])
+        between = change(run.before)
         for blocks, name, count in (
-            (frozen_blocks, "frozen", periods),
+            (changed, "frozen", periods),
             (mixed, "mixed", 1 if part else 0),
             (run.blocks, "trained", copies - periods - (1 if part else 0)),
         ):
@@ -34,4 +46,4 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
             if count:
                 runs.append(Run(blocks, f"{run.times}.{name}", between))
                 between = ()
-    return Stack(frozen_ops(stack.before), tuple(runs), frozen_ops(stack.after), stack.loss), axes
+    return tuple(runs), axes

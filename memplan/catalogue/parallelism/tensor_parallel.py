@@ -69,7 +69,8 @@ def local_model(model: ModelSpec, degrees: Degrees) -> ModelSpec:
         v = padded(v, t)
     if degrees.style == "torchtitan":
         v = -(-v // t)
-    return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
+    width = -(-f // t) if plan.width else f
+    return model.resized(num_attention_heads=a, num_key_value_heads=k, intermediate_size=width, vocab_size=v)
 
 
 def local_expert_axes(model: ModelSpec, degrees: Degrees) -> dict[str, int]:

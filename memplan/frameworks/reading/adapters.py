@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import TYPED, Config, Rule
-from memplan.models.peft_methods import PEFT_METHODS, default_targets
+from memplan.models.peft_methods import PEFT_METHODS, default_targets, leads_stream
 from memplan.spec.run import NEWEST
 
 
@@ -44,6 +44,10 @@ def _targets(config: Config, kind: str) -> None:
     said = config.get("target_modules")
     names = None if said is None or isinstance(said, str) else config.names("target_modules")
     model = trainer.model_of(config)
+    if leads_stream(kind):
+        if said is not None and (model is None or len(names or ()) != model.num_hidden_layers):
+            config.leave("target_modules", "all layers are counted")
+        return
     if said == "all-linear" or names == ["all-linear"]:
         config.set("method.targets", "all-linear", "target_modules")
     elif names is not None:

@@ -301,7 +301,8 @@ def adapt(model: Any, run: RunSpec) -> Any:
             module.module_dropout = dict.fromkeys(module.module_dropout, _AboveNothing())
     prefix = getattr(adapted.base_model, "prefix", None)  # a prompt's encoder is in fp32
     for name, parameter in adapted.named_parameters():
-        is_adapter = prefix is not None and f".{prefix}" in name.removeprefix("base_model.lora_model.")  # X-LoRA's
+        inner = name.removeprefix("base_model.lora_model.")  # X-LoRA's
+        is_adapter = prefix is not None and f".{prefix}" in inner and "shadow_backbone" not in inner
         if is_adapter and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted

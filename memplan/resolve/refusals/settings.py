@@ -10,7 +10,15 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, computes_again, filled_options
+from memplan.models.peft_methods import (
+    BITSANDBYTES,
+    PEFT_METHODS,
+    PeftMethod,
+    Value,
+    computes_again,
+    filled_options,
+    leads_stream,
+)
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.base import LARGEST
@@ -45,7 +53,9 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(
             "method.kind", f"{method.kind} on {r.parallelism.world} GPUs", f"{', '.join(LORA)}, or one GPU"
         )
-    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].own_loss == "context" and r.trains:
+    if leads_stream(method.kind):
+        yield from _stream(r)
+    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].own_loss in ("context", "stream") and r.trains:
         yield from _own_loss(r)
     if method.kind in LORA and method.options.get("bias", "none") != "none" and r.parallelism.world > 1:
         yield not_yet("method.options.bias", method.options["bias"], "none on several GPUs")
@@ -153,6 +163,21 @@ def _own_loss(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("profile", r.method.kind, "transformers-5")
 
 
+def _stream(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for what is not counted yet around layers that a second stream goes through."""
+    kernels, p = r.kernels, r.parallelism
+    others = {
+        f"trainer {r.trainer}": r.trainer != "sft",
+        "fused kernels": bool(kernels.fused),
+        "flex_attention": kernels.attention == "flex_attention",
+        "packed batches": r.batch_facts.packed is not None,
+        "offloaded activations": p.offload.activations,
+    }
+    for other, is_set in others.items():
+        if is_set:
+            yield not_yet_with("method.kind", f"{r.method.kind} and {other}", "lora")
+
+
 # Settings without a default in peft, by what a method trains.
 _REQUIRED = {
     **dict.fromkeys(("prompt", "prefix"), ("num_virtual_tokens",)),
@@ -168,7 +193,7 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
         if not has and getattr(m, field) != getattr(_PLAIN, field):
             yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
-    if row.on in (*_REQUIRED, "tokens") and m.targets not in ("default", ()):
+    if row.on in (*_REQUIRED, "tokens", "blocks") and m.targets not in ("default", ()):
         yield refused("method.targets", f"{m.kind} adapts no linear layer; leave them out")
     if row.on == "tokens":
         if m.modules_to_save:
@@ -195,9 +220,11 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
             near = nearest(name, tuple(row.options), 1)
             hint = f"did you mean {near[0]}?" if near else f"its settings are {settings}"
             yield refused(field, f"{m.kind} has no such setting in memplan; {hint}")
-        elif (default := row.options[name]) is not None and not isinstance(value, type(default)):
+        elif (default := row.options[name]) is not None and not _is_like(value, default):
             kinds = {bool: "true or false", int: "a whole number", float: "a fraction such as 0.5", str: "a word"}
             yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
+        elif row.on == "blocks" and default is None and value is not None and not _is_count(value):
+            yield refused(field, f"must be a whole number above 0, not {value!r:.40}")
         else:
             yield from _out_of_range(field, name, value, default)
     frozen = filled_options(m.kind, m.options, "").get("num_frozen_tokens")
@@ -205,10 +232,24 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         yield refused("method.options.num_frozen_tokens", f"{frozen} of {m.virtual_tokens} tokens leave none to train")
 
 
+def _is_like(value: Any, default: Value) -> bool:
+    """Whether a value has the type of the default; a whole number is a fraction too."""
+    return isinstance(value, type(default)) or (isinstance(default, float) and type(value) is int)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
 def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator[SpecError]:
     """Yield an error for a number that the setting does not allow: fractions are below 1, and most counts above 0."""
-    if isinstance(default, float) and not 0 <= value < 1:
+    if name == "auxiliary_loss_weight":
+        if value <= 0:
+            yield refused(field, f"must be above 0, not {value}: without its loss the method is not counted yet")
+    elif isinstance(default, float) and not 0 <= value < 1:
         yield refused(field, f"must be at least 0 and less than 1, not {value}")
+    if name == "shadow_model" and value != default:
+        yield not_yet(field, value, f"{default}, a copy of the model's class with fewer layers")
     if isinstance(default, int) and not isinstance(default, bool):
         least = 0 if name in _MAY_BE_0 else min(default, 1)
         if value < least:

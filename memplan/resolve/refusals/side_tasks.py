@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from memplan.catalogue.kernels.wiring import TRAINERS
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.core.errors import SpecError, refused
-from memplan.models.peft_methods import PEFT_METHODS
+from memplan.models.peft_methods import PEFT_METHODS, leads_stream
 from memplan.program.graph import Graph
 from memplan.resolve.parallelism import WHOLE_WEIGHTS, replicas
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
@@ -55,6 +55,8 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
     if group and completions % group:
         ways = f"{group} completions of a prompt do not divide its {completions}"
         yield refused("also.evaluation.micro", f"{ways}; use a multiple of {group} (--eval-batch-size {group})")
+    if e.new_tokens and leads_stream(run.method.kind):
+        yield not_yet_with("also.evaluation.new_tokens", f"method {run.method.kind}", "0")
     for field in ("kept_batches", "new_tokens") if run.trainer != "sft" else ():
         if getattr(e, field):
             yield refused(f"also.evaluation.{field}", f"an evaluation of {run.trainer} keeps its loss only; use 0")
