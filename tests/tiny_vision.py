@@ -237,6 +237,22 @@ TINY: dict[str, dict[str, Any]] = {
         "image_token_index": 1990,
         "projection_dim": 128,
     },
+    "qwen2_5_omni_thinker": {
+        "text_config": {**_TEXT, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+        "vision_config": {
+            "depth": 5,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [2, 4],
+        },
+        "audio_config": {**_WHISPER, "n_window": 32, "output_dim": 128},
+        "audio_token_index": 1990,
+        "image_token_index": 1991,
+        "video_token_index": 1992,
+        "vision_start_token_id": 1993,
+    },
     "qwen2_audio": {
         "text_config": {**_TEXT, "model_type": "qwen2"},
         "audio_config": {"model_type": "qwen2_audio_encoder", **_WHISPER},
@@ -336,6 +352,30 @@ TINY: dict[str, dict[str, Any]] = {
                 },
             ),
         )
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config": {
+            **_TEXT,
+            **_QWEN3,
+            "num_hidden_layers": 5,
+            "moe_intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        "vision_config": {
+            "depth": 5,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [1, 3],
+        },
+        "audio_config": {**_WHISPER, "downsample_hidden_size": 48, "output_dim": 128},
+        "audio_token_id": 1990,
+        "image_token_id": 1991,
+        "video_token_id": 1992,
+        "vision_start_token_id": 1993,
     },
     "smolvlm": _SMOL,
     "voxtral": {

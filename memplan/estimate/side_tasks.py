@@ -270,11 +270,11 @@ def generating_graph(graph: Graph, library: LibraryBehaviour, wide: bool, *, sam
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
     cache: Cache = "legacy" if library.generation.cache == "legacy" else "dynamic"
-    crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
+    crosses = graph.model.is_encoder_decoder
     one_pass = Pass(
         "prefill",
         cache,
-        library.generation.last_logits and not crosses,
+        library.generation.last_logits and not graph.model.has_all_logits,
         wide,
         few_rows=library.weights.few_rows,
         samples=samples,

@@ -67,7 +67,7 @@ def find_config(model: str | InlineConfig, online: bool = False) -> Mapping[str,
     Raises the errors of `find_model`, except UnsupportedModelError.
     """
     if not isinstance(model, str):
-        return model.config
+        return _thinker(model.config)
     located = _locate(model, online)
     if not isinstance(located, str):
         return located.config
@@ -313,7 +313,13 @@ def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _inline(config: FrozenDict) -> ModelSpec:
-    return ModelSpec(config, str(config.get("_name_or_path", "")))
+    return ModelSpec(_thinker(config), str(config.get("_name_or_path", "")))
+
+
+def _thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of an Omni's thinker, the part that is trained and has a class of its own; else the config."""
+    part: object = config.get("thinker_config")
+    return cast(Mapping[str, Any], part) if isinstance(part, Mapping) else config
 
 
 def _card_text(name: str) -> str:
@@ -432,7 +438,7 @@ def _parse(text: str, where: str, hint: str = "", **hooks: Any) -> Mapping[str, 
         raise ConfigError(f"{where}: not JSON that can be read (a number has too many digits)", "model") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: not a JSON object", "model")
-    return config  # pyright: ignore[reportUnknownVariableType]
+    return _thinker(cast(Mapping[str, Any], config))
 
 
 def _from_hub(hf_id: str) -> PublishedModel:

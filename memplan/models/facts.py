@@ -391,6 +391,11 @@ class ModelFacts:
         return self.family.lengths.target is not None
 
     @property
+    def has_all_logits(self) -> bool:
+        """Whether its class computes the logits of all of a prompt's tokens, also to generate one."""
+        return self.is_encoder_decoder or self.family.generation.all_logits
+
+    @property
     def longest_target(self) -> int | None:
         """The longest decoder sequence of an encoder-decoder, in tokens; None for no limit."""
         return self.family.lengths.target(self) if self.family.lengths.target is not None else None

@@ -123,6 +123,7 @@ class GenerationFacts(NamedTuple):
     suppresses          its generation config suppresses tokens, which makes a further row of scores without them
     prompt_tokens       tokens that an encoder-decoder's decoder starts from
     ignores_early_exit  all layers run, whatever number of layers an early exit lowers the config's to
+    all_logits          its class has no logits_to_keep: the head reads all tokens of a prompt
     """
 
     is_modelled: bool = True
@@ -131,6 +132,7 @@ class GenerationFacts(NamedTuple):
     suppresses: bool = False
     prompt_tokens: int = 1
     ignores_early_exit: bool = False
+    all_logits: bool = False
 
 
 class CheckpointFacts(NamedTuple):

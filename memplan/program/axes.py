@@ -392,7 +392,8 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     axes = run.axes
     if "tower_half" not in axes:
         return
-    d, heads, half = run.fixed["vd"], run.fixed["va"], bool(axes["tower_half"])
+    d, heads = axes.get("head_width", run.fixed["vd"]), axes.get("heads", run.fixed["va"])
+    half = bool(axes["tower_half"])
     rows = run.b * axes["patches"]
     for rounded in (8, 32, 128):
         yield f"packed{rounded}", -(-rows // rounded) * rounded

@@ -213,10 +213,9 @@ def _read_batch(r: OpenInference) -> None:
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
         is_single_sequence=is_single,
         scans_once=_chunk(r) <= model.scan_chunk,
-        images=r.batch.sees,
         is_one_image=is_single and dict(r.pictures).get("images") == 1,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
-        hears=r.batch.clips > 0,
+        media=r.batch.media,
         pads_tower=dict(r.pictures).get("unread", 0) > 0,
     )
 
@@ -238,7 +237,7 @@ def _wire_inference(r: OpenInference) -> None:
 
 def _takes_last(r: OpenInference) -> bool:
     """Whether the head reads only the last token."""
-    return r.library.generation.last_logits and not r.model.is_encoder_decoder
+    return r.library.generation.last_logits and not r.model.has_all_logits
 
 
 def _choose_cache(r: OpenInference) -> None:

@@ -286,6 +286,11 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 "too; name other targets",
             )
         inner = _inner_layers(model, method, layers, rank)
+        numbered = next((path for path in inner if groups and _end(path).isdigit()), None)
+        if numbered is not None:
+            names = ", ".join(name for name in dict.fromkeys(map(_end, inner)) if not name.isdigit())
+            why = f"fails in peft, which takes every module {_end(numbered)} for {numbered}; name modules, such as"
+            raise refused("method.targets", f"all-linear {why} {names}")
         if groups and not absent:
             _check_parameters(method, "all-linear")
         note = model.family.training.all_linear_note

@@ -28,10 +28,9 @@ class BatchFacts(NamedTuple):
     is_single_sequence  the micro-batch is one sequence
     loss_chunks         losses computed in chunks, and how many (see `memplan.catalogue.kernels.losses`)
     scans_once          the sequence is one chunk of a layer that scans chunk by chunk
-    images              the batch has images
     is_one_image        its vision tower reads one image, or one tile
     has_uneven_patches  the image patches are not a multiple of 8
-    hears               these are audio clips
+    media               what the batch has: images, video or clips; "" for none
     pads_tower          audio clips or images are padded, and the padding is masked
     microbatches        micro-batches per step of a pipeline, else 1
     ungrouped           why a step's completions are not those of whole prompts; empty if they are
@@ -44,10 +43,9 @@ class BatchFacts(NamedTuple):
     is_single_sequence: bool = False
     loss_chunks: tuple[tuple[str, int], ...] = ()
     scans_once: bool = False
-    images: bool = False
     is_one_image: bool = False
     has_uneven_patches: bool = False
-    hears: bool = False
+    media: str = ""
     pads_tower: bool = False
     microbatches: int = 1
     ungrouped: str = ""

@@ -93,13 +93,13 @@ def wire(run: OpenRun) -> None:
         and (bool(run.model.family.attention.single_sequence) or wiring.backend in FLATTENING),
         scans_once=facts.scans_once,
         has_fp32_inputs=run.attention_dtype == "fp32",
-        images=facts.images,
+        images=bool(facts.media),
         packages=run.kernels.packages,
         is_one_image=facts.is_one_image,
         pads_image_mask=facts.has_uneven_patches,
-        hears=facts.hears,
+        media=facts.media,
         pads_tower=facts.pads_tower,
-        tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.images else "",
+        tower=tower_kernel(run.model, run.recipe, run.kernels, run.capability) if facts.media else "",
     )
 
 

@@ -118,7 +118,12 @@ class Batch(Part):
     @property
     def sees(self) -> bool:
         """Whether its sequences have images, a video or audio clips."""
-        return bool(self.images or self.frames or self.clips)
+        return bool(self.media)
+
+    @property
+    def media(self) -> str:
+        """The media of its sequences: images, video or clips; "" without any."""
+        return "clips" if self.clips else "video" if self.frames else "images" if self.images else ""
 
     @property
     def seen(self) -> tuple[int, int, int | tuple[int, int] | None, int, int | None]:

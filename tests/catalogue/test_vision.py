@@ -35,6 +35,12 @@ def run(model_type: str = "qwen2_vl", **fields: Any) -> RunSpec:
     return RunSpec.model_validate({"model": model(model_type), "batch": {"sequence": 512}, **fields})
 
 
+def omni(model_type: str, **audio: Any) -> dict[str, Any]:
+    """Return a model with other sizes of its audio encoder."""
+    sizes = {**TINY[model_type]["audio_config"], **audio}
+    return {"config": {**model(model_type)["config"], "audio_config": sizes}}
+
+
 def label(case: dict[str, Any]) -> str:
     asked = case["run"]
     batch = asked.get("batch", {})
@@ -240,6 +246,62 @@ def test_a_clip_of_gemma_4_is_25_tokens_a_second(seconds: int, tokens: int) -> N
     axes = axes_of(spec, 2, picture)
     assert (count, picture.tokens, axes["merged"]) == (2, tokens + 2, 2 * tokens)
     assert (axes["uframes"], axes["uchunks"]) == (100 * min(seconds, 30) - 1, -(-tokens // 12))
+
+
+# 100 frames a second. Qwen2.5-Omni halves them to 50 positions, and pools these by two: here in chunks of 64 frames, of
+# which a second fills one and has 36 left, and three seconds four and 44. Qwen3-Omni's chunks are seconds of 13
+# positions, 104 of which attend to each other: 15 seconds are 195, one window and 91 more.
+@pytest.mark.parametrize(
+    ("family", "seconds", "tokens", "chunks", "windows", "pairs"),
+    [
+        ("qwen2_5_omni_thinker", 1, 25, 2, 2, 32**2 + 18**2),
+        ("qwen2_5_omni_thinker", 3, 75, 5, 5, 4 * 32**2 + 22**2),
+        ("qwen2_5_omni_thinker", 301, 300 * 25, 469, 469, 468 * 32**2 + 24**2),
+        ("qwen3_omni_moe_thinker", 1, 13, 1, 1, 13**2),
+        ("qwen3_omni_moe_thinker", 15, 195, 15, 2, 104**2 + 91**2),
+        ("qwen3_omni_moe_thinker", 301, 301 * 13, 301, 38, 37 * 104**2 + 65**2),
+    ],
+)
+def test_a_clip_of_an_omni_is_cut_into_chunks(
+    family: str, seconds: int, tokens: int, chunks: int, windows: int, pairs: int
+) -> None:
+    spec = ModelSpec({"model_type": family, **TINY[family]})
+    count, picture = pictures_of(spec, 0, 0, None, 2, seconds)
+    axes = axes_of(spec, count, picture)
+    assert (count, picture.tokens, axes["merged"]) == (2, tokens, 2 * tokens)
+    assert (axes["uchunks"], axes["windows"], axes["window_pairs"]) == (2 * chunks, 2 * windows, 2 * pairs)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_the_thinker_of_an_omni_is_the_model(name: str) -> None:
+    part = model(f"{name}_thinker")["config"]
+    entire = {"model_type": name, "thinker_config": part, "talker_config": {"model_type": f"{name}_talker"}}
+    answer, thinker = estimate(RunSpec(model={"config": entire})), estimate(RunSpec(model={"config": part}))
+    assert answer.bytes == thinker.bytes
+    assert any(note.startswith("the thinker alone") for note in answer.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "why"),
+    [
+        ("qwen3_omni_moe_thinker", {"n_window": 40}, "n_window must be 50: its class counts 13 positions a chunk"),
+        ("qwen2_5_omni_thinker", {"output_dim": 64}, "output_dim 64 must be the text's hidden_size 128"),
+        ("qwen2_5_omni_thinker", {"n_window": 101}, "n_window must be a whole number from 1 to 100, not 101"),
+    ],
+)
+def test_an_encoder_that_the_class_of_an_omni_cannot_run_is_refused(name: str, sizes: Any, why: str) -> None:
+    batch = {"clips": 1, "clip_seconds": 1}
+    with pytest.raises(ConfigError, match=rf"^config: audio_config\.{why}"):
+        estimate(run(model=omni(name, **sizes), batch=batch))
+
+
+# Of 2 x 600 tokens, each with 2,000 logits in bf16.
+@pytest.mark.parametrize("family", ["qwen2_5_omni_thinker", "qwen2_audio", "qwen3_omni_moe_thinker"])
+def test_a_class_without_logits_to_keep_computes_those_of_the_prompt(family: str) -> None:
+    batch = {"micro": 2, "sequence": 600, "new_tokens": 2}
+    answer = estimate(RunSpec(model=model(family), task="generate", batch=batch))
+    logits = [line.bytes for line in answer.ledger if line.what == "logits"]
+    assert logits == [2 * 600 * 2000 * 2]
 
 
 # The unified model merges the 9 patches of a token before it reads them.
@@ -527,6 +589,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no length": (
         {"model": model("gemma4_unified"), "batch": {"clips": 1}},
         "batch.clip_seconds: the tokens of a clip of gemma4_unified depend on its length",
+    ),
+    "no length of an omni's": (
+        {"model": model("qwen3_omni_moe_thinker"), "batch": {"clips": 1}},
+        "batch.clip_seconds: the tokens of a clip of qwen3_omni_moe_thinker depend on its length",
+    ),
+    "layers named by numbers": (
+        {"model": model("qwen3_omni_moe_thinker"), "method": "lora"},
+        "method.targets: all-linear fails in peft, which takes every module 0 for visual.merger_list.0.mlp.0; name ",
     ),
     "images that are heard": (
         {"model": model("voxtral"), "batch": {"images": 1}},

@@ -46,15 +46,19 @@ LLAMA4 = (
     "linear_1",
     "linear",
 )
+# all but those that merge patches, whose names are numbers
+QWEN3_OMNI = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "qkv", "linear_fc1", "linear_fc2")
+NAMED = {"llama4": LLAMA4, "qwen3omni": QWEN3_OMNI}
 
 
 def method(name: str, kind: str, sees: bool) -> dict[str, Any]:
     """Return a method that peft supports for the family, and that runs if it `sees` images."""
-    named = kind != "full" and name.replace("-", "").startswith("llama4")
+    short = name.replace("-", "").replace("_", "")
+    named = next((targets for stem, targets in NAMED.items() if kind != "full" and short.startswith(stem)), None)
     skips = kind == "qlora" and sees and name.startswith("lfm2")
     return {
         "kind": kind,
-        **({"targets": LLAMA4} if named else {}),
+        **({"targets": named} if named else {}),
         **({"quantization": {"skip": ["lm_head", "patch_embedding"]}} if skips else {}),
     }
 

@@ -87,17 +87,27 @@ def qwen_attention(
     bias: bool = True,
     out_bias: bool = True,
     norm: Norm | None = None,
+    is_joint: bool = True,
 ) -> tuple[Op, ...]:
-    """Attention with q, k and v in one projection; q and k are normalised by `norm`, rotated in fp32 and cast back.
+    """Attention; q and k are normalised by `norm`, rotated in fp32 and cast back.
+
+    `is_joint`: q, k and v are one projection.
 
     Source: transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py VisionAttention.
     """
     shape, half = f"{t.P} va vd", f"{t.P} va vd2"
     q, k = ("v.q0", "v.k0") if norm is None else ("v.q.whole", "v.k.whole")
+    projections = (
+        (
+            t.linear("attn.qkv", "v.n1", "v.qkv", "3 va vd", "vh", bias=bias),
+            ops.view("attn.heads", "v.qkv", "v.heads", f"{t.P} 3 va vd", gradient="new"),
+            ops.split("attn.unbind", "v.heads", (Tensor(q, shape), Tensor(k, shape), Tensor("v.v", shape))),
+        )
+        if is_joint
+        else tuple(t.linear(f"attn.{x}", "v.n1", y, "va vd", "vh") for x, y in (("q", q), ("k", k), ("v", "v.v")))
+    )
     return (
-        t.linear("attn.qkv", "v.n1", "v.qkv", "3 va vd", "vh", bias=bias),
-        ops.view("attn.heads", "v.qkv", "v.heads", f"{t.P} 3 va vd", gradient="new"),
-        ops.split("attn.unbind", "v.heads", (Tensor(q, shape), Tensor(k, shape), Tensor("v.v", shape))),
+        *projections,
         *(
             op
             for x, whole in (("q", q), ("k", k))
@@ -162,15 +172,21 @@ def qwen2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Qwen2.5-VL, most of whose tower blocks attend within windows of an image.
+    text = with_mrope(decoder(m, wiring, QWEN_2), wiring)
+    return text_with_tower(wiring, text, windowed_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+
+
+def windowed_tower(m: ModelSpec, wiring: Wiring, is_joint: bool = True) -> Tower:
+    """Return Qwen2.5-VL's tower, most of whose blocks attend within windows of an image.
 
     Patches are sorted by window before the blocks, and their merged features are put back in order afterwards.
+    `is_joint`: q, k and v are one projection.
     """
     feed = t.gated_mlp("mlp", "v.n2", "v.mo", bias=True)
 
     def run(i: int, full_image: bool) -> Run:
-        over = t.IMAGE if full_image else t.WINDOW
-        return Run((t.block("visual.blocks", qwen_attention(wiring, over), feed, t.rms_norm),), f"vL{i}")
+        attention = qwen_attention(wiring, t.IMAGE if full_image else t.WINDOW, is_joint=is_joint)
+        return Run((t.block("visual.blocks", attention, feed, t.rms_norm),), f"vL{i}")
 
     first, convolution, *table = qwen_before(asks=True)
     pixels, patches = convolution, table[0]
@@ -187,14 +203,12 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     normed = t.rms_norm("visual.merger.ln_q", "x", "v.merged.normed", f"{t.P} vh", "vh", "projector")
     merged = merger("visual.merger", "x", "v.merged", ("mlp.0", "mlp.2"), normed)
     back = indexed("visual.reverse", "v.merged", "features", "b merged h")
-    tower = Tower(
+    return Tower(
         qwen_inputs(),
         ordered,
         tuple(run(i, full_image) for i, (full_image, _) in enumerate(windowed_runs(m), 1)),
         qwen_after((*merged, back)),
     )
-    text = with_mrope(decoder(m, wiring, QWEN_2), wiring)
-    return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
 def indexed(name: str, x: str, y: str, shape: str) -> Op:

@@ -25,13 +25,25 @@ from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.core.records import NamedTuple
 from memplan.models.configs.towers import deepstack, run_lengths, size
 from memplan.models.model import ModelSpec
 
 _DEEPSTACK = "transformers 5.24 models/qwen3_vl/modeling_qwen3_vl.py Qwen3VLTextModel._deepstack_process"
 
 
-def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
+class Mergers(NamedTuple):
+    """Names of what merges patches: the list of deepstack's, and the norm and linear layers of each."""
+
+    deepstack: str = "deepstack_merger_list"
+    norm: str = "norm"
+    layers: tuple[str, str] = ("linear_fc1", "linear_fc2")
+
+
+_MERGERS = Mergers()
+
+
+def qwen3_tower(m: ModelSpec, wiring: Wiring, mergers: Mergers = _MERGERS) -> Tower:
     """The tower: positions interpolated between four of a learned grid, and a merger for each deepstack block."""
     act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
     layers = ("linear_fc1", "linear_fc2")
@@ -67,28 +79,28 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
     count = len(tuple(run_lengths(size(m, "depth"), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
-        merged = _deepstack_merger(m, i - 1)
+        merged = _deepstack_merger(m, i - 1, mergers)
         runs.append(Run((block,), f"vL{i + 1}", (*merged, ops.cast("stream", "x", "stream", shape, "=x"))))
-    normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
+    normed = t.norm(f"visual.merger.{mergers.norm}", "x", "features.normed", shape, "vh", "projector")
     last = max(deep, default=-1) == size(m, "depth") - 1
-    tail = _deepstack_merger(m, len(deep) - 1) if last else ()
-    merged = merger("visual.merger", "x", "features", layers, normed)
+    tail = _deepstack_merger(m, len(deep) - 1, mergers) if last else ()
+    merged = merger("visual.merger", "x", "features", mergers.layers, normed)
     more = tuple(f"deep{i}" for i in range(len(deep)))
     after = (*qwen_after((*tail, *merged), *more), ops.release_names("v.corners", "v.weights", "v.position"))
     return Tower(qwen_inputs(), before, tuple(runs), after)
 
 
-def _deepstack_merger(m: ModelSpec, i: int) -> tuple[Op, ...]:
+def _deepstack_merger(m: ModelSpec, i: int, mergers: Mergers) -> tuple[Op, ...]:
     """Merge the output of the `i`th deepstack block. The norm is over merged patches here.
 
     Without a layer to add it to, the output gets no gradient.
     """
-    name = f"visual.deepstack_merger_list.{i}"
+    name = f"visual.{mergers.deepstack}.{i}"
     normed = (
         ops.view(f"{name}.shuffle", "x", f"deep{i}.shuffled", "b merged vm"),
-        *t.norm(f"{name}.norm", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
+        *t.norm(f"{name}.{mergers.norm}", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
     )
-    merged = merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
+    merged = merger(name, "x", f"deep{i}", mergers.layers, normed)
     return merged if i < m.num_hidden_layers else tuple(op._replace(gradient="none") for op in merged)
 
 
@@ -134,7 +146,7 @@ def with_deepstack(m: ModelSpec, stack: Stack) -> Stack:
     return stack._replace(runs=runs, after=(*joint, *rest))
 
 
-def _deepstack_features(m: ModelSpec) -> tuple[Op, ...]:
+def deepstack_features(m: ModelSpec) -> tuple[Op, ...]:
     """The deepstack features, each split by image and concatenated again."""
     shape = "b merged h"
     return tuple(
@@ -151,7 +163,7 @@ def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
     decoder = with_mrope(text, wiring, interleaved=True)
     held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(len(deepstack(m)))))
     decoder = with_deepstack(m, decoder) if wiring.images else decoder
-    return text_with_tower(wiring, decoder, qwen3_tower(m, wiring), (*scattered(), *_deepstack_features(m)), held)
+    return text_with_tower(wiring, decoder, qwen3_tower(m, wiring), (*scattered(), *deepstack_features(m)), held)
 
 
 def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:

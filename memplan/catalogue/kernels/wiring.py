@@ -41,7 +41,7 @@ class Wiring(NamedTuple):
     window_masks        LitGPT's layers with a window make a mask of all pairs, of any sequence
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
-    hears               the batch contains audio clips
+    media               what the batch contains: images, video or clips; "" for none
     pads_tower          audio clips or images are padded, and the padding is masked
     images              the batch contains images or audio clips
     is_one_image        they are one image, or one tile
@@ -103,7 +103,7 @@ class Wiring(NamedTuple):
     causal: bool = True
     checkpoints: bool = False
     pads_image_mask: bool = False
-    hears: bool = False
+    media: str = ""
     pads_tower: bool = False
     by_name: bool = False
     recomputes: bool = False
@@ -126,6 +126,11 @@ class Wiring(NamedTuple):
     opened_windows: tuple[str, ...] = ()
     filled_windows: tuple[str, ...] = ()
     packed: PackedRows | None = None
+
+    @property
+    def hears(self) -> bool:
+        """Whether the batch contains audio clips."""
+        return self.media == "clips"
 
     @property
     def is_varlen(self) -> bool:

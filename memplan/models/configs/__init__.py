@@ -38,7 +38,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
         "llava_next_video llava_onevision mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl "
         "qwen3_vl_moe smolvlm",
     ),
-    "audio": ("audio-language", "qwen2_audio voxtral"),
+    "audio": ("audio-language", "qwen2_5_omni_thinker qwen2_audio qwen3_omni_moe_thinker voxtral"),
     "ssm": (
         "state space, recurrent, linear attention",
         "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 "
@@ -93,6 +93,7 @@ def around(model_type: str, wrapped: str) -> Family:
             no_flash_2=decoder.attention.no_flash_2 or row.attention.no_flash_2,
             single_sequence=decoder.attention.single_sequence or row.attention.single_sequence,
         ),
+        generation=decoder.generation._replace(all_logits=row.generation.all_logits),
         checkpoint=row.checkpoint,
         parallel=row.parallel,
         serving=decoder.serving if row.serving.is_modelled else row.serving,

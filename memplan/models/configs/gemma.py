@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from memplan.core.errors import ConfigError, UnsupportedModelError, refused
+from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict
 from memplan.models.configs import processors
 from memplan.models.configs.gemma4_towers import clip_axes, gemma4_towers, unified_embedders
@@ -133,18 +133,12 @@ def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **gemma4_towers(m)}
 
 
-def _clip(m: ModelFacts, seconds: int | None, samples: int, longest: int | None = None) -> tuple[int, Picture]:
+def _clip(m: ModelFacts, seconds: int | None, samples: int, longest: int = 2**21) -> tuple[int, Picture]:
     """Return a clip of which as many `samples` make a token, cut after the `longest` seconds; two more tokens frame it.
 
-    Raises SpecError without its length, and for a model without `audio_config`.
+    Raises SpecError as `clip_length`.
     """
-    name = m.name or m.model_type
-    if not m.part("audio_config"):
-        raise refused("batch.clips", f"{name} has no audio encoder; use 0")
-    if seconds is None:
-        why = f"the tokens of a clip of {name} depend on its length; give it (--clip-seconds 30)"
-        raise refused("batch.clip_seconds", why)
-    tokens = -(-min(seconds, longest or seconds) * _SAMPLES // samples)
+    tokens = -(-processors.clip_length(m, seconds, longest) * _SAMPLES // samples)
     return 1, Picture(tokens, 1, tokens + 2)
 
 

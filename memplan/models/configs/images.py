@@ -122,7 +122,7 @@ def largest_picture(m: ModelFacts) -> Picture:
     return _picture(m, side, side)
 
 
-def _largest_merged(most: int, m: ModelFacts) -> Picture:
+def largest_merged(most: int, m: ModelFacts) -> Picture:
     """Return one row of merged patches: only their number matters."""
     merge = size(m, "spatial_merge_size")
     tokens = most // (size(m, "patch_size") * merge) ** 2
@@ -149,16 +149,16 @@ def grid_axes(images: int, picture: Picture) -> Mapping[str, int]:
         "patches": images * picture.patches,
         "merged": images * rows * columns,
         "tile": picture.patches,
-        **_rounded("grid", grid),
+        **rounded("grid", grid),
     }
 
 
-def _rounded(name: str, rows: int) -> dict[str, int]:
+def rounded(name: str, rows: int) -> dict[str, int]:
     """Return the rows of one attention call, exact and rounded up as its kernels do."""
     return {name: rows, **{f"{name}{n}": -(-rows // n) * n for n in (32, 128)}}
 
 
-def _windowed(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+def windowed(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
     """Return the axes of Qwen2.5-VL's images and attention windows: their number, the patches of a full window,
     and the pairs of patches of all windows."""
     merge, rows, columns = picture.merge, picture.rows // picture.merge, picture.columns // picture.merge
@@ -168,7 +168,7 @@ def _windowed(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]
         **grid_axes(images, picture),
         "window_pairs": images * picture.tiles * squares[0] * squares[1] * merge**4,
         "windows": images * picture.tiles * -(-rows // side) * -(-columns // side),
-        **_rounded("window", min(side, rows) * min(side, columns) * merge**2),
+        **rounded("window", min(side, rows) * min(side, columns) * merge**2),
     }
 
 
@@ -185,7 +185,7 @@ def _tiled(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
         "images": images,
         "patches": images * picture.patches,
         "merged": images,
-        **_rounded("grid", grid),
+        **rounded("grid", grid),
         "seen": seen,
         "seen8": -(-seen // 8) * 8,
     }
@@ -194,9 +194,9 @@ def _tiled(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
 # Fewest and most pixels of an image. Source: preprocessor_config.json as published with Qwen2-VL 2B to 72B and
 # Qwen2.5-VL 3B to 72B; with Qwen3-VL, Qwen3.5 and Qwen3.6. (Without that file, transformers 5.24's
 # Qwen2VLImageProcessor takes 56 x 56 to 28 x 28 x 1280 for all.)
-_PIXELS_2, _PIXELS_3 = (56 * 56, 3584 * 3584), (256 * 256, 4096 * 4096)
+PIXELS_2, _PIXELS_3 = (56 * 56, 3584 * 3584), (256 * 256, 4096 * 4096)
 # Fewest and most pixels of all frames of a video. Source: video_preprocessor_config.json as published with Qwen3-VL.
-# (Qwen2-VL and Qwen2.5-VL publish none, and transformers then reads _PIXELS_2 for each frame.)
+# (Qwen2-VL and Qwen2.5-VL publish none, and transformers then reads PIXELS_2 for each frame.)
 _PIXELS_OF_VIDEO = (64 * 64, 2 * 3 * 2048 * 2048)
 
 _QWEN: dict[str, int | tuple[int, ...]] = {
@@ -209,10 +209,10 @@ _QWEN: dict[str, int | tuple[int, ...]] = {
 # Source of the towers' defaults: transformers 5.24 configuration classes.
 QWEN2_VL = ImageFacts(
     {**_QWEN, "depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
-    partial(processors.qwen, *_PIXELS_2),
-    partial(_largest_merged, _PIXELS_2[1]),
+    partial(processors.qwen, *PIXELS_2),
+    partial(largest_merged, PIXELS_2[1]),
     is_packed=True,
-    pictures=partial(processors.pairs, *_PIXELS_2),
+    pictures=partial(processors.pairs, *PIXELS_2),
     video="frames",
 )
 QWEN2_5_VL = QWEN2_VL._replace(
@@ -224,7 +224,7 @@ QWEN2_5_VL = QWEN2_VL._replace(
         "window_size": 112,
         "fullatt_block_indexes": (7, 15, 23, 31),
     },
-    axes=_windowed,
+    axes=windowed,
     ffn="fused",
 )
 # Fewest and most pixels. Source: preprocessor_config.json as published with GLM-OCR.
@@ -238,7 +238,7 @@ GLM_OCR = ImageFacts(
         "out_hidden_size": 1536,
     },
     partial(processors.glm, *_PIXELS_GLM),
-    partial(_largest_merged, _PIXELS_GLM[1] // 2),
+    partial(largest_merged, _PIXELS_GLM[1] // 2),
     is_packed=True,
     ffn="gated",
 )
@@ -263,7 +263,7 @@ QWEN3_VL = ImageFacts(
         "deepstack_visual_indexes": (8, 16, 24),
     },
     partial(processors.qwen, *_PIXELS_3),
-    partial(_largest_merged, _PIXELS_3[1]),
+    partial(largest_merged, _PIXELS_3[1]),
     is_packed=True,
     pictures=partial(processors.budgeted_pairs, *_PIXELS_OF_VIDEO),
     video="pixels",

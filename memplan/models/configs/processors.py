@@ -368,4 +368,18 @@ def mllama(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(rows(m) * size(m, "max_num_tiles"), rows(m), 1)
 
 
+def clip_length(m: ModelFacts, seconds: int | None, longest: int) -> int:
+    """Return a clip's seconds, of which the processor reads the `longest` at most.
+
+    Raises SpecError without its length, and for a model without `audio_config`.
+    """
+    name = m.name or m.model_type
+    if not m.part("audio_config"):
+        raise refused("batch.clips", f"{name} has no audio encoder; use 0")
+    if seconds is None:
+        why = f"the tokens of a clip of {name} depend on its length; give it (--clip-seconds 30)"
+        raise refused("batch.clip_seconds", why)
+    return min(seconds, longest)
+
+
 _MAX_ASPECT_RATIO = 200  # source: `smart_resize`

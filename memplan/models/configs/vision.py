@@ -79,6 +79,23 @@ _QWEN2 = Family(
     checkpoint=CheckpointFacts(gguf="qwen2vl"),
     images=images.QWEN2_VL,
 )
+QWEN2_5_VL = _QWEN2._replace(axes=towers.qwen2_5_vl, images=images.QWEN2_5_VL)
+QWEN3_VL_MOE = Family(
+    {
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "tie_word_embeddings": False,
+    },
+    _TEXT._replace(renamed={"num_local_experts": "num_experts"}),
+    sparse_step_layers,
+    qwen3_vl_moe,
+    stack="qwen3_vl",
+    checkpoint=CheckpointFacts(experts="transposed", gguf="qwen3vlmoe"),
+    images=images.QWEN3_VL,
+)
 _LLAVA_NEXT = LLAVA._replace(serving=ServingFacts(is_modelled=False), images=images.LLAVA_NEXT)
 _SIGLIP = _LLAVA_NEXT._replace(wraps="cohere2", stack="text_only")
 _SMOLVLM = LLAVA._replace(axes=towers.smolvlm, images=images.IDEFICS3)
@@ -177,7 +194,7 @@ FAMILIES: dict[str, Family] = {
         images=images.PALIGEMMA,
     ),
     "qwen2_vl": _QWEN2,
-    "qwen2_5_vl": _QWEN2._replace(axes=towers.qwen2_5_vl, images=images.QWEN2_5_VL),
+    "qwen2_5_vl": QWEN2_5_VL,
     "qwen3_5": SSM["qwen3_5_text"]._replace(
         keys=SSM["qwen3_5_text"].keys._replace(decoder="text_config"),
         axes=qwen3_5,
@@ -193,22 +210,7 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(),
         images=images.QWEN3_5,
     ),
-    "qwen3_vl_moe": Family(
-        {
-            "num_key_value_heads": 16,
-            "intermediate_size": 5632,
-            "moe_intermediate_size": 1408,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "tie_word_embeddings": False,
-        },
-        _TEXT._replace(renamed={"num_local_experts": "num_experts"}),
-        sparse_step_layers,
-        qwen3_vl_moe,
-        stack="qwen3_vl",
-        checkpoint=CheckpointFacts(experts="transposed", gguf="qwen3vlmoe"),
-        images=images.QWEN3_VL,
-    ),
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "qwen3_vl": Family(
         {"num_key_value_heads": 32, "intermediate_size": 22016, "head_dim": 128},
         _TEXT,

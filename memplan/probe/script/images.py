@@ -6,6 +6,7 @@ with a copy of the sizes that has.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -87,7 +88,7 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     if batch.clips or "slots" in axes:
         build = _positioned_inputs if model.model_type.startswith("gemma4") else _padded_inputs
-        hear = _audio_inputs if "pooled" in axes else _sampled_inputs
+        hear = _audio_inputs if "pooled" in axes else _chunked_inputs if "uheard" in axes else _sampled_inputs
         return (hear if batch.clips else build)(base, picture, axes, each, ids)
     side = axes["patch"]
     match model.model_type:
@@ -100,7 +101,8 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             pixels = torch.empty(images * picture.patches, axes["vin"], device=device).normal_()
             sizes = grid if _has_no_data(ids) else grid.tensor
             names = ("pixel_values_videos", "video_grid_thw") if has_video else ("pixel_values", "image_grid_thw")
-            return {names[0]: pixels, names[1]: sizes, "mm_token_type_ids": kinds}
+            typed = "mm_token_type_ids" in inspect.signature(base.forward).parameters  # Qwen-Omni reads tokens instead
+            return {names[0]: pixels, names[1]: sizes, **({"mm_token_type_ids": kinds} if typed else {})}
         case "aya_vision" | "cohere2_vision" | "internvl" | "llama4" | "llava":
             dtype = torch.bfloat16 if tower_of(model).by_keyword else torch.float32
             return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, dtype)}
@@ -201,6 +203,41 @@ def _sampled_inputs(
     }
 
 
+def _chunked_inputs(
+    base: Any, picture: Picture, axes: Mapping[str, int], each: int, ids: torch.Tensor
+) -> dict[str, Any]:
+    """Return mel features of clips, whose encoder cuts them into chunks, and a mask of their frames."""
+    clips, padded, device = each * len(ids), axes["uframes"], ids.device
+    frames = axes["uheard"] // each
+    if _has_no_data(ids):
+        module: Any = _module(base)
+        selections[clips, padded] = clips * frames
+        _list_as(ids, [picture.tokens] * clips)
+
+        def cut(length: int, part: int) -> list[int]:
+            return ([part] * (length // part) + [length % part] * (length % part > 0)) * clips
+
+        def chunked(features: torch.Tensor, *_: Any, **__: Any) -> Any:
+            lengths = cut(frames, axes["uchunk"])
+            rows = torch.nn.utils.rnn.pad_sequence([*torch.split(features.T, lengths, dim=0)], batch_first=True)
+            return rows.transpose(1, 2), torch.zeros(len(lengths), dtype=torch.int64, device=device)
+
+        def places(number: int) -> Callable[..., torch.Tensor]:
+            return lambda *_, **__: torch.zeros(number, dtype=torch.int64, device=device)
+
+        module.chunk_and_pad_features = chunked
+        module.get_valid_indices = places(clips * picture.patches)
+        module.get_pool_indices = places(clips * picture.tokens)
+        windows = cut(picture.patches, axes["window"])
+        module.get_audio_cu_seqlens = lambda *_, **__: CumulativeLengths(windows, device)  # pyright: ignore[reportUnknownLambdaType]
+        module.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+        base.model.get_rope_index = _no_places
+    mask = torch.zeros(clips, padded, dtype=torch.int32)
+    mask[:, :frames] = 1
+    features = torch.empty(clips, axes["uin"], padded, device=device).normal_()
+    return {"input_features": features, "feature_attention_mask": mask.to(device)}
+
+
 def _mask_of_padding(**arguments: Any) -> Any:
     """Return transformers' mask although the text has no padding."""
     masks = library("transformers.masking_utils")
@@ -296,14 +333,16 @@ def _patch_sizes(base: Any, grid: ImageGrid) -> None:
                 setattr(module, name, function)
     tower.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
 
-    def rope(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        batch, tokens = input_ids.shape
-        places = torch.zeros(3, batch, tokens, dtype=input_ids.dtype, device=input_ids.device)
-        return places, torch.zeros(batch, 1, dtype=torch.int64, device=input_ids.device)
-
-    base.model.get_rope_index = rope
+    base.model.get_rope_index = _no_places
     if hasattr(base.model.language_model, "_deepstack_process"):
         base.model.language_model._deepstack_process = _deepstack
+
+
+def _no_places(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return positions in time, height and width of every token, which are all 0."""
+    batch, tokens = input_ids.shape
+    places = torch.zeros(3, batch, tokens, dtype=input_ids.dtype, device=input_ids.device)
+    return places, torch.zeros(batch, 1, dtype=torch.int64, device=input_ids.device)
 
 
 def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

@@ -291,7 +291,7 @@ def _decoding_graph(
     token = pass_._replace(
         phase="decode",
         longer=longer,
-        holds_prompt_logits=first and not (pass_.last_only or crosses),
+        holds_prompt_logits=first and not (pass_.last_only or graph.model.has_all_logits),
         first=first and _caches_without_copy(graph),
         unpacks=unpacks,
         batches=pass_.batches_later_passes,

@@ -31,7 +31,7 @@ def packed_batch(r: OpenRun) -> Iterator[SpecError]:
         yield refused("loop.padded", "packed rows are full; leave it out, or batch.packing")
     if r.kernels.attention == "sdpa_cudnn":
         yield not_yet_with("kernels.attention", f"sdpa_cudnn and {_FIELD}", "sdpa, sdpa_efficient, flash_attention_2")
-    if facts.images:
+    if facts.media:
         yield refused("batch.images", f"{title} does not pack batches with images; use 0, or leave {_FIELD} out")
     if r.method.virtual_tokens:
         yield not_yet_with("method.kind", _FIELD, "methods without virtual tokens")

@@ -180,7 +180,7 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
         )
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
-    if run.batch_facts.images:
+    if run.batch_facts.media:
         yield not_yet_with("batch.images", f"trainer {name}", "0")
     if run.method.virtual_tokens:
         yield not_yet_with("method.kind", f"trainer {name}", "methods without virtual tokens")

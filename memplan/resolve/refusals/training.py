@@ -224,7 +224,7 @@ def activation_offload(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("kernels.checkpointing", kernels.checkpointing, both)
     if method.quantization is not None and method.quantization.format not in ("nf4", "fp4"):
         yield not_yet("method.quantization.format", method.quantization.format, "nf4, fp4 with activations offloaded")
-    if r.batch_facts.images:
+    if r.batch_facts.media:
         yield not_yet_with("batch.images", "offloaded activations", "0")
     if kernels.fused:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with activations offloaded")
@@ -322,7 +322,7 @@ def pipeline(r: OpenRun) -> Iterator[SpecError]:
     p, objective = r.parallelism, r.model.objective
     if objective != "causal_lm":
         yield not_yet("parallelism.pp", p.pp, f"1 for {objective}")
-    if r.batch_facts.images:
+    if r.batch_facts.media:
         yield not_yet_with("batch.images", f"pp {p.pp}", "0")
     if (r.method.kind == "freeze" or r.method.frozen) and p.strategy not in ("none", "fsdp2"):
         yield refused("parallelism.strategy", f"{p.strategy} fails in a stage where nothing trains; use fsdp2")
