@@ -395,6 +395,13 @@ def test_a_block_shares_its_input_until_a_later_one_replaces_it(checkpoint: bool
     assert {f"leave.{i}.update" for i in range(4)} <= {*named}  # numbered by name, though three blocks alternate
 
 
+def test_repeated_blocks_are_numbered_by_name() -> None:
+    even, odd = (Block(name, (op("f", "x", "y", Keep("x", "x")),)) for name in ("even", "odd"))
+    low = lower(stack([])._replace(runs=(Run((even, odd), "L"),)), AXES)
+    assert {m.where for m in low.moments} >= {"even.3.f", "odd.3.f"}
+    assert not {m.where for m in low.moments} & {"even.6.f", "odd.4.f", "odd.7.f"}
+
+
 def test_what_an_unread_side_branch_keeps_is_freed_with_its_block() -> None:
     sizes = {"s": 1}
     unread, read = (

@@ -591,11 +591,26 @@ def test_accelerates_file(tmp_path: Path, launch: dict[str, Any], expected: dict
     assert {field: found.get(field) for field in expected} == expected
 
 
-def test_accelerates_fp8_is_named_as_left_out(tmp_path: Path) -> None:
-    text = "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\n"
-    (note,) = read(tmp_path, text, accelerate={**ACCELERATE, "mixed_precision": "fp8"}).notes
+@pytest.mark.parametrize(
+    ("more", "layers"),
+    [
+        ({}, "the first that is installed"),
+        ({"fp8_config": {"backend": "TE"}}, "layers of Transformer Engine"),
+        ({"fp8_config": {"fp8_backend": "ao"}}, "layers of torchao: their copies in fp8 for each product"),
+        ({"fp8_config": {"backend": "MSAMP"}}, "layers of MS-AMP"),
+    ],
+    ids=str,
+)
+def test_accelerates_fp8_computes_in_bf16_around_layers_that_are_not_counted(
+    tmp_path: Path, more: dict[str, Any], layers: str
+) -> None:
+    text = "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\nbf16: false\n"
+    file = read(tmp_path, text, accelerate={**ACCELERATE, "mixed_precision": "fp8", **more})
+    (note,) = file.notes
     assert note.startswith("mixed_precision")
-    assert "products in fp8" in note
+    assert layers in note
+    alike = read(tmp_path, text, accelerate={**ACCELERATE, "mixed_precision": "bf16"})
+    assert values(file) == values(alike)
 
 
 def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> None:

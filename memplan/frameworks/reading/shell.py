@@ -392,10 +392,11 @@ def _launcher(
         out["num_processes"] = ranks if machines == "1" else f"{ranks} x {machines}"
     if "mixed_precision" in flags:
         out["mixed_precision"] = flags["mixed_precision"]
-    for section, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", ("zero", "offload_", "deepspeed_config"))):
+    sections = {"fsdp": "fsdp_", "fp8": "fp8_", "deepspeed": ("zero", "offload_", "deepspeed_config")}
+    for section, prefix in sections.items():
         keys = {key: value for key, value in flags.items() if key.startswith(prefix)}
         if keys:
-            out[section] = keys
+            out[f"{section}_config"] = keys
     return words[index:], out
 
 

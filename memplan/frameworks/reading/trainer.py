@@ -394,6 +394,17 @@ def _deepspeed_source(document: Document, field: str) -> str:
     return f"{document.where('.'.join(keys[0]))} {'.'.join(keys[0])}" if keys else document.name
 
 
+# Whose layers replace linear ones, and which tensors are not counted. Source: accelerate 1.15 accelerator.py
+# Accelerator.__init__, utils/modeling.py get_mixed_precision_context_manager, utils/ao.py; torchao 0.18
+# float8/float8_linear.py, which keeps inputs and weights as they are.
+_FP8_LAYERS = {
+    "AO": "torchao: their copies in fp8 for each product are not counted",
+    "TE": "Transformer Engine: what they keep in fp8 is not counted",
+    "MSAMP": "MS-AMP: their weights and states in 8 bits are not counted",
+}
+_ANY_FP8_LAYERS = "torchao, Transformer Engine or MS-AMP, the first that is installed: what they take is not counted"
+
+
 def accelerate(config: Config, document: Document) -> None:
     """Set the fields of an accelerate config: its processes, FSDP or DeepSpeed, and mixed precision."""
     inner = Config(document, "accelerate", {}, {})
@@ -402,10 +413,13 @@ def accelerate(config: Config, document: Document) -> None:
     processes = inner.whole("num_processes")
     if kind != "NO" and processes is not None and processes > 0:
         inner.set("parallelism.world", processes, "num_processes")
-    if inner.get("mixed_precision") in ("bf16", "fp16"):
-        config.launched = FieldOrigin("precision", inner.get("mixed_precision"), inner.why("mixed_precision"))
-    elif inner.get("mixed_precision") == "fp8":
-        inner.leave("mixed_precision", "products in fp8, of layers that accelerate replaces, are not counted")
+    casts = {"fp8": "bf16"}.get(word := inner.text("mixed_precision") or "", word)
+    if casts in ("bf16", "fp16"):
+        config.launched = FieldOrigin("precision", casts, inner.why("mixed_precision"))
+    if word == "fp8":
+        backend = inner.text("fp8_config.backend") or inner.text("fp8_config.fp8_backend") or ""
+        layers = _FP8_LAYERS.get(backend.upper(), _ANY_FP8_LAYERS)
+        inner.leave("mixed_precision", f"counted as bf16, in which accelerate computes around the layers of {layers}")
     section = inner.section("deepspeed_config")
     if kind == "DEEPSPEED" and section is not None:
         _accelerate_deepspeed(inner, section)
