@@ -205,7 +205,7 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         config = {"config": {"model_type": name, **TOWERS[name]}}
         yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     own = (PADDED[0], PADDED[3], *TALKED)
-    padded = (*product(("lfm2_vl",), PADDED), *product(("gemma4_unified",), PADDED[:3]))
+    padded = (*product(("lfm2_vl",), PADDED), *product(("gemma4_unified",), PADDED))
     padded = (*padded, *product(("gemma4", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), own))
     for name, fields in padded if not names or "padded" in names else ():
         config = {"config": {"model_type": name, **TOWERS[name]}}

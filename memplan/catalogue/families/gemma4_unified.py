@@ -5,6 +5,7 @@ Source: transformers 5.24 models/gemma4_unified/modeling_gemma4_unified.py.
 
 from __future__ import annotations
 
+from memplan.catalogue.attention.attention import mask_name
 from memplan.catalogue.families.gemma4 import gemma4, rms_norm
 from memplan.catalogue.families.padded_images import selected, selected_by
 from memplan.catalogue.kernels import ops
@@ -99,6 +100,21 @@ def _heard() -> Tower:
     return Tower(inputs, (), (), features)
 
 
+_MASKS = tuple(map(mask_name, (False, True)))
+
+
+def _with_numbers(mask: Op) -> Op:
+    """Return a mask with the image numbers of all keys, which are those of a cached token's, padded.
+
+    Source: transformers 5.24 masking_utils.py maybe_pad_block_sequence_ids, blockwise_overlay.
+    """
+    numbers = (Tensor(name, "b s s", "int64") for name in ("padded numbers", "numbers of keys"))
+    places = (Tensor(f"place {axis}", axis, "int64") for axis in ("b", "", "s", "s s"))  # batch, head, query, key
+    query = (Tensor("number of query", "b s", "int64"), Tensor("is of image", "b s", "bool"))
+    more = (*numbers, *places, *query, Tensor("same image", "b s s", "bool"))
+    return mask._replace(scratch=(*mask.scratch, *more))
+
+
 def unified(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build the unified model: no per-layer embeddings, embedders in place of towers, and masks.
 
@@ -112,6 +128,9 @@ def unified(m: ModelSpec, wiring: Wiring) -> Stack:
         made = Op(
             "model.block_sequence_ids", (), (blocks,), gradient="none", source=f"{_SOURCE} Gemma4UnifiedModel.forward"
         )
+        if wiring.decodes:
+            before = tuple(_with_numbers(op) if op.name in _MASKS else op for op in text.before)
+            text = text._replace(before=before)
         at = 1
         if wiring.images:
             at += next(i for i, op in enumerate(text.before) if any(w.name == "embeds" for w in op.writes))
