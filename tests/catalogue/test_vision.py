@@ -576,6 +576,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
         "parallelism.find_unused_parameters: without images the vision tower gets no gradients",
     ),
+    "several GPUs and no clips": (
+        {
+            "model": {"config": RESTING["gemma4-small"]},
+            "batch": {"images": 1, "image_size": 96},
+            "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"},
+        },
+        "parallelism.find_unused_parameters: without clips the audio encoder gets no gradients",
+    ),
     "a video and images": (
         {"batch": {"images": 1, "frames": 4, "image_size": 56}},
         "batch.frames: a sequence has images or a video, not both",

@@ -104,6 +104,9 @@ def adapted_parameters(r: OpenRun) -> Iterator[SpecError]:
         )
 
 
+_IMAGES = ("images", "vision tower", "vision and projector")
+
+
 def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecError]:
     """Yield errors if nothing is left to train, if ranks would wait for gradients that never come, or if weights of
     several dtypes would be sharded together.
@@ -133,10 +136,11 @@ def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecEr
             "would wait for; use lora, or one GPU",
         )
     if idle is not None and ranks.strategy == "ddp" and graph.checkpoint and not finds_unused:
+        without, tower, parts = ("clips", "audio encoder", "audio") if idle.group == "audio" else _IMAGES
         yield refused(
             "parallelism.find_unused_parameters",
-            "without images the vision tower gets no gradients, which DDP would wait for; set it to true, set images, "
-            "use --fsdp fsdp2, or freeze vision and projector (method.frozen)",
+            f"without {without} the {tower} gets no gradients, which DDP would wait for; set it to true, "
+            f"set {without}, use --fsdp fsdp2, or freeze {parts} (method.frozen)",
         )
     if graph.flattens_frozen and ranks.row.gathers and any(w.stored for w in weights):
         yield refused(
