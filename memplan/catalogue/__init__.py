@@ -12,6 +12,7 @@ from importlib import import_module
 
 from memplan.catalogue.attention.attention import FLATTENING, flattened
 from memplan.catalogue.decoder.decoder import stack_of
+from memplan.catalogue.kernels.rewriting import first_equal, rewrite
 from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, TRAINERS, Trainer, Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
@@ -21,8 +22,13 @@ from memplan.models.model import ModelSpec
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
     """Return the model as a stack of operations with its weights, but without dtypes, method or loss.
 
-    `code`: whose implementation to describe: `transformers`, `litgpt` or `torchtitan`.
+    `code`: whose implementation to describe: `transformers`, `litgpt` or `torchtitan`. Models with equal operations
+    share one stack.
     """
+    return first_equal(_built(model, wiring, code))
+
+
+def _built(model: ModelSpec, wiring: Wiring, code: str) -> Stack:
     if code == "torchtitan":
         return import_module("memplan.catalogue.families.torchtitan").build(model, wiring)
     if code == "litgpt":
@@ -39,14 +45,11 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
         stack = without_head(stack)
     if model.get("output_router_logits", False):
         from memplan.catalogue.experts.routers import hold_router_logits
-        from memplan.catalogue.kernels.rewriting import rewrite
 
         stack = rewrite(stack, lambda op: (hold_router_logits(op),))
     flattens = model.family.attention.single_sequence == "views" or wiring.backend in FLATTENING
     if not (wiring.is_single_sequence and flattens):
         return stack
-    from memplan.catalogue.kernels.rewriting import rewrite
-
     return rewrite(stack, lambda op: (flattened(op),))
 
 

@@ -360,7 +360,10 @@ def named(op: Op) -> list[str]:
     names = [*op.captures]
     for keep in op.keeps:
         names += keep.what, keep.of
-    for t in (*op.past, *op.writes, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back]):
+    tensors = op.writes
+    if op.scratch or op.scratch_back or op.past or op.wraps:  # unlike most operations
+        tensors = (*op.past, *tensors, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back])
+    for t in tensors:
         if "=" in t.dtype or "!" in t.dtype:
             own, _, source = t.dtype.partition("!")
             if source:

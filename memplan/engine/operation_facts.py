@@ -134,13 +134,14 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
     for op in ops.value:
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
-            targets = tuple([r for r in dict.fromkeys(op.reads) if r in flows])
+            targets = tuple(filter(flows.__contains__, dict.fromkeys(op.reads)))
             if op.weights or op.wraps or op.past:  # unlike most operations
                 weights = [w.name for w in op.weights if w.requires_grad]
                 targets += (*weights, *[t.name for t in op.wraps], *_past_with_gradients(op))
-            if targets:
-                flows.update([t.name for t in op.writes if t.dtype in FLOATING])
-        else:
+            for t in op.writes if targets else ():
+                if t.dtype in FLOATING:
+                    flows.add(t.name)
+        elif op.requires_gradient:
             flows.update(leaves(op))
         targets_of_each.append(targets)
     return GradientFlow(ops.value, targets_of_each, entering, frozenset(flows))
@@ -173,7 +174,8 @@ def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
                 root[t.name] = root[op.writes[0].name]
     ends: list[tuple[str, ...]] = []
     for i, op in enumerate(ops.value):
-        names = (*[t.name for t in op.writes], *op.reads, *[t.name for t in op.past])
+        written = [t.name for t in op.writes]
+        names = (*written, *op.reads, *[t.name for t in op.past]) if op.past else (*written, *op.reads)
         ends.append(tuple(dict.fromkeys([base for n in names if last.get(base := root.get(n, n), i) == i])))
     return tuple(ends)
 
@@ -223,7 +225,8 @@ def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) 
 def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
     behind = dict(inputs)
     for op in ops.value:
-        behind.update((t.name, t.name) for t in op.past)
+        for t in op.past:
+            behind[t.name] = t.name
         for t in op.writes:
             behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
     return MappingProxyType(behind)

@@ -37,6 +37,7 @@ class _Repeat(NamedTuple):
     known       the events by which of the latter storages it frees
     orders      events in the same order, by whether each of the latter storages is freed: of all blocks that are alike
     like        how its operations differ from the first that they are like
+    keys        what its sizes stand for, as in `LiveStorages.sizes`; empty until another block is like it
     """
 
     events: list[int]
@@ -49,6 +50,7 @@ class _Repeat(NamedTuple):
     known: dict[tuple[int, ...], EventsOfBlock]
     orders: dict[tuple[bool, ...], EventsOfBlock]
     like: Likeness
+    keys: dict[int, tuple[str, ...]]
 
     def among(self, earlier: list[Storage], is_deferred: Callable[[Storage], bool]) -> EventsOfBlock:
         """Return the events if it finds these storages, which are freed unless something else still holds them."""
@@ -156,16 +158,21 @@ class RepeatingTape(Tape):
     def _as_in(self, like: Likeness, repeat: _Repeat) -> _Repeat:
         """Return what a block does, given what another one did that is like it."""
         here = like.after(repeat.like)
-        keys, own = [*self.sizes], dict[int, int]()  # sizes that the other block allocates -> the block's own
-        for size in filter(lambda event: event >= 0, dict.fromkeys(repeat.events)):
-            shape, dtype, *labels = keys[size]
+        if not repeat.keys:
+            keys = [*self.sizes]
+            repeat.keys.update((size, keys[size]) for size in dict.fromkeys(repeat.events) if size >= 0)
+        own: dict[int, int] = {}  # sizes that the other block allocates -> the block's own, if it is another
+        for size, (shape, dtype, *labels) in repeat.keys.items():
             if labels and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
                 labels[3] = labels[3].removesuffix(name) + here.names[name]
+            elif shape not in here.shapes:
+                continue
             own[size] = self.sizes.setdefault((here.shapes.get(shape, shape), dtype, *labels), len(self.sizes))
             own[~size] = ~own[size]
         return repeat._replace(
             events=[*map(own.get, repeat.events, repeat.events)],
-            made=[(own[size], fresh, refs) for size, fresh, refs in repeat.made],
+            made=[(own.get(size, size), fresh, refs) for size, fresh, refs in repeat.made],
+            keys={},
             result={here.name(name): number for name, number in repeat.result.items()},
             known={},
             like=like,
@@ -199,6 +206,7 @@ class RepeatingTape(Tape):
             {},
             {},
             like,
+            {},
         )
 
 

@@ -73,12 +73,13 @@ def lower(
     division        how weights are sharded over ranks
     """
     flags = grads_exist, labelled, tuple(updates.items()), holds_previous, division
-    return at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
+    key = Identity(stack)
+    return at_depth(stack, depth, lambda few: _lowered(key, few, options, *flags))
 
 
-@lru_cache(maxsize=64)  # each keeps its stack alive; the graphs' own cache has more
+@lru_cache(maxsize=128)
 def _lowered(
-    stack: Stack,
+    stack: Identity[Stack],
     depth: tuple[tuple[str, int], ...],
     options: ExecutionOptions,
     grads_exist: bool,
@@ -88,7 +89,7 @@ def _lowered(
     division: Division | None,
 ) -> Lowered:
     tape = RepeatingTape(grads_exist, labelled, dict(updates))
-    passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack, dict(depth), options)
+    passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack.value, dict(depth), options)
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
     in_loss = held if holds_previous == "outputs" else passed.nodes
@@ -114,12 +115,13 @@ def infer(
     What it leaves for a later pass, such as key/value caches, is alive at its end (`left`). `division` is as in
     `lower`, `casts` as in `Scope`.
     """
-    return at_depth(stack, depth, lambda few: _inferred(stack, few, autocast, phase, labelled, division, casts))
+    key = Identity(stack)
+    return at_depth(stack, depth, lambda few: _inferred(key, few, autocast, phase, labelled, division, casts))
 
 
 @lru_cache(maxsize=128)
 def _inferred(
-    stack: Stack,
+    stack: Identity[Stack],
     depth: tuple[tuple[str, int], ...],
     autocast: str | None,
     phase: str,
@@ -130,7 +132,8 @@ def _inferred(
     tape = RepeatingTape(False, labelled, {})
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
-    passed = run_pass(tape, gatherer, stack, dict(depth), ExecutionOptions(autocast), records=False, casts=casts)
+    options = ExecutionOptions(autocast)
+    passed = run_pass(tape, gatherer, stack.value, dict(depth), options, records=False, casts=casts)
     return Lowered(
         tape.moments.packed(), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )

@@ -30,7 +30,7 @@ from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
 from memplan.program.inference.passes import InferenceStep, SizedPass, sized
 from memplan.program.inference.steps import steps_of
-from memplan.program.loading import loading, most_at_once
+from memplan.program.loading import loading_peak
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.saving import saving_peak
@@ -309,7 +309,7 @@ def _merge(run: RunSpec, between: BetweenSteps, decided: ResolvedRun, model: Mod
 @lru_cache(maxsize=128)
 def _loaded_alone(graph: Graph) -> tuple[int, int]:
     """Return the bytes of a model's weights, and the peak of loading them."""
-    return total_bytes(parameters_of(graph)), most_at_once(loading(graph))
+    return total_bytes(parameters_of(graph)), loading_peak(graph)
 
 
 @lru_cache(maxsize=128)

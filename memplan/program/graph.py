@@ -19,7 +19,14 @@ from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.checkpointing import checkpoint_every
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
-from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
+from memplan.catalogue.kernels.rewriting import (
+    by_name,
+    checked,
+    rewrite_blocks,
+    with_all_gradients,
+    with_held_outputs,
+    with_last_input,
+)
 from memplan.catalogue.kernels.wiring import TRAINERS, Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
@@ -31,8 +38,8 @@ from memplan.catalogue.quantization.inference_formats import bytes_at_once, chun
 from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import BNB, codes_of_scales, fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.collection import without_collection
-from memplan.core.errors import InternalError, refused
-from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
+from memplan.core.errors import refused
+from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
@@ -187,15 +194,9 @@ def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
     alike = _with_equal_operations(graph)
     if alike != graph:
         stack, axes = operations_of(alike)
-        if graph.wiring.by_name:
-            stack = rewrite_blocks(stack, lambda block: block._replace(by_name=True))
-        return stack, {**axes, "r": graph.rank}
+        return by_name(stack) if graph.wiring.by_name else stack, {**axes, "r": graph.rank}
     stack, axes = _built(graph)
-    missing = next(undefined_names(stack), None)
-    if missing is not None:
-        where, operation, name = missing
-        raise InternalError(f"in {graph.model.model_type} {where}, {operation} uses {name}, which nothing writes")
-    return stack, axes
+    return checked(stack, graph.model.model_type), axes
 
 
 def _with_equal_operations(graph: Graph) -> Graph:
@@ -234,7 +235,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
-        stack = rewrite_blocks(stack, lambda block: block._replace(by_name=True))
+        stack = by_name(stack)
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     if recipe.selection is not None:
@@ -264,7 +265,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     }
     axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for w in weights if w.kernel}
     if graph.hold_outputs:
-        stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
+        stack = with_held_outputs(stack)
     autocast = recipe.compute if recipe.autocast else None
     if graph.trainer is not None:
         others, numbers = _models_inside(graph)
@@ -295,7 +296,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.wiring.keeps_last and stack.after:
         stack = stack._replace(after=with_last_input(stack.after))
     if graph.loss == "hf":
-        stack = with_own_loss(stack, recipe, graph.has_one_sequence, graph.inference is None)
+        stack = with_own_loss(stack, recipe.kind, graph.has_one_sequence, graph.inference is None)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 

@@ -12,7 +12,7 @@ from memplan.catalogue.quantization.quantization import codes_of_scales
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
 from memplan.engine.walk import size
-from memplan.program.graph import NO_AXES, Graph, operations_of
+from memplan.program.graph import NO_AXES, Graph, operations_of, parameters_of, total_bytes, weights_of
 from memplan.program.weight_sizes import dims_of, elements
 
 EMPTIED = -1  # in place of a storage's number: torch.cuda.empty_cache()
@@ -92,6 +92,22 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
         elif number != EMPTIED:
             live -= alive.pop(number, 0)
     return most
+
+
+def loading_peak(*graphs: Graph) -> int:
+    """Return the peak bytes while models are loaded, one after another."""
+    if any(map(_changes_weights, graphs)):
+        return most_at_once(loading(*graphs))
+    return sum(total_bytes(parameters_of(graph)) for graph in graphs)
+
+
+def _changes_weights(graph: Graph) -> bool:
+    """Whether weights are loaded otherwise than they stay, so that loading takes more than they do."""
+    recipe = graph.recipe
+    if graph.inference is not None or recipe.preparation or recipe.decomposition:
+        return True
+    base = (w for w, _, _ in weights_of(graph) if w.group not in ("adapter", "buffer"))
+    return any(w.stored or w.kernel or w.dtype != recipe.weights for w in base)
 
 
 @lru_cache(maxsize=4)

@@ -111,7 +111,7 @@ def test_alike_operations_are_resolved_as_if_alone(autocast: str | None) -> None
 
 
 def test_a_block_falls_earlier_if_it_frees_what_it_finds() -> None:
-    block = Repeat([0, 1, ~0], [Op("a"), Op("b")], Op("b"), [], [-1], [(1, False, 0)], {}, {}, {}, ALIKE)
+    block = Repeat([0, 1, ~0], [Op("a"), Op("b")], Op("b"), [], [-1], [(1, False, 0)], {}, {}, {}, ALIKE, {})
     held, alone = (block.among([Storage(7, True, refs)], lambda _: False) for refs in (2, 1))
     assert (held.events, held.falls, held.names, held.left) == ([0, 1, ~0], [2], ["b"], {1: 1})
     assert (alone.events, alone.falls, alone.names) == ([0, ~7, 1, ~0], [1, 3], ["a", "b"])

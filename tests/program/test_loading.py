@@ -12,6 +12,7 @@ import pytest
 from benchmarks.accuracy import rows, without_workspaces
 from memplan import Estimate, RunSpec, estimate
 from memplan.core.errors import SpecError
+from memplan.program.graph import total_bytes
 from memplan.program.loading import most_at_once
 from memplan.program.sharding.choice import sharding_of
 from memplan.report.wording import host
@@ -58,6 +59,23 @@ def test_grouped_loading_steps_equal_single_ones(world: int) -> None:
     each, together = (list(sharding_of(structure).loading_events(together=way)) for way in (False, True))
     assert len(together) < len(each)
     assert most_at_once(together) == most_at_once(each)
+
+
+@pytest.mark.parametrize(
+    ("changes", "run"),
+    [
+        (False, {"model": "qwen2-0.5b", "method": "lora"}),
+        (False, {"model": "qwen2-0.5b", "method": "full", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}),
+        (True, {"model": "qwen2-0.5b", "method": "qlora"}),
+        (True, {"model": "moonlight-16b-a3b"}),  # the matrices of its routers become fp32
+    ],
+    ids=["as it stays", "on each rank", "quantised", "cast"],
+)
+def test_loading_takes_as_much_as_what_it_leaves_unless_it_changes_weights(changes: bool, run: dict[str, Any]) -> None:
+    structure = decide(RunSpec.model_validate(run)).structure
+    peak = sharding_of(structure).loading_peak()
+    assert peak == most_at_once(sharding_of(structure).loading_events())
+    assert (peak > total_bytes(sharding_of(structure).weights())) == changes
 
 
 def test_a_buffer_without_elements_takes_no_storage() -> None:

@@ -137,6 +137,23 @@ def test_a_run_and_the_facts_of_its_model_need_one_stack(kind: str) -> None:
     assert build.cache_info().misses == misses + 1
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "lokr"])
+def test_models_that_differ_in_sizes_share_operations_unless_these_depend_on_sizes(method: str) -> None:
+    small = {"model_type": "llama", **TINY["llama"]}
+    large = {**small, "hidden_size": 2 * small["hidden_size"], "intermediate_size": 3 * small["intermediate_size"]}
+    graphs = [decide(RunSpec.model_validate(run_of(config, method))).structure.graph for config in (small, large)]
+    assert len({id(build(graph.model, graph.wiring)) for graph in graphs}) == 1
+    (stack, axes), (other, other_axes) = map(operations_of, graphs)
+    assert (stack is other) == (method != "lokr")
+    assert (2 * axes["h"], 3 * axes["f"]) == (other_axes["h"], other_axes["f"])
+    tied = {**small, "tie_word_embeddings": not small.get("tie_word_embeddings", False)}
+    assert operations_of(decide(RunSpec.model_validate(run_of(tied, method))).structure.graph)[0] != stack
+
+
+def run_of(config: dict[str, Any], method: str) -> dict[str, Any]:
+    return {"model": {"config": config}, "method": method}
+
+
 def test_models_that_differ_in_depth_are_lowered_once() -> None:
     runs = [decide(deep("llama", layers, {})).structure for layers in (20, 30)]
     pass_of(runs[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import once_per_stack
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
 from memplan.catalogue.kernels.trl_losses import TRL_LOSSES, chunked_nll, tiled_lm_head
 from memplan.catalogue.kernels.unsloth_loss import fused_chunks
@@ -19,6 +20,7 @@ OF_ALL_LOGITS = ("hf", "label_smoothing")  # values of `kernels.loss` whose logi
 READ_MATRIX = (*TRL_LOSSES, "fused_chunks")  # values of `kernels.loss` that read the head's own matrix
 
 
+@once_per_stack
 def attach(
     stack: Stack,
     loss: str,

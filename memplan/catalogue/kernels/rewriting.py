@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
 from itertools import chain
+from typing import Concatenate, ParamSpec
 
 from memplan.catalogue.kernels import ops
-from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
+from memplan.core.errors import InternalError
+from memplan.core.identity import Identity
+from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight, undefined_names
+
+_Arguments = ParamSpec("_Arguments")
+
+
+@lru_cache(maxsize=64)
+def first_equal(stack: Stack) -> Stack:
+    """Return the first of the last stacks that is equal to this one: models of one family, whose sizes differ, share
+    it."""
+    return stack
+
+
+def once_per_stack(
+    change: Callable[Concatenate[Stack, _Arguments], Stack],
+) -> Callable[Concatenate[Stack, _Arguments], Stack]:
+    """Decorate a change of a stack that depends on nothing but the stack and hashable arguments: models that share the
+    stack (see `first_equal`) share the result."""
+
+    @lru_cache(maxsize=64)
+    def changed(stack: Identity[Stack], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Stack:
+        return change(stack.value, *args, **kwargs)
+
+    @wraps(change)
+    def shared(stack: Stack, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Stack:
+        return changed(Identity(stack), *args, **kwargs)
+
+    return shared
+
+
+@once_per_stack
+def checked(stack: Stack, model_type: str) -> Stack:
+    """Return the first equal stack. Raises InternalError if an operation uses a tensor that no earlier one writes."""
+    missing = next(undefined_names(stack), None)
+    if missing is not None:
+        where, operation, name = missing
+        raise InternalError(f"in {model_type} {where}, {operation} uses {name}, which nothing writes")
+    return first_equal(stack)
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
@@ -96,6 +136,28 @@ def adaptable(op: Op) -> Weight | None:
 def rewrite_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
     """Return the stack with every block changed."""
     return stack._replace(runs=tuple(run._replace(blocks=tuple(map(change, run.blocks))) for run in stack.runs))
+
+
+@once_per_stack
+def by_name(stack: Stack) -> Stack:
+    """Return the stack whose blocks get what they read as keyword arguments."""
+    return rewrite_blocks(stack, lambda block: block._replace(by_name=True))
+
+
+@once_per_stack
+def with_held_outputs(stack: Stack) -> Stack:
+    """Return the stack whose outputs a variable of the script holds through backward."""
+    return rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
+
+
+def with_last_adapter_gathered(block: Block) -> Block:
+    """Return the block whose last adapter is gathered already when it is recomputed, since its backward comes first:
+    its weights have the dtype of its input then, which is not cast."""
+    last = next(
+        (op.name.removesuffix(".lora_A.cast") for op in block.ops[::-1] if op.name.endswith(".lora_A.cast")), ""
+    )
+    casts = (f"{last}.cast", f"{last}.lora_A.cast")
+    return block._replace(ops=tuple(op._replace(is_view_again=op.name in casts) for op in block.ops))
 
 
 def with_all_gradients(block: Block) -> Block:

@@ -14,10 +14,12 @@ from memplan.catalogue.kernels.rewriting import (
     adaptable,
     idle,
     matrix,
+    once_per_stack,
     rewrite,
     rewrite_blocks,
     rewrite_lists,
     rewrite_weights,
+    with_last_adapter_gathered,
 )
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
@@ -35,6 +37,7 @@ from memplan.catalogue.quantization.inference_formats import (
     with_triton,
 )
 from memplan.catalogue.quantization.quantization import experts_fp8, family_of, quantised_linear, stored
+from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Block, Op, Stack, Weight, operations, outside
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import PEFT_METHODS, Value, trains_prefix, virtual_tokens
@@ -252,6 +255,12 @@ def apply(
     axes         sizes of the model's axes, which some methods' adapters depend on
     keeps_casts  an earlier pass ran the operations that this one skips, and autocast keeps their weights' casts
     """
+    needs_none = recipe.kind in ("full", "freeze", "stored", *LORA) and not recipe.fused
+    return _applied(stack, recipe, FrozenDict({} if needs_none else axes), keeps_casts)
+
+
+@once_per_stack
+def _applied(stack: Stack, recipe: Recipe, axes: FrozenDict, keeps_casts: bool) -> Stack:
     if recipe.wide:
         stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
     if recipe.casts_all:
@@ -428,20 +437,10 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
 
     stack = rewrite(stack, change)
     if recipe.sharded_dtype:
-        stack = rewrite_blocks(stack, _with_last_adapter_gathered)
+        stack = rewrite_blocks(stack, with_last_adapter_gathered)
     if shared is None or not wrapped:
         return stack
     return stack._replace(before=(shared(tuple(wrapped), recipe.adapter_dtype), *stack.before))
-
-
-def _with_last_adapter_gathered(block: Block) -> Block:
-    """Return the block whose last adapter is gathered already when it is recomputed, since its backward comes first:
-    its weights have the dtype of its input then, which is not cast."""
-    last = next(
-        (op.name.removesuffix(".lora_A.cast") for op in block.ops[::-1] if op.name.endswith(".lora_A.cast")), ""
-    )
-    casts = (f"{last}.cast", f"{last}.lora_A.cast")
-    return block._replace(ops=tuple(op._replace(is_view_again=op.name in casts) for op in block.ops))
 
 
 def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:

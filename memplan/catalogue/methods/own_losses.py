@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.losses import nll, shifted_rows
-from memplan.catalogue.kernels.rewriting import rewrite
-from memplan.catalogue.methods.methods import Recipe
+from memplan.catalogue.kernels.rewriting import once_per_stack, rewrite
 from memplan.catalogue.methods.shadow import with_stream_loss
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 from memplan.models.peft_methods import PEFT_METHODS
 
 
-def with_own_loss(stack: Stack, recipe: Recipe, single: bool, trains: bool) -> Stack:
+@once_per_stack
+def with_own_loss(stack: Stack, kind: str, single: bool, trains: bool) -> Stack:
     """Return the stack with the loss of a method whose model has its own. `single`: the batch is one sequence."""
-    loss = PEFT_METHODS[recipe.kind].own_loss if recipe.kind in PEFT_METHODS else ""
+    loss = PEFT_METHODS[kind].own_loss if kind in PEFT_METHODS else ""
     if loss == "orthogonality" and trains:
         return _with_orthogonality(stack)
     if loss == "stream":

@@ -211,9 +211,9 @@ class FullySharded(Sharding):
     def host_name(self, held: TensorGroup) -> str:
         return _HOST_NAMES[held.kind]
 
-    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]] | None:
         if self.graph.code == "torchtitan":
-            return super().loading_events(together)
+            return None
         return fsdp_loading.loading_events(self.graph, self.ranks, together)
 
     def mixed_dtypes(self) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ class DistributedOptimizer(Sharding):
         """Return the parameters passed to the optimizer: the rank's part of each buffer."""
         return [Parameter(f"part{b.what}", (b.numbers // b.ranks,), self._dtype) for b in self.buffers]
 
-    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees: after loading, both buffers are allocated, and every weight is
         copied into its buffer."""
         tape = LoadingTape(operations_of(self.graph)[1])

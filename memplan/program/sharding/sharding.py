@@ -27,7 +27,7 @@ from memplan.program.graph import (
     total_bytes,
     weights_of,
 )
-from memplan.program.loading import EMPTIED, loading, most_at_once
+from memplan.program.loading import EMPTIED, loading, loading_peak, most_at_once
 from memplan.program.stack_facts import looked_up_weights, trained_tables
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import shape_of
@@ -259,6 +259,11 @@ class Sharding:
 
     # loading
 
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]] | None:
+        """Return what loading allocates and frees if that divides or copies weights. `together` is as in
+        `loading_events`."""
+        return None
+
     def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees (see `memplan.program.loading.loading`). With `together`, equal
         tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them.
@@ -266,14 +271,25 @@ class Sharding:
         transformers' Trainer empties torch's cache before it prepares the model: transformers 4.51 to 5.24 trainer.py
         _inner_training_loop, accelerate 1.15 utils/memory.py release_memory.
         """
+        own = self.own_loading_events(together)
+        if own is not None:
+            return own
         if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
             return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
-        events = loading(self.graph, *(other for _, other in other_models(self.graph)))
+        events = loading(*self._loaded)
         return (*events, (EMPTIED, 0)) if self.run.trainer else events
 
     def loading_peak(self) -> int:
         """Return the peak bytes while the model loads."""
-        return most_at_once(self.loading_events(together=True))
+        own = self.own_loading_events(together=True)
+        if own is not None:
+            return most_at_once(own)
+        return total_bytes(self.weights()) if self.graph.code == "torchtitan" else loading_peak(*self._loaded)
+
+    @property
+    def _loaded(self) -> tuple[Graph, ...]:
+        """The models that are loaded, in order."""
+        return (self.graph, *(other for _, other in other_models(self.graph)))
 
     def broadcasting(self, weights: int) -> int:
         """Return the peak bytes while ranks are sent `weights` bytes of the first one's; 0 if none are sent."""

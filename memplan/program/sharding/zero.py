@@ -300,7 +300,7 @@ class ZeroSharding(Sharding):
         """Return the temporary bytes to offload a reduced gradient, whose norm is computed in fp64."""
         return 8 * min(max(weight_sizes(self.graph)), self.partition)
 
-    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees: loaded trained weights are flattened."""
         tape = LoadingTape(operations_of(self.graph)[1])
         whole = [number for number, w in load(self.graph, tape).items() if w.requires_grad]

@@ -66,7 +66,7 @@ class UndividedSharding(Sharding):
     def clipping(self) -> int:
         return max(super().clipping(), *(h.bytes for h in self.gradient_conversion()))
 
-    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees: a master is made from a copy of its weight."""
         tape = LoadingTape(operations_of(self.graph)[1])
         for w in load(self.graph, tape).values():

@@ -192,7 +192,7 @@ class Zero3Sharding(ZeroSharding):
         largest = self._part(max(weight_sizes(self.graph)))
         return largest * ITEMSIZE[self.dtype] + max(8 * min(largest, NORM_CHUNK), 4 * largest)
 
-    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+    def own_loading_events(self, together: bool) -> Iterable[tuple[int, int]]:
         """Return what loading allocates and frees: each weight is sharded as it is loaded, or once the entire model is
         on the GPU; then the parts of trained weights are flattened via the host."""
         _, axes = operations_of(self.graph)

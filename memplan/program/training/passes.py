@@ -220,9 +220,10 @@ def _largest(
         for indices in _by_phase(low).values():
             of_phase = [*map(live.__getitem__, indices)]
             most = max(of_phase, default=0)
-            tied = [i for i, bytes_ in zip(indices, of_phase, strict=True) if bytes_ == most] or [-1]
-            if len(tied) > 1 and len({*rows((low.moments[i] for i in tied), low.runs, axes, sizes, variables)}) > 1:
-                return None
-            of_phases.append((most, tied[0]))
+            if of_phase.count(most) > 1:
+                tied = (low.moments[i] for i, bytes_ in zip(indices, of_phase, strict=True) if bytes_ == most)
+                if len({*rows(tied, low.runs, axes, sizes, variables)}) > 1:
+                    return None
+            of_phases.append((most, indices[of_phase.index(most)] if indices else -1))
         names.append({i: low.moments[i].where for _, i in of_phases[-len(PHASES) :] if i >= 0})
     return LargestMoments(of_phases, (names[0], names[-1]))

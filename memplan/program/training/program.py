@@ -130,12 +130,15 @@ def _moments(structure: Structure) -> Moments:
 def _parameter_counts(structure: Structure) -> ParameterCounts:
     whole = structure.graph._replace(degrees=WHOLE)
     weights, axes = tuple(weights_of(whole)), operations_of(whole)[1]
-    of_model = [(w, n) for w, n, _ in weights if w.group not in ("adapter", "buffer")]
-    return ParameterCounts(
-        total=sum(elements(w, axes) * n for w, n in of_model),
-        trainable=sum(elements(w, axes) * n for w, n, _ in weights if is_optimized(w, whole) or w.idle),
-        active=sum(active_elements(w, axes) * n for w, n in of_model),
-    )
+    total = trainable = active = 0
+    for w, count, _ in weights:
+        number = elements(w, axes) * count
+        if w.group not in ("adapter", "buffer"):
+            total += number
+            active += active_elements(w, axes) * count if w.chosen else number
+        if w.idle or is_optimized(w, whole):
+            trainable += number
+    return ParameterCounts(total, trainable, active)
 
 
 def _offloaded_activations(structure: Structure) -> Iterator[tuple[str, str, int]]:
