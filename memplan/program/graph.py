@@ -234,8 +234,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
-    if graph.wiring.by_name:
-        stack = by_name(stack)
+    stack = by_name(stack) if graph.wiring.by_name else stack
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     if recipe.selection is not None:
@@ -264,8 +263,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         if w.stacked and w.stored and not recipe.experts
     }
     axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for w in weights if w.kernel}
-    if graph.hold_outputs:
-        stack = with_held_outputs(stack)
+    stack = with_held_outputs(stack) if graph.hold_outputs else stack
     autocast = recipe.compute if recipe.autocast else None
     if graph.trainer is not None:
         others, numbers = _models_inside(graph)
