@@ -77,7 +77,7 @@ def lower(
     return at_depth(stack, depth, lambda few: _lowered(key, few, options, *flags))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _lowered(
     stack: Identity[Stack],
     depth: tuple[tuple[str, int], ...],
@@ -119,7 +119,7 @@ def infer(
     return at_depth(stack, depth, lambda few: _inferred(key, few, autocast, phase, labelled, division, casts))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _inferred(
     stack: Identity[Stack],
     depth: tuple[tuple[str, int], ...],
