@@ -22,6 +22,7 @@ from memplan.probe.fake import fake_device
 from memplan.probe.libraries import require
 from memplan.probe.run.trace import TracedRun, Tracer, traces
 from memplan.spec.training import Kernels
+from tests.encoders import SMALL
 from tests.tiny import TINY
 from tests.tiny_vision import TINY as TINY_VISION
 
@@ -106,6 +107,12 @@ def test_traced_and_estimated_peaks_are_equal(name: str, traced: Mapping[str, Tr
     assert max(abs(line.estimated - line.traced) for line in lines) <= within, lines
     if not within:
         assert [line for line in difference(trace, answer) if line.phase != "step"] == []  # its scratch is one line
+
+
+def test_frozen_are_layers_and_not_the_longer_lists_inside_of_them(tracer: Tracer) -> None:
+    config = {"model_type": "t5", **SMALL["t5"], "num_decoder_layers": 2}
+    run = RunSpec(model={"config": config}, method={"kind": "freeze", "trainable_layers": 1}, batch={"sequence": 24})
+    assert tracer.trace(run).trainable == estimate(run).parameters.trainable
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])

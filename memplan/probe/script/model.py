@@ -425,9 +425,11 @@ def _freeze(model: Any, trainable: int) -> None:
 
 
 def _language_lists(model: Any) -> Iterator[nn.ModuleList]:
+    """Yield the lists of layers, without those inside of a layer, as T5's blocks have."""
     language, part = re.compile(_PARTS["language"]), "decoder." if model.config.is_encoder_decoder else ""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and language.fullmatch(f"{name}.") and part in f"{name}.":
+        is_of_layers = isinstance(module, nn.ModuleList) and not any(path.isdigit() for path in name.split("."))
+        if is_of_layers and language.fullmatch(f"{name}.") and part in f"{name}.":
             yield module
 
 
