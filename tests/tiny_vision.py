@@ -18,6 +18,7 @@ _TEXT: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _IDS = {"image_token_id": 1990, "video_token_id": 1991, "vision_start_token_id": 1992, "vision_end_token_id": 1993}
+_QWEN_EYES = {"depth": 5, "hidden_size": 160, "intermediate_size": 432, "num_heads": 4, "out_hidden_size": 128}
 _QWEN2 = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
 _QWEN3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}}
 
@@ -239,14 +240,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {
         "text_config": {**_TEXT, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
-        "vision_config": {
-            "depth": 5,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [2, 4],
-        },
+        "vision_config": {**_QWEN_EYES, "fullatt_block_indexes": [2, 4]},
         "audio_config": {**_WHISPER, "n_window": 32, "output_dim": 128},
         "audio_token_index": 1990,
         "image_token_index": 1991,
@@ -268,27 +262,12 @@ TINY: dict[str, dict[str, Any]] = {
         **_TEXT,
         **_QWEN2,
         **_IDS,
-        "vision_config": {
-            "depth": 5,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [2, 4],
-        },
+        "vision_config": {**_QWEN_EYES, "fullatt_block_indexes": [2, 4]},
     },
     "qwen3_vl": {
         **_IDS,
         "text_config": {**_TEXT, **_QWEN3, "head_dim": 32, "num_hidden_layers": 5},
-        "vision_config": {
-            "depth": 5,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [1, 3],
-        },
+        "vision_config": {**_QWEN_EYES, "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 3]},
     },
     "qwen3_vl_moe": {
         **_IDS,
@@ -301,15 +280,7 @@ TINY: dict[str, dict[str, Any]] = {
             "num_experts": 8,
             "num_experts_per_tok": 2,
         },
-        "vision_config": {
-            "depth": 5,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [1, 3],
-        },
+        "vision_config": {**_QWEN_EYES, "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 3]},
     },
     **{
         family: {
@@ -362,15 +333,7 @@ TINY: dict[str, dict[str, Any]] = {
             "num_experts": 8,
             "num_experts_per_tok": 2,
         },
-        "vision_config": {
-            "depth": 5,
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [1, 3],
-        },
+        "vision_config": {**_QWEN_EYES, "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 3]},
         "audio_config": {**_WHISPER, "downsample_hidden_size": 48, "output_dim": 128},
         "audio_token_id": 1990,
         "image_token_id": 1991,

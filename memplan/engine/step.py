@@ -77,7 +77,7 @@ def lower(
     return at_depth(stack, depth, lambda few: _lowered(key, few, options, *flags))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # each keeps its stack: 128 take 30 MB more over 3,000 models, and save no time
 def _lowered(
     stack: Identity[Stack],
     depth: tuple[tuple[str, int], ...],
@@ -463,10 +463,11 @@ class _Pass:
         self._before_backward()
         for storage in (root, *left.values()):
             tape.drop(storage)
-        behind = [self.first[name] for name in stack.leaf if tape.holds_for_model]
+        leaves = stack.leaf if tape.holds_for_model else ()
+        behind = [self.first[name] for name in leaves]
         for storage in behind:
             storage.refs += 1
-        behind += [self.grads.pop(name) for name in stack.leaf if tape.holds_for_model]
+        behind += map(self.grads.pop, leaves)
         held, nodes = tape.end_step(*self.grads.values(), behind=behind)
         tape.note()
         return PassResult(kept, held, nodes, tuple(self.runs))

@@ -81,8 +81,11 @@ def without_torch(answer: Estimate) -> bool:
 def adapters(method: Method) -> Iterator[str]:
     """Yield the rank of a method's adapters and the layers that have them, as far as it has either."""
     on = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
-    if has_rank(method.kind) or on:
-        yield " ".join([f"rank {method.rank}"] * has_rank(method.kind) + [f"on {on}"] * bool(on))
+    words = [f"rank {method.rank}"] if has_rank(method.kind) else []
+    if on:
+        words.append(f"on {on}")
+    if words:
+        yield " ".join(words)
 
 
 def card(answer: Estimate) -> GPU | None:

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
 
+from benchmarks.golden import NEAR_REPORT
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.engines import (
@@ -219,7 +220,7 @@ def test_the_share_leaves_the_pool_that_a_log_says(row: dict[str, Any]) -> None:
     run = run_of(row["model"], row["profile"], row["gpu"], precision={"weights": "fp16"}, sequence=512, serving=serving)
     answer = estimate(run)
     assert answer.serving is not None
-    assert abs(answer.serving["pool"] / GIB / float(row["gib"]) - 1) <= float(row["within"])
+    assert abs(answer.serving["pool"] / GIB / float(row["gib"]) - 1) <= NEAR_REPORT
 
 
 def run_of(model: str, profile: str, gpu: str | None = "h100", tp: int = 1, **more: Any) -> RunSpec:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import lcm
 
-from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, shown
+from memplan.frameworks.reading import swift, trainer
+from memplan.frameworks.reading.config import Config, Rule
 
 _DEGREES = {
     "tp": "tensor_model_parallel_size",
@@ -42,13 +42,7 @@ def _method(config: Config) -> None:
     kind = config.word("tuner_type", "full", "lora")
     trainer.adapter(config, kind == "lora", False, "tuner_type")
     if kind == "lora":
-        targets = config.names("target_modules") or ["all-linear"]
-        others = [name for name in targets if name != "all-linear"]
-        if len(others) not in (0, len(targets)):
-            config.leave("target_modules", f"{shown(' '.join(others))} next to all-linear: not counted")
-        config.set("method.targets", "all-linear" if "all-linear" in targets else targets, "target_modules")
-        if config.names("modules_to_save"):
-            config.set("method.modules_to_save", config.names("modules_to_save"), "modules_to_save")
+        swift.adapted_modules(config)
         if config.get("lora_dtype") is not None:
             config.leave("lora_dtype", "adapters are counted in the weights' dtype")
         config.get("use_rslora")

@@ -148,7 +148,8 @@ def _other_models(config: Config) -> None:
             config.set(f"roles.reward.{stored}", value, why="as the model's")
 
 
-def _adapters(config: Config) -> None:
+def adapted_modules(config: Config) -> None:
+    """Set the modules with adapters, and those that train whole."""
     targets = config.names("target_modules") or ["all-linear"]
     others = [name for name in targets if name != "all-linear"]
     if len(others) not in (0, len(targets)):
@@ -156,6 +157,10 @@ def _adapters(config: Config) -> None:
     config.set("method.targets", "all-linear" if "all-linear" in targets else targets, "target_modules")
     if config.names("modules_to_save"):
         config.set("method.modules_to_save", config.names("modules_to_save"), "modules_to_save")
+
+
+def _adapters(config: Config) -> None:
+    adapted_modules(config)
     if config.flag("use_rslora"):
         config.set("method.options", {"use_rslora": True}, "use_rslora")
     dtype = config.text("lora_dtype")

@@ -413,7 +413,8 @@ def accelerate(config: Config, document: Document) -> None:
     processes = inner.whole("num_processes")
     if kind != "NO" and processes is not None and processes > 0:
         inner.set("parallelism.world", processes, "num_processes")
-    casts = {"fp8": "bf16"}.get(word := inner.text("mixed_precision") or "", word)
+    word = inner.text("mixed_precision")
+    casts = "bf16" if word == "fp8" else word
     if casts in ("bf16", "fp16"):
         config.launched = FieldOrigin("precision", casts, inner.why("mixed_precision"))
     if word == "fp8":

@@ -178,7 +178,7 @@ def _eighths(m: ModelFacts, seconds: int | None) -> tuple[int, Picture]:
 
     Source: transformers 5.24 models/qwen3_omni_moe/processing_qwen3_omni_moe.py. Raises ConfigError for other chunks.
     """
-    if _size(m, "n_window", 50) != 50:
+    if _size(m, "n_window", 50) != _FRAMES // 2:
         raise ConfigError("config: audio_config.n_window must be 50: its class counts 13 positions a chunk", "n_window")
     tokens = _ROWS * processors.clip_length(m, seconds, _LIMIT)
     return 1, Picture(tokens, 1, tokens)
@@ -192,13 +192,13 @@ def _seconds(m: ModelFacts, count: int, picture: Picture) -> Mapping[str, int]:
     if picture.columns > 1:
         return grid_axes(count, picture)
     seconds = picture.rows // _ROWS
-    window = _ROWS * max(1, _size(m, "n_window_infer", 800) // 100)
+    window = _ROWS * max(1, _size(m, "n_window_infer", 800) // _FRAMES)
     return {
         **_clip_axes(m, count, picture, seconds * _FRAMES, seconds, _FRAMES),
         **_windows(count, min(window, picture.rows), divmod(picture.rows, window)),
         "uframes": seconds * _FRAMES,
-        "uhalf": 50,
-        "uquarter": 25,
+        "uhalf": _FRAMES // 2,
+        "uquarter": _FRAMES // 4,
         "urows": _ROWS,
     }
 

@@ -105,6 +105,8 @@ def adapted_parameters(r: OpenRun) -> Iterator[SpecError]:
 
 
 _IMAGES = ("images", "vision tower", "vision and projector")
+# What calls an encoder, by the group of its weights; its name; and the parts to freeze if nothing calls it.
+_ENCODERS = {"vision": _IMAGES, "projector": _IMAGES, "audio": ("clips", "audio encoder", "audio")}
 
 
 def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecError]:
@@ -129,14 +131,14 @@ def trained_weights(structure: Structure, finds_unused: bool) -> Iterator[SpecEr
     # FSDP2 leaves it out of what it reduces, which was traced with gpt-oss's sinks, not with DeepSeek V4's indexers:
     # torch 2.13 _fully_shard/_fsdp_param_group.py post_backward
     is_left_out = idle is not None and ranks.strategy == "fsdp2" and len(idle.shape.split()) == 1
-    if idle is not None and not is_left_out and idle.group not in ("vision", "projector", "audio"):
+    if idle is not None and not is_left_out and idle.group not in _ENCODERS:
         yield refused(
             "method.kind",
             f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
             "would wait for; use lora, or one GPU",
         )
     if idle is not None and ranks.strategy == "ddp" and graph.checkpoint and not finds_unused:
-        without, tower, parts = ("clips", "audio encoder", "audio") if idle.group == "audio" else _IMAGES
+        without, tower, parts = _ENCODERS.get(idle.group, _IMAGES)
         yield refused(
             "parallelism.find_unused_parameters",
             f"without {without} the {tower} gets no gradients, which DDP would wait for; set it to true, "

@@ -185,6 +185,12 @@ _REQUIRED = {
 }
 # Numbers that may be 0; of a size of blocks it means that the other setting gives their number.
 _MAY_BE_0 = ("oft_block_size", "boft_block_size", "num_frozen_tokens")
+# Sizes that the method chooses itself if they are not given.
+_CHOSEN = ("shadow_num_hidden_layers", "shadow_intermediate_size", "update_hidden_size")
+# Settings of which one value is counted, and why.
+_ONLY = {"shadow_model": "a copy of the model's class with fewer layers"}
+# Weights of a loss, without which the method is not counted.
+_LOSSES = ("auxiliary_loss_weight",)
 
 
 def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
@@ -223,7 +229,7 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         elif (default := row.options[name]) is not None and not _is_like(value, default):
             kinds = {bool: "true or false", int: "a whole number", float: "a fraction such as 0.5", str: "a word"}
             yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
-        elif row.on == "blocks" and default is None and value is not None and not _is_count(value):
+        elif name in _CHOSEN and value is not None and not _is_count(value):
             yield refused(field, f"must be a whole number above 0, not {value!r:.40}")
         else:
             yield from _out_of_range(field, name, value, default)
@@ -243,13 +249,13 @@ def _is_count(value: Any) -> bool:
 
 def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator[SpecError]:
     """Yield an error for a number that the setting does not allow: fractions are below 1, and most counts above 0."""
-    if name == "auxiliary_loss_weight":
+    if name in _LOSSES:
         if value <= 0:
             yield refused(field, f"must be above 0, not {value}: without its loss the method is not counted yet")
     elif isinstance(default, float) and not 0 <= value < 1:
         yield refused(field, f"must be at least 0 and less than 1, not {value}")
-    if name == "shadow_model" and value != default:
-        yield not_yet(field, value, f"{default}, a copy of the model's class with fewer layers")
+    if name in _ONLY and value != default:
+        yield not_yet(field, value, f"{default}, {_ONLY[name]}")
     if isinstance(default, int) and not isinstance(default, bool):
         least = 0 if name in _MAY_BE_0 else min(default, 1)
         if value < least:
