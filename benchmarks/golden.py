@@ -162,11 +162,23 @@ class Measured(NamedTuple):
         return bool(kernels.fused) or kernels.loss == "fused"
 
 
+@shared
 def answered(run: dict[str, Any]) -> Estimate | MemplanError:
+    """Return the answer for a published run, given as a row has it, with what its rows of the accuracy page show."""
     try:
-        return estimate(RunSpec(**run))
+        answer = estimate(RunSpec(**run))
     except MemplanError as refusal:
         return refusal
+    _ = answer.band, answer.bytes.reserved, answer.categories, answer.phases, answer.verdict.answer
+    return answer
+
+
+def _answer(row: dict[str, Any]) -> Estimate:
+    """Return the answer for a row's run, which is not refused."""
+    answer = answered(row["run"])
+    if isinstance(answer, MemplanError):
+        raise answer
+    return answer
 
 
 def _measured(row: dict[str, Any], answer: Estimate) -> Measured:
@@ -214,7 +226,7 @@ def _published() -> tuple[list[Measured], list[Refused]]:
 @cache
 def ranks() -> list[Measured]:
     """Return every published run on several GPUs, with one GPU's memory."""
-    return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("ranks.jsonl")]
+    return [_measured(row, _answer(row)) for row in rows("ranks.jsonl")]
 
 
 SEVERAL_GOAL = 0.04  # the goal for the mean error of every family of runs on several GPUs
@@ -237,7 +249,7 @@ class Reserved(NamedTuple):
 @cache
 def ranks_reserved() -> list[Reserved]:
     """Return every published run under DeepSpeed's ZeRO."""
-    found = ((row, estimate(RunSpec(**row["run"]))) for row in rows("ranks_reserved.jsonl"))
+    found = ((row, _answer(row)) for row in rows("ranks_reserved.jsonl"))
     return [
         Reserved(row["id"], row["measured"], str(a.run.parallelism.strategy), row["reserved"], a.bytes.reserved)
         for row, a in found
@@ -247,7 +259,7 @@ def ranks_reserved() -> list[Reserved]:
 @cache
 def megatron() -> list[Measured]:
     """Return the runs of Megatron-LM's CI, with the last rank's memory."""
-    return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("megatron.jsonl")]
+    return [_measured(row, _answer(row)) for row in rows("megatron.jsonl")]
 
 
 class Ran(NamedTuple):
@@ -288,8 +300,7 @@ RUNNING, RUNNING_NEAR = 0.03, 150 * MIB  # limits: a family's mean error of larg
 
 def ran(row: dict[str, Any]) -> Ran:
     """Return a row of `inference.jsonl` with memplan's answer."""
-    answer = estimate(RunSpec(**row["run"]))
-    phase = row.get("phase", "")
+    answer, phase = _answer(row), row.get("phase", "")
     return Ran(
         row["id"],
         row["family"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from memplan.core.identity import Identity
 from memplan.core.ir import Op, Tensor, Weight, taken_and_written
@@ -99,13 +99,14 @@ def with_cached_casts(ops: Identity[tuple[Op, ...]], leaves: frozenset[str]) -> 
 
 
 class _Listed:
-    """Operations as a cache key, hashed once, and the names that they take from outside."""
+    """Operations as a cache key, which is hashed by what they are called, and the names that they take from outside."""
 
     def __init__(self, ops: tuple[Op, ...]) -> None:
         self.ops = ops
+        self.called = tuple([op.name for op in ops])
         taken, _ = taken_and_written(Identity(ops))
         self.names = tuple({name: None for _, name in taken} | {w.name: None for op in ops for w in op.weights})
-        self._hash = hash(ops)
+        self._hash = hash(self.called)
 
     def __hash__(self) -> int:
         return self._hash
@@ -159,7 +160,7 @@ def _resolved(
             trained[weight.name] = weight
     for tensor in [*tensors.values()]:  # a dropped cast is known by its own name and by that of its input
         tensors.setdefault(tensor.name, tensor)
-    kinds = _kinds(tuple([op.name for op in listed.ops]), autocast, casts)
+    kinds = _kinds(listed.called, autocast, casts)
     for first in kinds:
         resolved = first.renamed(listed, outside)
         if resolved is not None:
@@ -235,7 +236,7 @@ class _Resolver:
         for w in (w for op in ops for w in op.weights):  # a dtype may refer to a later operation's weight
             self.tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
         for op in ops:
-            if op[2:] == _FREES and self._are_known_alike(op.reads):
+            if not op.writes and op[2:] == _FREES and self._are_known_alike(op.reads):
                 out.append(op)
             else:
                 self._resolve(op, out)
@@ -250,9 +251,9 @@ class _Resolver:
         for w in op.weights:
             if w.trains:
                 self.trained[w.name] = w
-        past = op.past
-        if past:
-            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors, autocast)) for t in past)
+        changed: dict[str, Any] = {}  # fields of the operation; most operations change in few
+        if op.past:
+            changed["past"] = past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors, autocast)) for t in op.past)
             tensors.update((t.name, t) for t in past)
         if op.copies_layout and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
@@ -260,28 +261,32 @@ class _Resolver:
         if op.only_dtype and tensors[op.reads[0]].dtype != op.only_dtype:
             gradient = "none" if op.gradient == "none" else "same"
             op = op._replace(reads=op.reads[:1], keeps=(), scratch=(), scratch_back=(), view=True, gradient=gradient)
-        new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
+        new_name = {r: name for r in op.reads if (name := tensors[r].name) != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):
             weights = self._cast_inputs(op, autocast if op.autocast == "lower" else "fp32", new_name, out)
-        reads, keeps, captures = op.reads, op.keeps, op.captures
+        reads = op.reads
         if new_name:
             reads = tuple([new_name.get(r, r) for r in reads])
-            captures = tuple([new_name.get(c, c) for c in captures])
-            keeps = tuple([k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in keeps])
+            changed["captures"] = tuple([new_name.get(c, c) for c in op.captures])
+            changed["keeps"] = tuple(
+                [k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in op.keeps]
+            )
         if not self.trained.keys().isdisjoint(reads):  # the output of a dropped cast is the weight itself
             weights += tuple(self.trained[r] for r in reads if r in self.trained and op.writes)
             reads = tuple(r for r in reads if r not in self.trained)
-        reads += tuple([new_name[w.name] for w in op.weights if w.name in new_name])
-        inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
+        if new_name and op.weights:
+            reads += tuple([new_name[w.name] for w in op.weights if w.name in new_name])
+        inputs = [*[tensors[r].dtype for r in reads], *[w.dtype for w in weights]]
+        is_wide = autocast and op.autocast == "wide"
 
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
-            if dtype.startswith("=") or dtype == "product":
+            if dtype[:1] == "=" or dtype == "product":
                 return Tensor(name, shape, _dtype_of(dtype, tensors, autocast, new_name))
-            if autocast and op.autocast == "wide":
-                return Tensor(name, shape, "fp32")
-            return t if dtype else Tensor(name, shape, promote(inputs))
+            if dtype and not is_wide:
+                return t
+            return Tensor(name, shape, "fp32" if is_wide else promote(inputs))
 
         def temporary(t: Tensor) -> Tensor | None:
             dtype, _, source = t.dtype.partition("!")
@@ -289,11 +294,12 @@ class _Resolver:
             return None if source and made.dtype == tensors[new_name.get(source, source)].dtype else made
 
         writes: list[Tensor] = []
-        for t in op.writes:
+        for t in op.writes:  # one may have the dtype of the one before it
             writes.append(literal(t))
             tensors[t.name] = writes[-1]
-        wraps = tuple([literal(t) for t in op.wraps])
-        tensors.update([(t.name, t) for t in wraps])
+        if op.wraps:
+            changed["wraps"] = wraps = tuple([literal(t) for t in op.wraps])
+            tensors.update([(t.name, t) for t in wraps])
         if op.cast:
             source = tensors[reads[0] if reads else weights[0].name]
             if source.dtype in (writes[0].dtype, op.uncast_dtype):
@@ -301,25 +307,17 @@ class _Resolver:
                     tensors[op.writes[0].name] = source
                     return
                 op = op._replace(cast=False, view=True, gradient="same")  # what is held is the tensor itself
-        back = [(s, made) for s in op.scratch_back if (made := temporary(s.tensor))]
-        out.append(
-            op._replace(
-                reads=reads,
-                writes=tuple(writes),
-                weights=weights,
-                keeps=keeps,
-                captures=captures,
-                wraps=wraps,
-                past=past,
-                scratch=tuple([made for t in op.scratch if (made := temporary(t))]),
-                scratch_back=tuple(
-                    [
-                        s._replace(tensor=made, of=new_name.get(s.of, s.of), unless=new_name.get(s.unless, s.unless))
-                        for s, made in back
-                    ]
-                ),
+        if op.scratch:
+            changed["scratch"] = tuple([made for t in op.scratch if (made := temporary(t))])
+        if op.scratch_back:
+            changed["scratch_back"] = tuple(
+                [
+                    s._replace(tensor=made, of=new_name.get(s.of, s.of), unless=new_name.get(s.unless, s.unless))
+                    for s in op.scratch_back
+                    if (made := temporary(s.tensor))
+                ]
             )
-        )
+        out.append(op._replace(reads=reads, writes=tuple(writes), weights=weights, **changed))
 
     def _cast_inputs(self, op: Op, target: str, new_name: dict[str, str], out: list[Op]) -> tuple[Weight, ...]:
         """Append autocast's casts of the inputs to `out`, their names to `new_name`; return the weights not cast."""

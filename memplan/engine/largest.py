@@ -17,7 +17,7 @@ class RowGroups:
     """Groups of rows of coefficients, which the compiled library compares."""
 
     def __init__(self, groups: Iterable[Sequence[Sequence[int]]]) -> None:
-        groups = [*groups]
+        self._groups = groups = [*groups]
         rows = [*chain.from_iterable(groups)]
         self._widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
         self._total = sum(self._widest)
@@ -27,6 +27,10 @@ class RowGroups:
         self._arrays = array("q", chain.from_iterable(rows)), array("q", accumulate(map(len, groups)))
         self._addresses = (*map(address_of, self._arrays), len(groups))
         self._none = array("q", (0,)) * (2 * len(groups))
+
+    def __reduce__(self) -> tuple[type[RowGroups], tuple[list[Sequence[Sequence[int]]]]]:
+        """Pickle the rows: the library and addresses are of this process."""
+        return RowGroups, (self._groups,)
 
     def largest(self, numbers: Sequence[int]) -> array[int] | None:
         """Return for each group the number of its first row with the largest sum, -1 without rows, and the sum. None

@@ -66,21 +66,28 @@ NO_BACKWARD = Backward((), (), (), (), (), {}, {}, {}, (), ())
 
 
 def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
-    past = _past_with_gradients(op)
-    if not (op.keeps or op.weights or op.wraps or op.scratch_back):  # as most operations
+    past, keeps, weights, scratch_back = _past_with_gradients(op), op.keeps, op.weights, op.scratch_back
+    if not (keeps or weights or scratch_back or op.wraps):  # as most operations
         return Backward(targets, (), (), (), past, {}, {}, {}, (), ())
-    scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets) and s.unless not in targets]
+    sums: dict[str, Tensor] = {}
+    early: list[Tensor] = []
+    late: list[Tensor] = []
+    for s in scratch_back:
+        if s.summed:
+            sums.setdefault(s.of, s.tensor)
+        elif (not s.of or s.of in targets) and s.unless not in targets:
+            (early if s.early else late).append(s.tensor)
     return Backward(
         targets,
-        pins=tuple(dict.fromkeys([k.what for k in op.keeps if k.of in targets])),
-        weights=tuple([w.name for w in op.weights]),
-        wraps=tuple([t.name for t in op.wraps]),
-        past=past,
-        shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
-        becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
-        sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
-        early=tuple([s.tensor for s in scratch if s.early]),
-        late=tuple([s.tensor for s in scratch if not s.early]),
+        tuple(dict.fromkeys([k.what for k in keeps if k.of in targets])),
+        tuple([w.name for w in weights]),
+        tuple([t.name for t in op.wraps]),
+        past,
+        {w.name: "0" if w.accumulates else w.gradient for w in weights if w.accumulates or w.gradient},
+        {k.of: k.what for k in reversed(keeps) if k.is_gradient},
+        sums,
+        tuple(early),
+        tuple(late),
     )
 
 

@@ -21,6 +21,14 @@ RUNS = [
     for method in ("full", "qlora")
     for micro, gpu in ((1, "3090"), (3, None))
 ]
+PARTS: dict[str, dict[str, Any]] = {
+    "generation": {"task": "generate"},
+    "server": {"task": "generate", "profile": "vllm"},
+    "pipeline": {"parallelism": {"world": 2, "pp": 2, "schedule": "gpipe"}},
+    "shards": {"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}},
+    "preferences": {"method": "lora", "trainer": "dpo"},
+    "rollouts": {"method": "lora", "trainer": "grpo", "batch": {"micro": 8}},
+}
 BAD = {"model": "qwen2-0.5c"}
 
 
@@ -79,6 +87,16 @@ def test_every_familys_answer_is_pickled() -> None:
         assert (again, again.family) == (model, model.family)
     answer = estimate("mixtral-8x7b", method="lora")
     assert pickle.loads(pickle.dumps(answer)).model_dump() == answer.model_dump()
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_every_kind_of_run_comes_from_another_process(parts: dict[str, Any]) -> None:
+    """The numbers of a pickled answer are computed again at another length, as those of the first."""
+    run = RunSpec(model="qwen2-0.5b", gpu="3090", **parts)
+    others = [changed(run, "batch", sequence=96), run]
+    assert [a.model_dump() for a in estimate_many(others, 2) if isinstance(a, Estimate)] == [
+        estimate(other).model_dump() for other in others
+    ]
 
 
 def test_models_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Moments:
         variables: tuple[Variable, ...],
         held: tuple[int, ...],
         terms: Callable[[], MomentTerms],
-        largest: Callable[[Sequence[int]], LargestMoments | None] = lambda numbers: None,
+        largest: Callable[[Sequence[int]], LargestMoments | None] | None = None,
         schedule_moments: tuple[tuple[ScheduleMoment, ...], tuple[ScheduleMoment, ...]] = ((), ()),
     ) -> None:
         self.variables, self.held, self.schedule_moments = variables, held, schedule_moments
@@ -99,7 +99,7 @@ class Moments:
         """Return the largest moments at the first values of the variables that are asked for, without finding out which
         can be the peak at others. None at others, and if it takes that to tell equally large ones apart."""
         if self._first is None:
-            self._first = numbers, self._largest(numbers)
+            self._first = numbers, None if self._largest is None else self._largest(numbers)
         at, found = self._first
         return found if at == numbers else None
 

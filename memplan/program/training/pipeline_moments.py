@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from operator import add
 
 from memplan.catalogue.parallelism import pipeline
@@ -90,10 +91,11 @@ def rank_moments(structure: Structure) -> Moments:
     rank = _Rank(structure)
     first, later = rank.table(first=True), rank.table(first=False)
     of_first = first.terms
-    terms = MomentTerms(of_first, later.terms if structure.accumulates else of_first, (first.names, later.names))
+    of_later = later.terms if structure.accumulates else of_first
     held = tuple(rank.row(None)) if rank.buffers[None] else ()
     places = tuple(first.places), tuple(later.places)
-    return Moments(rank.variables, held, lambda: terms, schedule_moments=places)
+    terms = partial(MomentTerms, of_first, of_later, (first.names, later.names))
+    return Moments(rank.variables, held, terms, schedule_moments=places)
 
 
 class _Table:
