@@ -99,14 +99,13 @@ def _answer(
     from memplan.probe.fake import recording
     from memplan.probe.fake.modules import mark_loss_start, module_names
     from memplan.probe.fake.tracker import Tracker, new_operation_cache
-    from memplan.probe.libraries import library, versions
+    from memplan.probe.libraries import versions
     from memplan.probe.script import distributed_wrapping as wrapping
     from memplan.probe.script import packed_batches, script
     from memplan.probe.script.model import base_of, unwrapped
     from memplan.probe.script.side_tasks import run_all
 
-    for name in ("peft", "bitsandbytes"):  # imported here, so that tensors created on import are not recorded
-        library(name)
+    _import_libraries()  # here, so that tensors created on import are not recorded
     patched = _trainers_context(run)
     if restricted:
         limits.seal()
@@ -163,6 +162,16 @@ def _answer(
     scripts.clear()
     gc.collect()
     return answer
+
+
+def _import_libraries() -> None:
+    """Import peft and bitsandbytes, and let no later collection visit the libraries' objects, which takes long."""
+    from memplan.probe.libraries import library
+
+    for name in ("peft", "bitsandbytes"):
+        library(name)
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def _trainers_context(run: RunSpec) -> AbstractContextManager[None]:
