@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 
 from benchmarks.golden import SHARED
+from memplan.probe.limits import DEFAULT_LIMITS
 from memplan.probe.run.trace import Tracer
 from tests.sampling import ALL, examples
 
@@ -49,8 +50,8 @@ def _no_profile_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Non
 
 @pytest.fixture(scope="session")
 def tracer() -> Iterator[Tracer]:
-    """One process for the traces of all tests, so that torch is imported once."""
-    with Tracer() as shared:
+    """One process for the traces of all tests, so that torch is imported once; restricted, as that of an answer is."""
+    with Tracer(DEFAULT_LIMITS) as shared:
         yield shared
 
 

@@ -20,6 +20,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType] (peft would load it, and it torch's compiler)
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
@@ -40,7 +41,7 @@ warnings.simplefilter("ignore")
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all live storages, each rounded up to 512, after every operation.
+    """Counts the bytes of all live storages, each rounded up to 512, after every operation, while it `counts`.
 
     All storages are checked, because FSDP resizes them to zero and back without an operation.
     """
@@ -48,7 +49,7 @@ class Bytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, weakref.ref[Any]] = {}
-        self.peak = 0
+        self.peak, self.counts = 0, False
 
     def watch(self, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor):
@@ -56,15 +57,16 @@ class Bytes(TorchDispatchMode):
             self.alive[storage._cdata] = weakref.ref(storage)
 
     def look(self) -> None:
-        found = {key: ref() for key, ref in self.alive.items()}
-        self.alive = {key: ref for key, ref in self.alive.items() if found[key] is not None}
-        self.peak = max(self.peak, sum(-(-s.nbytes() // 512) * 512 for s in found.values() if s is not None))
+        found = [(key, ref, storage) for key, ref in self.alive.items() if (storage := ref()) is not None]
+        self.alive = {key: ref for key, ref, _ in found}
+        self.peak = max(self.peak, sum(-(-storage.nbytes() // 512) * 512 for *_, storage in found))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             self.watch(tensor)
-        self.look()
+        if self.counts:
+            self.look()
         return out
 
 
@@ -115,15 +117,16 @@ def sharded(found: Any, strategy: str, lora: bool, mesh: Any) -> Any:
     )
 
 
-def peaks(trained: Any, tokens: int, counted: Bytes) -> dict[str, int]:
-    """Return the peak of each phase of the third step: DDP rebuilds its buckets in the second."""
+def peaks(trained: Any, tokens: int, counted: Bytes, steps: int = 2) -> dict[str, int]:
+    """Return the peak of each phase of the last step: the first makes the optimizer's states."""
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     ids = torch.zeros((1, tokens), dtype=torch.int64)
     found: dict[str, int] = {}
     with counted:
         for tensor in (*trained.parameters(), *trained.buffers()):
             counted.watch(tensor)
-        for _ in range(3):
+        for step in range(1, steps + 1):
+            counted.counts = step == steps
             for phase in ("forward", "backward", "step"):
                 counted.peak = 0
                 if phase == "forward":
@@ -157,7 +160,7 @@ def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=asked["world"])
     trained = DistributedDataParallel(model(asked["config"], asked["lora"], asked["checkpoint"]))
-    found = peaks(trained, asked["tokens"], Bytes())
+    found = peaks(trained, asked["tokens"], Bytes(), steps=3)  # DDP rebuilds its buckets in the second
     if rank == 0:
         (Path(folder) / "peaks.json").write_text(json.dumps(found))
     dist.destroy_process_group()

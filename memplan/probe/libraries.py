@@ -89,7 +89,8 @@ def class_named(config: Mapping[str, Any]) -> str:
     names: tuple[Any, ...] = tuple(cast(Iterable[Any], listed)) if isinstance(listed, (list, tuple)) else ()
     names = (*names, *(table.get(config.get("model_type"), "") for table in tables))
     named = (str(n) for n in names if n and not str(n).endswith("ForPreTraining"))
-    return next((n for n in named if hasattr(library("transformers"), n)), "")
+    known = {*library("transformers").__all__}  # to ask for a class imports its module
+    return next((n for n in named if n in known), "")
 
 
 _TABLES = (  # the middle of their names, in the order they are looked up

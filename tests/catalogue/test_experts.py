@@ -23,6 +23,7 @@ from memplan.program.graph import parameters_of, weights_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
+from tests.golden.ask_libraries import trained
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
@@ -44,16 +45,13 @@ def run(model_type: str, **fields: Any) -> RunSpec:
 
 def in_peft(model_type: str, targets: Any) -> int | None:
     """Return the number of trained parameters; None if peft refuses."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
-    with torch.device("meta"):
-        model = getattr(transformers, model_class(model_type)).from_config(config)
-    lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        return peft.get_peft_model(model, lora).get_nb_trainable_parameters()[0]
-    except ValueError:
+    lora = pytest.importorskip("peft").LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    config = {"model_type": model_type, **TINY[model_type]}
+    found = trained(config, lora, model_class(model_type), live=model_type in EVERY[::8])
+    if isinstance(found, str):
+        assert found == "ValueError"
         return None
+    return found[0]
 
 
 def here(model_type: str, targets: Any) -> int | None:

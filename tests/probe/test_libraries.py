@@ -60,6 +60,6 @@ def test_a_class_whose_labels_a_probe_cannot_make_is_refused() -> None:
 
 def test_every_model_type_has_a_class_of_transformers_or_none() -> None:
     transformers, auto = library("transformers"), library("transformers.models.auto.configuration_auto")
-    found = {kind: class_named({"model_type": kind}) for kind in auto.CONFIG_MAPPING_NAMES}
-    assert {*filter(None, found.values())} <= {*dir(transformers)}  # which imports none of them
-    assert sum(map(bool, found.values())) > 300
+    found = [*filter(None, (class_named({"model_type": kind}) for kind in auto.CONFIG_MAPPING_NAMES))]
+    assert len(found) > 300
+    assert all(isinstance(getattr(transformers, name), type) for name in found[::32])  # importing all takes seconds

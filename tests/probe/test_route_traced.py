@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.core.units import GIB, MIB
 from memplan.estimate.answer import Estimate
 from memplan.probe.answer import traced_answer
-from memplan.probe.limits import DEFAULT_LIMITS, Limits
+from memplan.probe.limits import Limits
 from memplan.probe.run.trace import Tracer
 from tests.tiny import TINY
 
@@ -50,12 +50,6 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 def run_of(family: str, config: Mapping[str, Any], **parts: Any) -> RunSpec:
     model = {"config": {"model_type": family, **config}}
     return RunSpec(model=model, **{"batch": {"micro": 2, "sequence": 24}, **parts})
-
-
-@pytest.fixture(scope="module")
-def tracer() -> Iterator[Tracer]:
-    with Tracer(DEFAULT_LIMITS) as shared:
-        yield shared
 
 
 @pytest.fixture(scope="module")

@@ -161,8 +161,14 @@ def _answer(
     }
     del training
     scripts.clear()
-    gc.collect()
+    _collect()
     return answer
+
+
+def _collect() -> None:
+    """Collect what a trace leaves. What stays, such as the libraries, is not visited again, which takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def _trainers_context(run: RunSpec) -> AbstractContextManager[None]:
