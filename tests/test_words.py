@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import re
 import tokenize
@@ -86,11 +85,6 @@ def test_a_banned_phrase_is_found(tmp_path: Path) -> None:
 
 
 def test_names_of_tests_are_short() -> None:
-    names = [
-        node.name
-        for path in FILES
-        if path.name.startswith("test_")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+    tests = [path.read_text("utf-8") for path in FILES if path.name.startswith("test_")]
+    names = [name for text in tests for name in re.findall(r"^ *def (test_\w+)", text, re.MULTILINE)]
     assert [name for name in names if len(name.split("_")) - 1 > MOST_WORDS] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from inspect import Parameter, Signature, cleandoc
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from typer.main import get_command
 from memplan.cli.commands import Options, Subcommand, Switch, type_of
 from memplan.cli.outcome import TYPED
 from memplan.core.errors import SpecError
+from memplan.core.identity import Identity
 from memplan.spec.option_values import INSTEAD, is_method
 from memplan.spec.options import OPTIONS, Option, flag
 
@@ -29,11 +31,11 @@ class OptionsCommand(TyperCommand):
         self.command = command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        self.params = parameters(self.command.options)
+        self.params = parameters(Identity(self.command.options))
         return super().parse_args(ctx, self.command.rewritten(args))
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        self.params = parameters(self.command.options)
+        self.params = parameters(Identity(self.command.options))
         return super().shell_complete(ctx, incomplete)
 
     def invoke(self, ctx: Any) -> int:
@@ -120,12 +122,13 @@ def _given_options(ctx: Any) -> dict[str, Any]:
     return {name: v for name, v in ctx.params.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
 
 
-def parameters(options: Options) -> list[Any]:
+@lru_cache(maxsize=4)  # making them takes most of the time of parsing
+def parameters(options: Identity[Options]) -> list[Any]:
     """Return typer's parameters for the options."""
 
     def command(**_: object) -> None: ...
 
-    rows = [(name, option, heading) for heading, group in options.items() for name, option in group.items()]
+    rows = [(name, option, heading) for heading, group in options.value.items() for name, option in group.items()]
     command.__signature__ = Signature([_parameter(*row) for row in rows])  # pyright: ignore[reportFunctionMemberAccess]
     return typer_command(command, "").params
 

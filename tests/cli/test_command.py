@@ -25,6 +25,7 @@ from memplan.cli.estimate import ESTIMATE_OPTIONS
 from memplan.cli.help import SCREEN, TOPICS
 from memplan.cli.plain import COMMANDS
 from memplan.cli.typer_commands import parameters
+from memplan.core.identity import Identity
 from memplan.core.version import __version__
 from memplan.engine.native import library
 from memplan.report.csv import written
@@ -171,7 +172,7 @@ def test_every_field_an_option_sets_is_one_of_a_run() -> None:
             node = (schema["$defs"][names[0]] if names else node)["properties"][part]
 
 
-PARAMETERS = {parameter.name: parameter for parameter in parameters(ESTIMATE_OPTIONS)}
+PARAMETERS = {parameter.name: parameter for parameter in parameters(Identity(ESTIMATE_OPTIONS))}
 
 
 def completed(option: str) -> list[str]:

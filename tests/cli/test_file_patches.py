@@ -77,7 +77,7 @@ def test_the_written_file_gives_the_promised_answer(
     copy = f"{stem}.patched.{suffix}"
     assert (ran.code, ran.err) == (0, f"memplan: written to {copy}\n")
     planned = json.loads(ran.out)
-    conforms(planned, SCHEMA, SCHEMA)
+    conforms(planned, SCHEMA(), SCHEMA())
     assert plan_model().validate_json(ran.out).model_dump(mode="json", exclude_unset=True) == planned
     promised = planned["patch"]["at"]
     answer = json.loads(Ran(capsys, copy, "--gpu", "3090", "--json").out)

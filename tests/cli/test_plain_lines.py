@@ -8,7 +8,6 @@ from random import Random
 
 import pytest
 
-from memplan.cli import typer_commands
 from memplan.cli.commands import Subcommand, Switch, type_of
 from memplan.cli.plain import COMMANDS, command_of
 from memplan.cli.typer_commands import given_by_typer
@@ -52,10 +51,8 @@ def line(random: Random, command: Subcommand) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_plain_line_has_the_options_that_typer_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_line_has_the_options_that_typer_reads(name: str) -> None:
     random, plain = Random(name), 0
-    made = typer_commands.parameters(ROWS[name].options)  # once for all lines, as it takes half of their time
-    monkeypatch.setattr(typer_commands, "parameters", lambda _: made)
     for _ in range(60):
         words = line(random, ROWS[name])
         given = ROWS[name].given(words)

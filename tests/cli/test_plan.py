@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,7 +162,7 @@ PLANS = Plans()
 ROWS = ("batch", "rank", "no_batch", "ladder", "no_card", "rented", "nothing_offered", "grids", "no_grid")
 ROWS += ("placed", "no_place")
 CASES = ("ways", "free", "none", "advice", "asked", "too_large", *ROWS)
-SCHEMA, MODEL = plan_schema(), plan_model()
+SCHEMA = cache(plan_schema)
 every_case = pytest.mark.parametrize("case", CASES, indirect=True)
 
 
@@ -201,8 +202,8 @@ def test_a_terminal_shows_the_same_text_but_rules_and_the_maps_signs(case: Plann
 def test_json_matches_the_schema_without_extra_fields(case: Planned) -> None:
     text = render("json", case, False, Screen())
     dumped = json.loads(text)
-    conforms(dumped, SCHEMA, SCHEMA)
-    read: Any = MODEL.validate_json(text)
+    conforms(dumped, SCHEMA(), SCHEMA())
+    read: Any = plan_model().validate_json(text)
     assert read.model_dump(mode="json", exclude_unset=True) == dumped
     assert json.loads(json.dumps(dump(case))) == dumped
     bytes_, gpu = dumped["bytes"], dumped["gpu"]
@@ -216,7 +217,7 @@ def test_json_matches_the_schema_without_extra_fields(case: Planned) -> None:
 def test_documents_that_are_not_plans_are_invalid(name: str, wrong: object) -> None:
     dumped = {**json.loads(json.dumps(dump(PLANS.ways))), name: wrong}
     with pytest.raises(AssertionError):
-        conforms(dumped, SCHEMA, SCHEMA)
+        conforms(dumped, SCHEMA(), SCHEMA())
 
 
 @every_case

@@ -87,6 +87,23 @@ def drawn() -> st.SearchStrategy[Check | Changes]:
     return checks.map(lambda each: Check(*each)) | changes.map(lambda each: Changes(*each))
 
 
+@given(found=drawn())
+def test_every_format_can_be_read_whatever_a_file_is_called(found: Check | Changes) -> None:
+    """XML and JSON are read, annotations are one line each, and Markdown's rows have as many cells as their heads."""
+    for format in ("json", *(("junit", "sarif", "gitlab") if isinstance(found, Check) else ())):
+        (ElementTree.fromstring if format == "junit" else json.loads)(render(format, found, Screen()))
+    for screen in (Screen(), Screen(80), Screen(100, terminal=True)):
+        assert render("table", found, screen)
+    for line in render("github", found, Screen()).splitlines():
+        assert re.fullmatch(r"::(error|warning)( [^:]*)?::.*", line)
+    cells = heads = 0
+    for line in render("markdown", found, Screen()).splitlines():
+        if line.startswith("|"):
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            heads = cells if line.startswith("| run |") else heads
+            assert cells == heads
+
+
 def test_github_annotations_stand_on_the_line_that_decides(team: Path) -> None:
     out = render("github", memplan.check(), Screen()).splitlines()
     over = next(line for line in out if "over.yaml" in line)
@@ -100,10 +117,7 @@ def test_github_annotations_stand_on_the_line_that_decides(team: Path) -> None:
     assert any(line.startswith("::error file=memplan.toml,line=6,") for line in out)
 
 
-@given(found=drawn())
-def test_github_annotations_are_one_line_and_ten_at_most(found: Check | Changes) -> None:
-    lines = render("github", found, Screen()).splitlines()
-    assert all(re.fullmatch(r"::(error|warning)( [^:]*)?::.*", line) for line in lines)
+def test_github_annotations_are_ten_at_most() -> None:
     many = Check(tuple(CheckedRun(f"{n}.yaml", "rtx-3090", status="over", peak=9, limit=3) for n in range(30)))
     lines = render("github", many, Screen()).splitlines()
     assert len(lines) == 10
@@ -146,15 +160,6 @@ def test_junits_report_counts_its_cases(team: Path) -> None:
     known = {"failure", "error", "skipped", "system-out"}
     assert {child.tag for case in cases for child in case} <= known
     assert {name for case in cases for name in case.attrib} == {"name", "classname"}
-
-
-@given(found=drawn())
-def test_xml_and_json_can_be_read_whatever_a_file_is_called(found: Check | Changes) -> None:
-    if isinstance(found, Check):
-        ElementTree.fromstring(render("junit", found, Screen()))
-        json.loads(render("sarif", found, Screen()))
-        json.loads(render("gitlab", found, Screen()))
-    json.loads(render("json", found, Screen()))
 
 
 def test_sarifs_log_has_what_its_schema_requires(team: Path) -> None:
@@ -204,19 +209,6 @@ def test_a_run_near_its_limit_says_why_in_tables_and_comments(team: Path) -> Non
         assert ("it is over the warning" in said) is is_said
 
 
-@given(found=drawn())
-def test_markdowns_tables_have_as_many_cells_as_their_heads(found: Check | Changes) -> None:
-    def cells(line: str) -> int:
-        return len(re.findall(r"(?<!\\)\|", line))
-
-    heads = 0
-    for line in render("markdown", found, Screen()).splitlines():
-        if line.startswith("| run |"):
-            heads = cells(line)
-        if line.startswith("|"):
-            assert cells(line) == heads
-
-
 def test_a_comment_of_thousands_of_runs_stays_below_githubs_limit() -> None:
     rows = [CheckedRun(f"configs/{'x' * 90}{n}.yaml", "rtx-3090", status="over", peak=9, limit=3) for n in range(5000)]
     text = render("markdown", Check(tuple(rows)), Screen())
@@ -226,12 +218,6 @@ def test_a_comment_of_thousands_of_runs_stays_below_githubs_limit() -> None:
     assert len(render("markdown", Check(tuple(rows), problems), Screen())) < 65_536
     changes = Changes(tuple(RunChange("broken", row, row) for row in rows))
     assert len(render("markdown", changes, Screen())) < MOST + 2_000
-
-
-@given(found=drawn())
-def test_tables_of_anything_can_be_shown(found: Check | Changes) -> None:
-    for screen in (Screen(), Screen(80), Screen(100, terminal=True)):
-        assert render("table", found, screen)
 
 
 def test_an_unknown_format_or_ending_is_one_line(team: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,8 @@
-"""A family is one row: no other module compares a model_type, keeps a table of them, or names one."""
+"""Families of models: every row has a stack that exists, the index names every row, and an unknown type the nearest."""
 
 from __future__ import annotations
 
-import ast
-from collections import Counter
-from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -15,107 +11,8 @@ from memplan.core.errors import UnsupportedModelError
 from memplan.models.configs import MODULES, families, family
 from memplan.models.configs.model_types import nearest_families
 from memplan.models.facts import Family
-from memplan.models.family_facts import CheckpointFacts, GenerationFacts
 from memplan.models.model import ModelSpec
 from tests.cases import each
-
-PACKAGE = Path(memplan.__file__).parent
-ROOMS = ("models", "catalogue.families")  # what may name families: their rows and their stacks
-
-# Modules outside of the rooms with strings that are also names of families, and why. The list may only shrink.
-ELSEWHERE = {
-    "catalogue.inference.engine_step": "mamba is a token mixer",
-    "catalogue.quantization.gguf": "architectures of GGUF files",
-    "frameworks.reading.torchtitan": "torchtitan's modules",
-    "frameworks.torchtitan": "torchtitan's modules",
-    "probe.script": "what a trace gives a model that memplan's row does not have",
-    "program.serving.llama_cpp": "mamba is a token mixer",
-    "program.stored.gguf": "architectures of GGUF files",
-    "report.trace": "opt is the optimizer's step",
-    "resolve.notes": "mamba is a token mixer",
-    "resolve.refusals": "mamba is a token mixer",
-}
-# Modules that compare a model_type with a table, and whose table it is. The list may only shrink.
-COMPARES = {
-    "catalogue.profiles.profiles": "the families of a profile's row",
-    "probe.libraries": "transformers' own tables of classes",
-    "probe.script.images": "each tower takes its own inputs in a trace",
-    "probe.script.model": "Llama 4's outputs need a field in a trace",
-}
-# Families named in more than three modules of the rooms: LitGPT and torchtitan have stacks of some, the config of a
-# GGUF file depends on the family, a wrapper's row is that of its text model, and unsupported models are told apart by
-# parts of their names. The numbers may only fall.
-OFTEN = {
-    **dict.fromkeys(("gemma", "gemma2", "gpt_neox", "phi", "phi3"), 4),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "stablelm"), 4),
-    **dict.fromkeys(("gemma3_text", "qwen3_5_moe_text", "qwen3_5_text"), 4),
-    **dict.fromkeys(("dbrx", "mamba", "t5", "vit"), 4),
-    **dict.fromkeys(("bert", "falcon", "roberta"), 5),
-    "llama": 6,
-    "mistral": 4,
-}
-
-COLUMNS = (*Family._fields, *CheckpointFacts._fields, *GenerationFacts._fields)
-
-
-@cache
-def modules() -> list[tuple[str, ast.Module]]:
-    """Return the package's modules, parsed."""
-    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return [(name.removesuffix(".__init__"), ast.parse(path.read_text("utf-8"))) for name, path in names.items()]
-
-
-def within(name: str, places: object) -> bool:
-    assert isinstance(places, (tuple, dict))
-    return any(name == place or name.startswith(f"{place}.") for place in places)
-
-
-def named(tree: ast.Module) -> set[str]:
-    """Return the families that a module's strings name: strings that are one name, or a list of names.
-
-    Columns of a row, such as `stack` and `gguf`, name modules and architectures, which may be called like a family.
-    """
-    columns = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg in COLUMNS}
-    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in columns)
-    words = (node.value.split() for node in strings if isinstance(node.value, str))
-    return {word for listed in words if listed and set(listed) <= set(MODULES) for word in listed}
-
-
-def is_model_type(node: ast.expr) -> bool:
-    return (isinstance(node, ast.Name) and node.id == "model_type") or (
-        isinstance(node, ast.Attribute) and node.attr == "model_type"
-    )
-
-
-def compares(tree: ast.Module) -> bool:
-    """Whether a module compares a model_type with anything but another one."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            sides = [is_model_type(side) for side in (node.left, *node.comparators)]
-            if any(sides) and not all(sides):
-                return True
-        if isinstance(node, ast.Match) and is_model_type(node.subject):
-            return True
-    return False
-
-
-def test_no_module_but_the_rows_and_the_stacks_names_a_family() -> None:
-    naming = {name for name, tree in modules() if named(tree) and not within(name, ROOMS)}
-    assert {name for name in naming if not within(name, ELSEWHERE)} == set()
-    assert {place for place in ELSEWHERE if not any(within(name, (place,)) for name in naming)} == set()
-
-
-def test_no_module_but_the_rows_and_the_stacks_compares_a_model_type() -> None:
-    comparing = {name for name, tree in modules() if compares(tree) and not within(name, ROOMS)}
-    assert comparing == set(COMPARES)
-
-
-def test_a_family_is_named_in_its_row_its_stack_and_the_index() -> None:
-    where = [(name, tree) for name, tree in modules() if within(name, ROOMS) and name != "models.peft_methods"]
-    counts = Counter(word for _, tree in where for word in named(tree))  # peft's targets are by model_type
-    often = {name: count for name, count in counts.items() if count > 3}
-    assert {name: count for name, count in often.items() if count > OFTEN.get(name, 3)} == {}
-    assert {name: count for name, count in OFTEN.items() if often.get(name, 3) < count} == {}
 
 
 @each(sorted(MODULES))

@@ -72,9 +72,9 @@ def known(asked: RunSpec) -> TrafficFacts:
 
 @few
 @given(RUNS, SIZES)
-def test_every_grid_is_the_world_and_takes_the_same_batch(fields: dict[str, Any], size: tuple[int, int]) -> None:
+def test_every_grid_is_the_world_with_the_same_batch_and_weights(fields: dict[str, Any], size: tuple[int, int]) -> None:
     asked = run(**fields)
-    world, model = size[0] * size[1], find_model(asked.model)
+    world, model, bound = size[0] * size[1], find_model(asked.model), known(asked)
     sequences = asked.batch.micro * asked.batch.accumulation * world
     answer = found(asked, *size, most=None)
     assert answer.placed
@@ -88,6 +88,7 @@ def test_every_grid_is_the_world_and_takes_the_same_batch(fields: dict[str, Any]
         assert grid.micro * grid.accumulation * grid.dp == sequences == answer.sequences
         batch = placed.answer.run.batch
         assert (batch.micro, batch.accumulation) == (grid.micro, grid.accumulation)
+        assert 0 < min_state_bytes(bound, grid) <= placed.answer.bytes.allocated  # none is ruled out that could fit
     refused = sum(reason.grids for reason in answer.refused)
     assert answer.grids == len(answer.placed) + answer.missed + answer.too_large + refused
 
@@ -108,16 +109,6 @@ def test_the_fastest_that_fits_is_the_best(fields: dict[str, Any], size: tuple[i
         assert first.nearest is None
     elif first.nearest is not None:
         assert first.nearest.answer.verdict.answer != "fits"
-
-
-@few
-@given(RUNS, SIZES)
-def test_nothing_that_could_fit_is_ruled_out_by_its_weights(fields: dict[str, Any], size: tuple[int, int]) -> None:
-    asked = run(**fields)
-    cluster = cluster_of(H100, *size)
-    bound = known(asked)
-    for placed in search(asked, cluster, most=None).placed:
-        assert 0 < min_state_bytes(bound, placed.grid) <= placed.answer.bytes.allocated
 
 
 @pytest.mark.parametrize("precision", ["pure", "amp", "mixed"])

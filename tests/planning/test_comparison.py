@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from tests.estimate.test_calibration import ORIGIN, measurements
 from tests.report.test_reports import conforms
 from tests.sampling import examples
 
-COMMAND = get_command(app)
+COMMAND, SCHEMA = get_command(app), cache(comparison_schema)
 
 
 def run(**fields: Any) -> RunSpec:
@@ -162,7 +163,7 @@ def test_json_matches_the_schema_without_extra_fields(case: Comparison) -> None:
     dumped = json.loads(text)
     assert dumped == json.loads(case.model_dump_json())
     assert dumped["answers"] == [json.loads(answer.model_dump_json()) for answer in case.answers]
-    conforms(dumped, comparison_schema(), comparison_schema())
+    conforms(dumped, SCHEMA(), SCHEMA())
     read = comparison_model().model_validate_json(text)
     assert read.model_dump(mode="json", exclude_unset=True) == dumped  # `origins` is left out without a run's file
 
@@ -175,7 +176,7 @@ def test_documents_that_are_not_comparisons_are_invalid(name: str, wrong: object
     dumped = json.loads(METHODS.model_dump_json())
     dumped["differences"][0][name] = wrong
     with pytest.raises(AssertionError):
-        conforms(dumped, comparison_schema(), comparison_schema())
+        conforms(dumped, SCHEMA(), SCHEMA())
 
 
 # --- wording ---

@@ -80,9 +80,9 @@ def test_of_two_ways_that_keep_the_result_the_quicker_comes_first() -> None:
     assert [place(way) for way in kept] == sorted(place(way) for way in kept)
 
 
-@few
+@settings(few, max_examples=examples(8))
 @given(RUNS)
-def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict[str, Any]) -> None:
+def test_every_proposal_fits_needs_its_levers_and_no_cheaper_one_is_missing(fields: dict[str, Any]) -> None:
     run = RunSpec(**fields)
     found = plan(run)
     if fits(run):
@@ -90,6 +90,7 @@ def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict
         assert found.proposals == ()
         return
     assert all(fits(proposal.run) for proposal in found.proposals)
+    assert [place(way) for way in found.proposals] == sorted(place(way) for way in found.proposals)
     proposed = [proposal.levers for proposal in found.proposals]
     every = levers_of(estimate(run).run)
     for lever in every:  # an exhaustive search over single levers
@@ -100,17 +101,14 @@ def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict
                 for levers in proposed
                 if len(levers) == 1
             ), lever
-    assert [place(way) for way in found.proposals] == sorted(place(way) for way in found.proposals)
-
-
-@few
-@given(RUNS)
-def test_a_set_needs_every_one_of_its_levers(fields: dict[str, Any]) -> None:
-    run = RunSpec(**fields)
-    for proposal in plan(run).proposals:
-        for lever in proposal.levers:
-            rest = tuple(other for other in proposal.levers if other is not lever)
-            assert not alone(run, rest), [other.title for other in proposal.levers]
+    for levers in proposed:
+        for lever in levers:
+            rest = tuple(other for other in levers if other is not lever)
+            assert not alone(run, rest), [other.title for other in levers]
+    free = [lever for lever in every if lever.tier == 0]
+    pairs = (pair for pair in combinations(free, 2) if pair[0].group != pair[1].group)
+    if any(alone(run, pair) for pair in pairs):  # two that preserve results are proposed if they suffice
+        assert found.proposals[0].severity == 0
 
 
 @ALL
@@ -121,20 +119,6 @@ def test_no_proposal_contains_a_smaller_set_that_already_fits() -> None:
         for lever in proposal.levers:
             rest = tuple(other for other in proposal.levers if other is not lever)
             assert not alone(run, rest), [other.title for other in proposal.levers]
-
-
-@few
-@given(RUNS)
-def test_two_levers_that_preserve_results_are_proposed_if_they_suffice(
-    fields: dict[str, Any],
-) -> None:
-    run = RunSpec(**fields)
-    if fits(run):
-        return
-    free = [lever for lever in levers_of(estimate(run).run) if lever.tier == 0]
-    pairs = (pair for pair in combinations(free, 2) if pair[0].group != pair[1].group)
-    if any(alone(run, pair) for pair in pairs):
-        assert plan(run).proposals[0].severity == 0
 
 
 SMALL_SPACE = ("optimizer", "in backward", "loss", "rank", "targets")

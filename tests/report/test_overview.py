@@ -80,19 +80,20 @@ ANSWERS = {
 
 
 @every_line
-def test_the_first_screen_has_eighty_columns_and_twenty_four_lines(
+def test_the_first_screen_fits_eighty_by_twenty_four_and_its_commands_run(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, text = printed(line, capsys)
+    """Cards are named only without one."""
+    code, text = printed(line, capsys)
     shown = text.splitlines()
     assert len(shown) <= 24
     assert [one for one in shown if len(one) > 80 and not one.startswith("  memplan ")] == []
-
-
-def test_cards_are_named_only_without_one(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in LINES:
-        _, text = printed(line, capsys)
-        assert ("held by" in text) == ("--gpu" not in line), line
+    assert ("held by" in text) == ("--gpu" not in line)
+    commands = re.findall(r"^  memplan (.*)$", text, re.M)
+    assert sorted(commands[-1].split()) == sorted(f"{line} --details".split())
+    for command in commands:
+        announced = code if command == commands[-1] else 0
+        assert (command, printed(command, capsys)[0]) == (command, announced)
 
 
 @pytest.mark.parametrize("name", ["qlora", "full"])
@@ -140,16 +141,6 @@ def test_a_step_of_memory_within_the_free_part_is_said(capsys: pytest.CaptureFix
     step = (more.bytes.used - now.bytes.used) / 2**30
     assert more.verdict.answer != "fits"
     assert f"fewer than 256 tokens more: they take {step:.1f} GiB" in text
-
-
-@every_line
-def test_every_next_command_runs(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = printed(line, capsys)
-    commands = re.findall(r"^  memplan (.*)$", text, re.M)
-    assert sorted(commands[-1].split()) == sorted(f"{line} --details".split())
-    for command in commands:
-        announced = code if command == commands[-1] else 0
-        assert (command, printed(command, capsys)[0]) == (command, announced)
 
 
 @pytest.mark.parametrize(("line", "first"), DIVIDED.items(), ids=DIVIDED.keys())

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -49,6 +50,7 @@ NOTED = ask(method="qlora", gpu="t4")
 STATELESS = ask(method="lora", optimizer="sgd", gpu="h100")
 CASES = {"fits": FITS, "tight": TIGHT, "refused": REFUSED, "no GPU": BARE, "noted": NOTED, "stateless": STATELESS}
 every_case = pytest.mark.parametrize("answer", CASES.values(), ids=CASES.keys())
+SCHEMA = cache(answer_schema)
 
 
 def test_the_cases_match_their_names() -> None:
@@ -495,7 +497,7 @@ def test_a_real_answer_matches_the_schema_without_extra_fields(answer: Estimate)
     read = answer_model().model_validate_json(render("json", [answer]))
     verdict = {"reason": None, **dumped["verdict"]}
     assert read.model_dump(mode="json") == {**dumped, "origins": None, "verdict": verdict}
-    conforms(dumped, answer_schema(), answer_schema())
+    conforms(dumped, SCHEMA(), SCHEMA())
 
 
 def test_documents_that_are_not_answers_are_invalid() -> None:
@@ -507,10 +509,10 @@ def test_documents_that_are_not_answers_are_invalid() -> None:
             part = part[key]
         part[path[-1]] = wrong
         with pytest.raises(AssertionError):
-            conforms(broken, answer_schema(), answer_schema())
+            conforms(broken, SCHEMA(), SCHEMA())
     del dumped["ledger"]
     with pytest.raises(AssertionError):
-        conforms(dumped, answer_schema(), answer_schema())
+        conforms(dumped, SCHEMA(), SCHEMA())
 
 
 def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import TypeAlias
 
@@ -35,6 +35,7 @@ _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _FUNCTION = re.compile(r"(\s*)(?:function\s+)?([\w-]+)\s*(?:\(\s*\))?\s*\{\s*(?:#.*)?")
 _ARGUMENTS = re.compile(r"\"?\$(?:\{[@*](?::(\d))?\}|[@*])\"?")  # "$@", "${@:2}"
 _MOST_CALLS = 50  # of functions, which may call each other
+_split = lru_cache(maxsize=4)(shlex.split)  # a script may name a long array again and again
 _Line: TypeAlias = "tuple[int, str]"
 _Command: TypeAlias = "tuple[int, list[str], dict[str, str]]"
 
@@ -228,7 +229,7 @@ def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
         return [word]
     if "[@]}" in word and _VARIABLE.fullmatch(word) and text != word:
         with suppress(ValueError):
-            return shlex.split(text)
+            return [*_split(text)]
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
