@@ -40,17 +40,16 @@ HEADER = MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)  # of a .pyc whose source is not 
 NO_LINES = b"\xff"  # eight instructions without a line, in the format of Objects/locations.md of CPython
 
 
-class Unannotated(ast.NodeTransformer):
-    """Takes the annotations off functions: code of its own each. A decorator may read those of what it decorates."""
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        self.generic_visit(node)
-        if not node.decorator_list:
-            node.returns = None
-            for argument in ast.walk(node.args):
-                if isinstance(argument, ast.arg):
-                    argument.annotation = None
-        return node
+def take_annotations_off(node: ast.AST) -> None:
+    """Take the annotations off functions: code of its own each. A decorator may read those of what it decorates."""
+    if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        node.returns = None
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+    for statements in ("body", "orelse", "handlers", "finalbody", "cases"):  # no expression has a function's statement
+        for statement in getattr(node, statements, ()):
+            take_annotations_off(statement)
 
 
 def without_lines(code: CodeType) -> CodeType:
@@ -62,7 +61,8 @@ def without_lines(code: CodeType) -> CodeType:
 def compiled(path: Path, name: str) -> bytes:
     source = path.read_bytes()
     if re.match(r"memplan/(?!cli/)", name):  # typer reads those of commands
-        source = Unannotated().visit(ast.parse(source))
+        source = ast.parse(source)
+        take_annotations_off(source)
     return HEADER + marshal.dumps(without_lines(compile(source, name, "exec", dont_inherit=True, optimize=2)))
 
 

@@ -28,8 +28,7 @@ rmSync(engine, { recursive: true, force: true });
 mkdirSync(engine, { recursive: true });
 const pinned = readFileSync(join(web, "requirements.txt"), "utf8").match(/^\w+==[\d.]+$/gm);
 const yaml = pinned.filter((name) => name.startsWith("PyYAML")); // of any platform, for its Python
-pip("wheel", "--no-deps", "--wheel-dir", wheels, join(web, ".."));
-pip("download", "--no-deps", "--only-binary", ":all:", "--dest", wheels, ...yaml);
+pip("wheel", "--no-deps", "--wheel-dir", wheels, join(web, ".."), ...yaml);
 pip("download", "--only-binary", ":all:", ...BROWSER, "--dest", wheels, ...pinned.filter((name) => !yaml.includes(name)));
 
 /** Puts the allocator of native.c into the package, as a module that Pyodide's ctypes loads. */

@@ -11,6 +11,7 @@ import { start } from "../src/start.mjs";
 import { DIST } from "./server";
 
 const PYTHON = process.env.PYTHON ?? "python3"; // with memplan's dependencies
+const PYTHONPATH = process.env.PYTHONPATH ?? fileURLToPath(new URL("../..", import.meta.url)); // with memplan
 const MODELS = ["qwen2-7b", "llama-3.2-1b", "gpt2", "mixtral-8x7b", "bert-base-uncased", "gemma-2-2b", "t5-base", "phi-3.5-mini"];
 const SETTINGS = [
   ...["--method=lora", "--method=qlora", "--method=dora --rank=64", "--method=full --optimizer=adafactor"],
@@ -33,7 +34,7 @@ test("two hundred runs", async () => {
   const ofParts = PARTS.map((part) => JSON.stringify({ words: ["gpt2", "--gpu=t4", "--method=lora"], files: {}, part }));
   const questions = [...lines.map((line) => JSON.stringify({ words: line.split(" ").filter(Boolean), files })), ...ofParts];
   const script = "import sys\nfrom memplan.cli.page import answer\nfor line in sys.stdin: print(answer(line))";
-  const env = { ...process.env, PYTHONPATH: fileURLToPath(new URL("../..", import.meta.url)) };
+  const env = { ...process.env, PYTHONPATH };
   const native = spawnSync(PYTHON, ["-c", script], { input: questions.join("\n"), encoding: "utf8", env, maxBuffer: 2 ** 30 });
   expect(native.stderr).toBe("");
 

@@ -40,7 +40,8 @@ export class Site {
       const body = compressed.get(path) ?? (type ? gzipSync(readFileSync(path), { level: 9 }) : readFileSync(path));
       compressed.set(path, body);
       const encoding = type ? { "Content-Encoding": "gzip" } : {};
-      response.writeHead(200, { "Content-Type": type ?? "application/octet-stream", "Cache-Control": "max-age=600", ...encoding });
+      // "no-store", so that what answers without a network is the service worker
+      response.writeHead(200, { "Content-Type": type ?? "application/octet-stream", "Cache-Control": "no-store", ...encoding });
       response.end(body);
     });
     await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
