@@ -9,7 +9,7 @@ from memplan.catalogue.kernels.fused import fusible
 from memplan.catalogue.kernels.rewriting import matrix
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe, apply
-from memplan.core.ir import Stack, Weight, operations, outside
+from memplan.core.ir import Block, Stack, Weight, operations, outside
 from memplan.engine.copies import read_dtype
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, operations_of, weights_of
@@ -30,12 +30,20 @@ def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
 
 
 def _read_dtype(model: ModelSpec, recipe: Recipe, wiring: Wiring, outputs: tuple[str | tuple[str, ...], ...]) -> str:
-    """Return the dtype that the operation with the first of the outputs reads."""
-    axes = model.axes()
-    stack = apply(build(model, wiring), recipe, axes)
+    """Return the dtype that the operation with the first of the outputs reads, in the last run of blocks with one: the
+    runs after it, such as the language model after a tower, need not be rewritten."""
+    axes, stack = model.axes(), build(model, wiring)
     autocast = recipe.compute if recipe.autocast else None
-    depth = {run.times: axes[run.times] for run in stack.runs}
-    return next(filter(None, (read_dtype(stack, end, autocast, depth) for end in outputs)), recipe.weights)
+    for end in outputs:
+        having = [i for i, run in enumerate(stack.runs, 1) if any(_writes(block, end) for block in run.blocks)]
+        if having:
+            part = apply(stack._replace(runs=stack.runs[: having[-1]]), recipe, axes)
+            return read_dtype(part, end, autocast, {run.times: axes[run.times] for run in part.runs}) or recipe.weights
+    return recipe.weights
+
+
+def _writes(block: Block, end: str | tuple[str, ...]) -> bool:
+    return any(t.name.endswith(end) for op in block.ops for t in op.writes)
 
 
 @lru_cache(maxsize=32)

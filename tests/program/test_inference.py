@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from memplan import RunSpec, estimate, find_gpu
 from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
+from memplan.engine.walk import values
 from memplan.estimate.answer import phase_peaks
 from memplan.planning.reach import limit
 from memplan.program.graph import operations_of
-from memplan.program.inference.passes import sized, token_after
+from memplan.program.inference.passes import Contenders, sized, token_after
+from memplan.program.inference.steps import steps_of
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import NEW_TOKENS
 from memplan.spec.run import changed
@@ -107,6 +110,43 @@ def test_the_default_of_256_tokens_is_noted() -> None:
     assert answer.run.batch.new_tokens == NEW_TOKENS == 256
     assert answer.run.generation.cache_implementation == "dynamic"
     assert [p.phase for p in answer.phases] == ["load", "prefill", "decode"]
+
+
+CODEGEN = {
+    "model_type": "codegen",
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 8,
+    "vocab_size": 300,
+    "n_positions": 128,
+    "rotary_dim": 4,
+}
+
+
+# The last has moments of different tensors that take equally many bytes.
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "qwen2-7b"},
+        {"model": "gemma-2-9b"},
+        {"model": "flan-t5-base"},
+        {
+            "model": {"config": CODEGEN},
+            "batch": {"micro": 3, "sequence": 75, "new_tokens": 5},
+            "generation": {"cache_implementation": "static"},
+        },
+    ],
+)
+def test_the_first_peaks_of_a_pass_are_those_of_its_terms(fields: dict[str, Any]) -> None:
+    """The first two sizes take the sums of all moments, which show that none is missing; later ones do not."""
+    decided = decide(RunSpec(task="generate", **fields))
+    for step in steps_of(decided):
+        moments, sizes = Contenders(step.graph, step.division), [{**sized(step, decided).sizes} for _ in range(4)]
+        first, second, *later = map(moments.peak, sizes)
+        numbers = values(moments.variables, sizes[0])
+        sums = {term.moment: sum(map(mul, term.coefficients, numbers)) for term in moments.terms}
+        assert first == second == later[0] == later[1]
+        assert (first.bytes, sums[first.moment]) == (max(sums.values()),) * 2
 
 
 def test_generating_one_token_is_only_the_prefill() -> None:

@@ -8,7 +8,10 @@ import pytest
 
 from memplan import RunSpec
 from memplan.catalogue import build
+from memplan.catalogue.kernels.rewriting import checked
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.errors import InternalError
+from memplan.core.ir import Op, Stack, Tensor
 from memplan.engine import dtypes, lowered, record, step
 from memplan.engine.events import packed
 from memplan.engine.likeness import Likeness
@@ -191,3 +194,10 @@ def test_moments_in_columns_are_a_sequence() -> None:
     assert (len(moments), moments[1], moments[-1], [*moments[1:]]) == (3, each[1], each[2], each[1:])
     assert [m.where for m in moments.renamed(str.upper)] == ["LAYER.OP0", "LAYER.OP1", "LAYER.OP2"]
     assert (len(PassMoments(())), [*PassMoments(())]) == (0, [])
+
+
+def test_a_mistake_in_the_catalogue_is_named_for_every_model_that_has_it() -> None:
+    bad = Stack((Op("first", (), (Tensor("embeds"),)),), (), (Op("last", ("missing",)),))
+    for model_type in ("llama", "mistral"):
+        with pytest.raises(InternalError, match=f"in {model_type} after, last uses missing, which nothing writes"):
+            checked(bad, model_type)

@@ -6,12 +6,23 @@ In every constructor `x` names the input and `y` the output. Inner tensors are n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import ParamSpec, TypeVar
 
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 DERIVATIVES = "torch 2.13 tools/autograd/derivatives.yaml"
 
+_Arguments = ParamSpec("_Arguments")
+_Operations = TypeVar("_Operations", Op, tuple[Op, ...])
 
+
+def shared(make: Callable[_Arguments, _Operations]) -> Callable[_Arguments, _Operations]:
+    """Decorate a constructor of operations that models have in common: with equal arguments it is called once."""
+    return lru_cache(maxsize=4096)(make)  # pyright: ignore[reportReturnType] (typeshed forgets the parameters)
+
+
+@shared
 def linear(
     name: str,
     x: str,
@@ -51,25 +62,30 @@ def axes_of(op: Op) -> tuple[str, str, str]:
     return op.writes[0].shape.removesuffix(out).strip(), out, " ".join(axes[rows:])
 
 
+@shared
 def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:
     """Return `x.to(dtype)`. The casting rules drop the operation if x has that dtype already."""
     return Op(name, (x,), (Tensor(y, shape, dtype),), cast=True, source=f"{DERIVATIVES}: _to_copy")
 
 
+@shared
 def lowered(name: str, x: str, y: str, shape: str) -> Op:
     """Cast x to the compute dtype as autocast does for a function's arguments. Does nothing without autocast."""
     source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
     return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
+@shared
 def add(name: str, a: str, b: str, y: str, shape: str) -> Op:
     return Op(name, (a, b), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Tensor")
 
 
+@shared
 def mul(name: str, a: str, b: str, y: str, shape: str) -> Op:
     return Op(name, (a, b), (Tensor(y, shape),), (), (Keep(b, a), Keep(a, b)), source=f"{DERIVATIVES}: mul.Tensor")
 
 
+@shared
 def divide(name: str, x: str, by: str, y: str, shape: str, quotient: str = "") -> Op:
     """Return `x / by`. If `by` is smaller, backward sums a full-size `quotient` of that dtype for its gradient."""
     scratch = (Scratch(Tensor("quotient", shape, quotient), by),) if quotient else ()
@@ -83,6 +99,7 @@ def with_constant(name: str, x: str, constant: str, y: str, shape: str, kernel: 
     return Op(name, (x, constant), written, (), (Keep(constant, x),), source=f"{DERIVATIVES}: {kernel}")
 
 
+@shared
 def index(name: str, x: str, indices: str, y: str, shape: str) -> Op:
     """Return the rows of x at `indices`, or those where a mask is set."""
     return with_constant(name, x, indices, y, shape, "index", f"={x}")
@@ -140,11 +157,13 @@ def subtract(name: str, x: str, small: str, y: str, shape: str) -> Op:
     )
 
 
+@shared
 def scale(name: str, x: str, y: str, shape: str) -> Op:
     """Return the product with a Python number, which keeps nothing."""
     return Op(name, (x,), (Tensor(y, shape),), source=f"{DERIVATIVES}: mul.Scalar")
 
 
+@shared
 def activation(name: str, x: str, y: str, shape: str) -> Op:
     """Return an activation that keeps its input: silu, gelu (exact or tanh) or relu squared."""
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), source=f"{DERIVATIVES}: silu, gelu")
@@ -160,12 +179,14 @@ def add_number(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Scalar")
 
 
+@shared
 def clamp(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
     """Return a clamp with one or two `bounds`. It keeps its input and compares it with each bound again in backward."""
     masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{DERIVATIVES}: clamp")
 
 
+@shared
 def softmax(name: str, x: str, y: str, shape: str, dtype: str = "") -> tuple[Op, ...]:
     """Return a softmax, which keeps its output. Its backward first multiplies the gradient by that output.
 
@@ -187,16 +208,19 @@ def softmax(name: str, x: str, y: str, shape: str, dtype: str = "") -> tuple[Op,
     return (widened, kernel) if dtype else (kernel,)
 
 
+@shared
 def dropout(name: str, x: str, y: str, shape: str) -> Op:
     mask = Tensor(f"{y}.mask", shape, "bool")
     return Op(name, (x,), (Tensor(y, shape), mask), (), (Keep(mask.name, x),), source=f"{DERIVATIVES}: native_dropout")
 
 
+@shared
 def view(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
     """Return the same storage under another shape. `gradient="new"` if the gradient's layout forces a copy."""
     return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, view=True)
 
 
+@shared
 def matmul(name: str, a: str, b: str, y: str, shape: str, kernel: str = "bmm") -> Op:
     """Return a product of two activations, batched by default. It keeps both, and their gradients are views."""
     return Op(
@@ -212,6 +236,7 @@ def matmul(name: str, a: str, b: str, y: str, shape: str, kernel: str = "bmm") -
     )
 
 
+@shared
 def copy(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
     """Return new storage that keeps nothing: `contiguous`, `clone`, `expand` or `reshape`.
 
@@ -273,11 +298,13 @@ def renamed(op: Op, new: Callable[[str], str]) -> Op:
     )
 
 
+@shared
 def release_names(*names: str) -> Op:
     """A Python frame returns and drops its local names, so the tensors they held can be freed."""
     return Op("return", names)
 
 
+@shared
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = False) -> tuple[Op, ...]:
     """Return LlamaRMSNorm as transformers writes it: fp32 inside, `weight * x.to(input dtype)` outside.
 
@@ -336,6 +363,7 @@ def multiply_weight(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
+@shared
 def spread(name: str, x: str, small: str, y: str, shape: str, *, summed: bool = False, small_first: bool = False) -> Op:
     """Return `x * small`, broadcasting `small`. Backward sums a full-size product for the gradient of `small`.
 
@@ -354,6 +382,7 @@ def spread(name: str, x: str, small: str, y: str, shape: str, *, summed: bool = 
     )
 
 
+@shared
 def layer_norm(
     name: str, x: str, y: str, shape: str, axis: str, *, bias: bool = True, affine: bool = True, group: str = "norm"
 ) -> Op:
@@ -377,6 +406,7 @@ def layer_norm(
     )
 
 
+@shared
 def split(name: str, x: str, parts: tuple[Tensor, ...]) -> Op:
     """Return views of parts of one tensor (`chunk`, `split`). Their gradients are joined in one new storage."""
     return Op(name, (x,), parts, gradient="new", view=True, source=f"{DERIVATIVES}: split")
@@ -391,6 +421,7 @@ def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     )
 
 
+@shared
 def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
     """Return `x * cos + rotate_half(x) * sin`, which keeps cos and sin but not x. `half`: the shape of half a head."""
     cosine, turned, sine = f"{y}.cosine", f"{y}.turned", f"{y}.sine"
@@ -422,6 +453,7 @@ def rotate_half(name: str, x: str, y: str, shape: str, half: str) -> Op:
     )
 
 
+@shared
 def embedding(name: str, ids: str, y: str, rows: str, axis: str) -> Op:
     """Return an embedding lookup, which keeps the ids.
 

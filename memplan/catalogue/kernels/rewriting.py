@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache, wraps
-from itertools import chain
 from typing import Concatenate, ParamSpec
 
 from memplan.catalogue.kernels import ops
 from memplan.core.errors import InternalError
 from memplan.core.identity import Identity
-from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight, undefined_names
+from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, UndefinedName, Weight, undefined_names
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -39,18 +38,25 @@ def once_per_stack(
     return shared
 
 
-@once_per_stack
 def checked(stack: Stack, model_type: str) -> Stack:
     """Return the first equal stack. Raises InternalError if an operation uses a tensor that no earlier one writes."""
-    missing = next(undefined_names(stack), None)
+    first, missing = _first_checked(stack)
     if missing is not None:
         where, operation, name = missing
         raise InternalError(f"in {model_type} {where}, {operation} uses {name}, which nothing writes")
-    return first_equal(stack)
+    return first
 
 
-def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
-    """Return the stack with `change` applied to every operation, once if several layers share it."""
+@lru_cache(maxsize=64)
+def _first_checked(stack: Stack) -> tuple[Stack, UndefinedName | None]:
+    return stack, next(undefined_names(stack), None)
+
+
+def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]], *, weighted: bool = False) -> Stack:
+    """Return the stack with `change` applied to every operation, once if several layers share it.
+
+    weighted  only to operations with weights, which are few
+    """
     rewritten: dict[int, tuple[Op, ...]] = {}
 
     def changed(op: Op) -> tuple[Op, ...]:
@@ -60,7 +66,16 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
             new = rewritten[id(op)] = tuple(o._replace(skipped=True) for o in made) if op.skipped else made
         return new
 
-    return rewrite_lists(stack, lambda operations: tuple(chain.from_iterable(map(changed, operations))))
+    def changed_list(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        out: list[Op] = []
+        for op in operations:
+            if op.weights or not weighted:
+                out += changed(op)
+            else:
+                out.append(op)
+        return tuple(out)
+
+    return rewrite_lists(stack, changed_list)
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
@@ -94,11 +109,9 @@ def rewrite_weights(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
     """Return the stack with `change` applied to every weight, except buffers with a dtype."""
 
     def changed(op: Op) -> Iterable[Op]:
-        if not op.weights:
-            return (op,)
         return (op._replace(weights=tuple(w if w.group == "buffer" and w.dtype else change(w) for w in op.weights)),)
 
-    return rewrite(stack, changed)
+    return rewrite(stack, changed, weighted=True)
 
 
 def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]:

@@ -40,11 +40,8 @@ def takes(op: Op, switches: tuple[str, ...]) -> bool:
     return any(op.name in SWITCHES[switch] for switch in switches)
 
 
-def adapt(op: Op, switches: tuple[str, ...], dtype: str, compute: str, dropout: bool, older: bool) -> Iterator[Op]:
-    """Yield the operations of a frozen linear layer and its adapter.
-
-    older  bitsandbytes before 0.43 (see `quantised_linear`)
-    """
+def adapt(op: Op, switches: tuple[str, ...], dtype: str, compute: str, dropout: bool) -> Iterator[Op]:
+    """Yield the operations of a frozen linear layer, by bitsandbytes before 0.43 if it has 4 bits, and its adapter."""
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
     base = next(w for w in op.weights if w.matrix)
@@ -52,7 +49,7 @@ def adapt(op: Op, switches: tuple[str, ...], dtype: str, compute: str, dropout: 
     into = base.shape.removeprefix(f"{out} ")
     result = f"{p}.base"
     if base.stored:
-        yield from quantised_linear(op, f"{n}.linear", result, compute, older)
+        yield from quantised_linear(op, f"{n}.linear", result, compute, older=True)
     else:
         yield op._replace(name=f"{n}.linear", writes=(y._replace(name=result),))
     lora_input = x

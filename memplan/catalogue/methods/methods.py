@@ -6,6 +6,7 @@ A rewrite takes operations and returns operations; nothing else in the package k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,12 @@ def ends_like(path: str, modules: tuple[str, ...]) -> bool:
     Source: peft 0.21 utils/other.py _set_trainable.
     """
     return any(part.endswith(modules) for part in path.split("."))
+
+
+@lru_cache(maxsize=1024)
+def adapted(op: Op, recipe: Recipe) -> tuple[Op, ...]:
+    """Return the linear layer with LoRA around it, for all models that have one like it."""
+    return tuple(_with_adapter_dtype(o, recipe) for o in adapt(op, recipe))
 
 
 def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
@@ -366,11 +373,12 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
 
         dtypes = recipe.adapter_dtype, recipe.weights
         stack = with_trained_inputs(stack, recipe.kind, recipe.tokens, dtypes, dict(recipe.options))
+    older = recipe.library == "litgpt"
     stood_for = represented_layers(operations(stack)) if recipe.kind in LORA else frozenset[str]()
     all_linear = recipe.targets == ("all-linear",) and recipe.selection is None
 
     def takes(op: Op) -> bool:
-        if recipe.library == "litgpt":
+        if older:
             return litgpt_lora.takes(op, recipe.targets)
         w, name = adaptable(op), op.name.rpartition(".")[2]
         if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
@@ -382,15 +390,10 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
 
     if stood_for:
         stack = rewrite_lists(stack, lambda listed: adapt_parameters(listed, takes_parameter, recipe.adapter_dtype))
-
     if recipe.experts:
         stack = rewrite_lists(stack, with_dequantised_stacks)
-
-    older = recipe.library == "litgpt"
-
     if recipe.fused:
         stack = _with_fused_layers(stack, recipe, axes, takes)
-
     wrap, shared = _layers_of(recipe.kind)
     wrapped: list[Wrapped] = []
 
@@ -413,21 +416,19 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
                 if adapts
                 else (op,)
             )
-        if takes(op) and recipe.library == "litgpt":
-            return tuple(
-                litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
-            )
+        if takes(op) and older:
+            return tuple(litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout))
         if takes(op):
             called = op if op.reads else _as_called(op)
             if recipe.bias == "lora_only":
                 called = _with_trained_bias(called)
             if wrap is not None:
                 wrapped.append(_wrapped(called, recipe, axes))
-                new = wrap(wrapped[-1])
+                new = tuple(_with_adapter_dtype(o, recipe) for o in wrap(wrapped[-1]))
             else:
-                new = adapt(called, recipe)
-            adapted = _of_rank(tuple(_with_adapter_dtype(o, recipe) for o in new), op)
-            return (_idle_adapters(op, adapted), op) if w.bypasses_module and not w.stored else adapted
+                new = adapted(called, recipe)
+            new = _of_rank(new, op)
+            return (_idle_adapters(op, new), op) if w.bypasses_module and not w.stored else new
         if w.kernel and recipe.running is not None:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
@@ -435,7 +436,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
             return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
         return (op,)
 
-    stack = rewrite(stack, change)
+    stack = rewrite(stack, change, weighted=True)
     if recipe.sharded_dtype:
         stack = rewrite_blocks(stack, with_last_adapter_gathered)
     if shared is None or not wrapped:

@@ -20,6 +20,7 @@ from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.fused_4bit import copied_axes
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.cached_property import cached_property
 from memplan.core.expression import arithmetic_of
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
@@ -30,6 +31,7 @@ from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
+    Term,
     Variable,
     bytes_at_each,
     chain,
@@ -400,11 +402,13 @@ def fixed_axes(graph: Graph) -> dict[str, int]:
     return {**fixed, "kernel1": axes.get("kernel", 0) + 1}
 
 
+_FEW = 2  # sizes at which an estimate asks for the peak of a pass: those of the first and of the last token
+
+
 class Contenders:
     """The moments of a pass that can be its peak, at any sizes.
 
     variables   sizes that the run decides
-    terms       the moments
     needs       axes of `variables` that are not the model's
     fixed       sizes of the model's axes
     lengths     lengths of the pass that are needed
@@ -416,10 +420,12 @@ class Contenders:
         low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
         sizes = [size(key[0], key[1], fixed) for key in low.sizes]
         self.variables = variables = tuple(sorted({variable for variable, _ in sizes}))
-        along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # other axes may be 0
         *coefficients, self._left = rows((*low.moments.unnamed, low.left), low.runs, fixed, sizes, variables)
-        self.terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
-        self._largest = PhaseTerms([self.terms], [*map(Variable, along)]).largest
+        self._rows = dict[tuple[int, ...], int]()  # their first moments
+        for moment, row in enumerate(coefficients):
+            self._rows.setdefault(row, moment)
+        self._along = chain(tuple(v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)) or (ONE,))  # else may be 0
+        self._sums_left = _FEW
         self._last: tuple[Mapping[str, int], PassPeak] | None = None
         self._lowering, self._where = (graph, division), dict[int, str]()
         needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
@@ -431,9 +437,29 @@ class Contenders:
         """Return the peak bytes of the pass, and its moment. That of the last sizes is kept."""
         last = self._last
         if last is None or last[0] is not sizes:
-            [(bytes_, moment)] = self._largest(values(self.variables, sizes), sizes)
+            bytes_, moment = self._most(values(self.variables, sizes), sizes)
             last = self._last = sizes, PassPeak(bytes_, moment, self.where(moment))
         return last[1]
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The moments that can be the peak. Finding them takes longer than the sums of all moments at a few sizes."""
+        return prune(self._rows.items(), self.variables, self._along)
+
+    @cached_property
+    def _of_terms(self) -> PhaseTerms:
+        return PhaseTerms([self.terms], [*map(Variable, self._along)])
+
+    def _most(self, numbers: list[int], sizes: Mapping[str, int]) -> tuple[int, int]:
+        """Return the most bytes and their moment: at the first sizes from the sums of all moments, unless several of
+        these are equally large."""
+        if self._sums_left:
+            self._sums_left -= 1
+            sums = [sum(map(mul, row, numbers)) for row in self._rows]
+            most = max(sums, default=0)
+            if sums.count(most) == 1:
+                return most, [*self._rows.values()][sums.index(most)]
+        return self._of_terms.largest(numbers, sizes)[0]
 
     def where(self, moment: int) -> str:
         """Return the operation of a moment."""
