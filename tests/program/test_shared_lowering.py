@@ -196,7 +196,7 @@ def test_moments_in_columns_are_a_sequence() -> None:
     assert (len(PassMoments(())), [*PassMoments(())]) == (0, [])
 
 
-def test_a_mistake_in_the_catalogue_is_named_for_every_model_that_has_it() -> None:
+def test_a_mistake_in_the_catalogue_is_named_for_every_model() -> None:
     bad = Stack((Op("first", (), (Tensor("embeds"),)),), (), (Op("last", ("missing",)),))
     for model_type in ("llama", "mistral"):
         with pytest.raises(InternalError, match=f"in {model_type} after, last uses missing, which nothing writes"):
