@@ -373,12 +373,12 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
 
         dtypes = recipe.adapter_dtype, recipe.weights
         stack = with_trained_inputs(stack, recipe.kind, recipe.tokens, dtypes, dict(recipe.options))
-    older = recipe.library == "litgpt"
+    is_litgpt = recipe.library == "litgpt"  # whose bitsandbytes is older than 0.43
     stood_for = represented_layers(operations(stack)) if recipe.kind in LORA else frozenset[str]()
     all_linear = recipe.targets == ("all-linear",) and recipe.selection is None
 
     def takes(op: Op) -> bool:
-        if older:
+        if is_litgpt:
             return litgpt_lora.takes(op, recipe.targets)
         w, name = adaptable(op), op.name.rpartition(".")[2]
         if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
@@ -416,7 +416,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
                 if adapts
                 else (op,)
             )
-        if takes(op) and older:
+        if takes(op) and is_litgpt:
             return tuple(litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout))
         if takes(op):
             called = op if op.reads else _as_called(op)
@@ -433,7 +433,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
             result = op.writes[0].name
-            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
+            return tuple(quantised_linear(op, op.name, result, recipe.compute, is_litgpt, recipe.keeps, recipe.copies))
         return (op,)
 
     stack = rewrite(stack, change, weighted=True)
