@@ -282,7 +282,7 @@ class _Resolver:
 
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
-            if dtype[:1] == "=" or dtype == "product":
+            if dtype.startswith("=") or dtype == "product":
                 return Tensor(name, shape, _dtype_of(dtype, tensors, autocast, new_name))
             if dtype and not is_wide:
                 return t
