@@ -53,7 +53,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_drawn() -> st.SearchStrategy[CheckedRun]:
-    names = st.text(min_size=1, max_size=30) | st.just("<&>|`\n::error::,%\"")
+    names = st.text(min_size=1, max_size=30) | st.just('<&>|`\n::error::,%"')
     bytes_ = st.integers(1, 2**40)
     place = st.tuples(names, st.integers(1, 99), names).map(Place._make)
     return st.builds(
