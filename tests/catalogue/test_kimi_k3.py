@@ -18,7 +18,8 @@ from memplan.engine.step import ExecutionOptions, lower
 from memplan.models.model import ModelSpec
 from memplan.program.axes import chunked
 from tests.cases import Lazy
-from tests.catalogue.test_autograd import in_bytes, saved_bytes
+from tests.catalogue.test_autograd import in_bytes
+from tests.golden.ask_libraries import kimi_k3_saves
 from tests.models.test_cards import read_card
 
 torch: Any = Lazy("torch")
@@ -62,13 +63,6 @@ def config(kinds: list[str], **changed: Any) -> dict[str, Any]:
     return {"model_type": "kimi_linear", **SIZES, **OWN, "layer_types": kinds, "linear_attn_config": DELTA, **changed}
 
 
-def reference(kinds: list[str], dtype: str) -> Any:
-    from tests.kimi_k3 import Model
-
-    keys = {key: value for key, value in config(kinds).items() if key not in ("model_type", "hidden_act")}
-    return Model(**keys).to(getattr(torch, DTYPES[dtype]))
-
-
 def kept(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:
     model = ModelSpec(config(kinds))
     stack = build(model, Wiring("eager", "eager"))
@@ -80,15 +74,7 @@ def kept(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:
 
 
 def saved(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:
-    model = reference(kinds, dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith((".gate.weight", ".dt_bias")):
-            parameter.data = parameter.data.float()
-    ids = torch.zeros(batch, sequence, dtype=torch.int64)
-    labels = ids.clone()
-    return saved_bytes(
-        lambda: model(ids, labels), held=(ids, labels), own=(*model.parameters(), *model.buffers()), still=True
-    )
+    return kimi_k3_saves(config(kinds), DTYPES[dtype], batch, sequence)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -36,11 +37,15 @@ FILE = Path(__file__).parent / "asked.jsonl"
 LIBRARIES = ("torch", "transformers", "peft")
 TESTS = (  # that ask
     "tests/models/test_cards.py",
+    "tests/program/test_ranks_against_torch.py",
     *(
         f"tests/catalogue/test_{name}.py"
-        for name in ("autograd", "experts", "methods", "peft_methods", "peft_selection")
+        for name in ("autograd", "experts", "kimi_k3", "methods", "peft_methods", "peft_selection")
     ),
 )
+ROOT = Path(__file__).parents[2]
+RANKS = ROOT / "tests/sharded_child.py"
+ASKING = (Path(__file__), Path(__file__).with_name("count_parameters.py"), ROOT / "tests/kimi_k3.py", RANKS)
 torch: Any = Lazy("torch")
 
 
@@ -49,7 +54,7 @@ def code() -> str:
     from memplan.probe.fake.fake_tensor_patches import cluster_evenly
     from memplan.probe.script.model import load_no_adapters
 
-    files = [path.read_text("utf-8") for path in (Path(__file__), Path(__file__).with_name("count_parameters.py"))]
+    files = [path.read_text("utf-8") for path in ASKING]
     return _digest([*files, *map(inspect.getsource, (cluster_evenly, load_no_adapters))])
 
 
@@ -186,6 +191,36 @@ def saves(config: Config, auto: str, dtype: str, batch: int, sequence: int, adap
             own=(*model.parameters(), *model.buffers()),
             still=True,
         )
+
+
+@remembered
+def kimi_k3_saves(config: Config, dtype: str, batch: int, sequence: int) -> int:
+    """Return the bytes that autograd saves in a pass of tests/kimi_k3.py; `dtype` by torch's name."""
+    from tests.kimi_k3 import Model
+
+    model = Model(**{key: value for key, value in config.items() if key not in ("model_type", "hidden_act")})
+    model = model.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gate.weight", ".dt_bias")):
+            parameter.data = parameter.data.float()
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    labels = ids.clone()
+    return saved_bytes(
+        lambda: model(ids, labels), held=(ids, labels), own=(*model.parameters(), *model.buffers()), still=True
+    )
+
+
+@remembered
+def rank_peaks(config: Config, runs: list[Config]) -> list[dict[str, int]]:
+    """Return torch's peak of each phase of the runs that tests/sharded_child.py trains, from one process.
+
+    Each of `runs` is what that file reads, and its `config` what differs from the given one.
+    """
+    lines = "".join(json.dumps({**run, "config": {**config, **run["config"]}}) + "\n" for run in runs)
+    child = [sys.executable, "-W", "ignore", str(RANKS)]
+    done = subprocess.run(child, input=lines, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def saved_bytes(

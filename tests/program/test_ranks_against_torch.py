@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +10,10 @@ import pytest
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from tests.cases import each
+from tests.golden.ask_libraries import rank_peaks
 
 pytestmark = pytest.mark.torch
 
-CHILD = Path(__file__).parents[1] / "sharded_child.py"
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -28,7 +25,6 @@ CONFIG = {
 }
 # Grouped heads, for tensor-parallel ranks.
 DIVIDED = {
-    **CONFIG,
     "hidden_size": 512,
     "intermediate_size": 1536,
     "num_hidden_layers": 3,
@@ -40,7 +36,7 @@ DIVIDED = {
 def case(
     strategy: str, world: int, lora: bool = False, checkpoint: bool = True, tied: bool = False, tp: int = 1
 ) -> dict[str, Any]:
-    config = {**(DIVIDED if tp > 1 else CONFIG), "tie_word_embeddings": tied}
+    config = {**(DIVIDED if tp > 1 else {}), "tie_word_embeddings": tied}
     return {
         "strategy": strategy,
         "world": world,
@@ -68,13 +64,8 @@ CASES = (
 
 
 def traced() -> list[tuple[dict[str, Any], dict[str, int]]]:
-    """Return the cases and torch's peaks, from one process."""
-    lines = "".join(json.dumps(c) + "\n" for c in CASES)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CHILD)], input=lines, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [*zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True)]
+    """Return the cases and torch's peaks."""
+    return [*zip(CASES, rank_peaks(CONFIG, [*CASES]), strict=True)]
 
 
 @each(traced, lambda pair: json.dumps({**pair[0], "config": None}))
@@ -85,7 +76,7 @@ def test_a_ranks_estimate_equals_torchs_allocations(pair: tuple[dict[str, Any], 
     """
     c, found = pair
     run = RunSpec(
-        model={"config": c["config"]},
+        model={"config": {**CONFIG, **c["config"]}},
         method={"kind": "lora", "rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
         if c["lora"]
         else "full",
