@@ -40,12 +40,31 @@ def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:
     >>> nearest("adamw", ["sgd", "grokadamw", "adamw_torch"], 2), nearest("q8", ["nf4", "fp8", "Q8_0"], 1)
     (['adamw_torch', 'grokadamw'], ['Q8_0'])
     """
-    import difflib
-
     value, known = value.lower()[:_MAX_SHOWN], {choice.lower(): choice for choice in choices}
     longer = [word for word in known if value and word.startswith(value)]
-    near = [n for pool in (longer, known) for n in difflib.get_close_matches(value, pool, n=most, cutoff=0.0)]
+    near = [*most_similar(value, longer, most), *most_similar(value, known, most)]
     return [known[word] for word in dict.fromkeys(near)][:most]
+
+
+def most_similar(value: str, words: Iterable[str], most: int) -> list[str]:
+    """Return what `difflib.get_close_matches` returns without a cutoff, in a fifth of the time for two thousand.
+
+    The words with the highest upper bounds are compared first, until no bound reaches the best ratios found.
+    """
+    from difflib import SequenceMatcher
+
+    compared, best = SequenceMatcher(b=value), list[tuple[float, str]]()
+
+    def bound(word: str) -> float:
+        compared.set_seq1(word)
+        return compared.quick_ratio()
+
+    for upper, word in sorted([(bound(word), word) for word in words], reverse=True):
+        if len(best) == most and upper < best[-1][0]:
+            break
+        compared.set_seq1(word)
+        best = sorted([*best, (compared.ratio(), word)], reverse=True)[:most]
+    return [word for _, word in best]
 
 
 def misspelt(value: str, choices: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpu_table import CardNames, gpu_table
-from memplan.core.errors import UnknownNameError, refused
+from memplan.core.errors import UnknownNameError, most_similar, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
@@ -307,10 +307,7 @@ def _with_memory(gpu: GPU, memory_gb: float) -> GPU:
 
 def _nearest(text: str) -> list[str]:
     """The ids most similar to `text`, best first, of the vendors that it mentions."""
-    import difflib
-
     table, vendors = gpu_table(), _parse(text).vendors
     owners = {n: card for n, card in table.owners.items() if not vendors or table.gpu(card).vendor in vendors}
     known = {_squeeze(name): card for name, card in (owners or table.owners).items()}
-    near = difflib.get_close_matches(_squeeze(text), known, n=8, cutoff=0.0)
-    return list(dict.fromkeys(known[name] for name in near))
+    return list(dict.fromkeys(known[name] for name in most_similar(_squeeze(text), known, 8)))
