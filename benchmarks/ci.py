@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("new", nargs="?", default="HEAD")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # some tests run as another user
         old, new = (run(commit, Path(folder, name)) for name, commit in (("old", args.old), ("new", args.new)))
     print(f"ratio: {new.clock / old.clock:.2f} by the clock, {new.cpu / old.cpu:.2f} of CPU")
 

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from typer.main import get_command
 
 from memplan.cli.app import app
+from memplan.core import user_folders
 from memplan.core.errors import FactsMissingError, MemplanError
 from memplan.core.user_folders import caches, calibrations
 from memplan.estimate.calibration import file_of
@@ -33,12 +34,14 @@ class Ran(NamedTuple):
 
 @contextmanager
 def obeying_permissions() -> Iterator[None]:
-    """Run as nobody if the user is root, who may read and write everything."""
+    """Run as nobody if the user is root, who may read and write everything; memplan's own files must be readable."""
     if os.getuid() != 0:
         yield
         return
     os.setresuid(NOBODY, NOBODY, 0)
     try:
+        if not os.access(user_folders.__file__, os.R_OK):  # as in /root
+            pytest.skip("the checkout is in a folder that only root may enter")
         yield
     finally:
         os.setresuid(0, 0, 0)

@@ -1,4 +1,4 @@
-"""Numbers that transformers, peft and autograd give for small models, and a file of those that were asked before.
+"""Numbers that torch, transformers and peft give for small models, and a file of those that were asked before.
 
     python tests/golden/ask_libraries.py
 
