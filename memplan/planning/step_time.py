@@ -7,7 +7,8 @@ repeats (checkpointed blocks) is accounted for. Counts are derived; seconds come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -197,7 +198,7 @@ def _pass_work(graph: Graph) -> _Pass:
             rest[names] = rest.get(names, 0) + factor * call.copies
         calls += call.copies if own else 0
 
-    for call in work_of_pass(graph):
+    for call in _distinct(work_of_pass(graph)):
         op, tensors = call.op, call.tensors
         match call.part:
             case "sum":
@@ -213,6 +214,17 @@ def _pass_work(graph: Graph) -> _Pass:
                 own, extra = flops.forward_bytes(op, tensors)
                 add(call, part, flops.forward(op, tensors), own, extra)
     return _Pass(tuple(_Product(*key, times) for key, times in products.items()), tuple(rest.items()), calls)
+
+
+def _distinct(calls: Iterable[Call]) -> Iterator[Call]:
+    """Yield each computation once, with the copies of all that are equal: most copies of a block are."""
+    first: dict[tuple[object, ...], Call] = {}
+    copies = Counter[tuple[object, ...]]()
+    for call in calls:
+        key = (id(call.op), call.part, call.of, call.targets, *call.tensors.values())
+        first.setdefault(key, call)
+        copies[key] += call.copies
+    return (call._replace(copies=copies[key]) for key, call in first.items())
 
 
 class _Sizes:

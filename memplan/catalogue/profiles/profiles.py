@@ -67,10 +67,12 @@ def holds(row: Setting, model_type: str, quantised: bool) -> bool:
 @lru_cache(maxsize=1024)
 def library_behaviour(name: str, model_type: str, quantised: bool) -> LibraryBehaviour:
     """Return everything that a profile decides for a run. Raises UnknownNameError."""
-    values = {
-        row.field.replace(".", "_"): row.value for row in rows(find_profile(name)) if holds(row, model_type, quantised)
-    }
-    return behaviour_of(values, name)
+    return _decided(name, tuple(row for row in rows(find_profile(name)) if holds(row, model_type, quantised)))
+
+
+@lru_cache(maxsize=256)  # most families have the same
+def _decided(name: str, chosen: tuple[Setting, ...]) -> LibraryBehaviour:
+    return behaviour_of({row.field.replace(".", "_"): row.value for row in chosen}, name)
 
 
 def behaviour_of(values: dict[str, Any], owner: str) -> LibraryBehaviour:
