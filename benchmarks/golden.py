@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.estimate.answer import Card, Parameters, Peak, Phase, phase_peaks
+from memplan.estimate.inference import InferenceWalk
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"
@@ -94,8 +95,7 @@ def shared(answer: Callable[[dict[str, Any]], Found]) -> Callable[[dict[str, Any
 def trace_figures(run: dict[str, Any]) -> TraceFigures:
     """Return the figures of a traced run, given as a row has it."""
     answer = estimate(RunSpec(**run))
-    lines = () if answer.run.task == "train" else answer.ledger
-    unsplit = sum(line.bytes for line in lines if line.what == "left unsplit")
+    unsplit = answer.walk.unsplit if isinstance(answer.walk, InferenceWalk) else 0
     return TraceFigures(answer.parameters, answer.phases, answer.peak, answer.gpu, unsplit)
 
 

@@ -331,4 +331,4 @@ def test_a_method_that_cannot_be_traced_keeps_what_autograd_saves(kind: str, dty
     stack, axes = operations_of(decide(RunSpec.model_validate(run)).structure.graph)
     axes = {**axes, "b": B, "s": S, "s1": S + 1, "targets": B * S, "padded_labels": B * (S + 1)}
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
-    assert in_bytes(low, axes) == model_saves("llama", dtype, B, S, method, live=True)
+    assert in_bytes(low, axes) == model_saves("llama", dtype, B, S, method)

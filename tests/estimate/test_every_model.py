@@ -69,19 +69,16 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
     structure, b = decided.structure, decided.batch
     low, recording = pass_of(structure, later=False), recorded_pass_of(structure, later=False)
     fixed = operations_of(structure.graph)[1]
-    variables = (size(key[0], key[1], fixed)[0] for key in (*low.sizes, *recording.sizes))
-    needs = frozenset(axis for variable in variables for axis in variable.axes)
+    sizes = {key: size(*key, fixed) for key in {key[:2] for key in (*low.sizes, *recording.sizes)}}
+    needs = frozenset(axis for variable, _ in sizes.values() for axis in variable.axes)
     lengths = (decided.pictures, b.target_sequence)
     own = axes_of(structure.graph, needs, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
     axes = {**fixed, **own}
+    bytes_of = {key: n * values([variable], axes)[0] for key, (variable, n) in sizes.items()}
 
-    def bytes_of(shape: str, dtype: str) -> int:
-        variable, n = size(shape, dtype, axes)
-        return n * values([variable], axes)[0]
-
-    sizes = [bytes_of(*key[:2]) for key in low.sizes]
-    of_moments = max(bytes_at_each(low.moments.unnamed, low.runs, axes, sizes))
-    made = [bytes_of(*key[:2]) for key in recording.sizes]
+    lowered = [bytes_of[key[:2]] for key in low.sizes]
+    of_moments = max(bytes_at_each(low.moments.unnamed, low.runs, axes, lowered))
+    made = [bytes_of[key[:2]] for key in recording.sizes]
     bytes_by_number: dict[int, int] = {}
     live = most = 0
     for number, key in recording.unrolled():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -14,14 +13,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import without_workspaces
 from memplan import RunSpec, estimate
 from memplan.core.errors import MemplanError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.probe.difference import difference, phases
 from memplan.probe.fake import fake_device
 from memplan.probe.libraries import require
 from memplan.probe.run.trace import TracedRun, Tracer, traces
-from memplan.spec.training import Kernels
 from tests.encoders import SMALL
 from tests.tiny import TINY
 from tests.tiny_vision import TINY as TINY_VISION
@@ -461,36 +458,7 @@ def test_a_caller_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-# --- checkpointed inputs on the host
-
-OFFLOADED = {
-    "full": tiny("llama"),
-    "adapters": tiny("gpt2", method={"kind": "lora", "rank": 4}, optimizer="sgd"),
-    "frozen": tiny("qwen3", method={"kind": "freeze", "trainable_layers": 1}),
-    "accumulated": tiny("mistral", batch={"micro": 2, "sequence": 24, "accumulation": 2}),
-}
-
-
-def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks() -> None:
-    def checkpointed(run: RunSpec, how: str) -> RunSpec:
-        return run.model_copy(update={"kernels": Kernels(checkpointing=how, reentrant=True)})
-
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.offloaded_child"],
-        input="\n".join(checkpointed(run, "full").model_dump_json() for run in OFFLOADED.values()),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    traced = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("[[")]
-    for (name, run), phases_ in zip(OFFLOADED.items(), traced, strict=True):
-        peaks: dict[tuple[int, str], int] = {}
-        for phase, step, peak in phases_:
-            key = (step, {"forward": "fwd", "loss": "fwd", "backward": "bwd"}.get(phase, "opt"))
-            peaks[key] = max(peak, peaks.get(key, 0))
-        estimated = without_workspaces(estimate(checkpointed(run, "offload")))
-        assert estimated == {key: peaks[key] for key in estimated}, name
+# --- saved tensors on the host
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "starcoder2", "mixtral"])

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.accuracy import without_workspaces
+from benchmarks.golden import rows, trace_figures
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.optimizers.optimizers import ON_HOST
 from memplan.core.errors import MemplanError, SpecError
@@ -15,6 +17,7 @@ from memplan.core.units import rounded
 from memplan.models.cards import load_card
 from memplan.report.assumptions import assumptions
 from memplan.resolve.request import spec_of
+from tests.cases import each
 from tests.estimate.test_laws import SHAPE, answer, laws, runs
 
 HIDDEN, LAYERS = 896, 24  # qwen2-0.5b
@@ -32,6 +35,12 @@ def moved(**fields: Any) -> Estimate:
 
 
 # the inputs of blocks
+
+
+@each(rows("traced_offloaded.jsonl"), lambda row: row["name"])
+def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks(row: dict[str, Any]) -> None:
+    traced = {(int(step), part): peak for step, peaks in row["steps"].items() for part, peak in peaks.items()}
+    assert without_workspaces(trace_figures(row["run"])) == traced
 
 
 @laws

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -189,23 +190,23 @@ def test_lists_and_schemas_are_the_commands(client: httpx.Client) -> None:
     assert client.get("/v1/schema", params={"of": "run"}).json() == run_schema()
 
 
-OPENAPI = openapi()
+described = cache(openapi)
 
 
 def _follows(path: str, answer: object, method: str = "post") -> None:
     """Check an answer by the schema that OpenAPI has for it."""
-    content = OPENAPI["paths"][path][method]["responses"]["200"]["content"]["application/json"]
-    jsonschema.Draft202012Validator({**content["schema"], "components": OPENAPI["components"]}).validate(answer)
+    content = described()["paths"][path][method]["responses"]["200"]["content"]["application/json"]
+    jsonschema.Draft202012Validator({**content["schema"], "components": described()["components"]}).validate(answer)
 
 
 def test_openapi_describes_what_is_served(client: httpx.Client) -> None:
-    assert client.get("/v1/openapi.json").json() == OPENAPI
-    assert OPENAPI["paths"].keys() == {each.path for each in ENDPOINTS}
-    for schema in OPENAPI["components"]["schemas"].values():
+    assert client.get("/v1/openapi.json").json() == described()
+    assert described()["paths"].keys() == {each.path for each in ENDPOINTS}
+    for schema in described()["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
     _follows("/v1/estimate", client.post("/v1/estimate", json=RUN).json())
     _follows("/v1/estimates", client.post("/v1/estimates", json={"runs": [RUN, {}]}).json())
-    method = OPENAPI["components"]["schemas"]["RunSpec"]["properties"]["method"]
+    method = described()["components"]["schemas"]["RunSpec"]["properties"]["method"]
     assert method["anyOf"][1] == run_schema()["properties"]["method"]["anyOf"][1]
 
 
