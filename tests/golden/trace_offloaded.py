@@ -22,7 +22,7 @@ from memplan.probe.libraries import versions
 from memplan.probe.run import child
 from tests.tiny import TINY
 
-fake_device.load()
+fake_device.load()  # before torch, which then finds the device
 
 import torch
 import transformers.modeling_utils
