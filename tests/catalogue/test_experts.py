@@ -24,7 +24,6 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.golden.ask_libraries import trained
-from tests.parameters import counted
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
@@ -57,7 +56,7 @@ def in_peft(model_type: str, targets: Any) -> int | None:
 
 def here(model_type: str, targets: Any) -> int | None:
     try:
-        return counted(run(model_type, method={"kind": "lora", "rank": 4, "targets": targets})).trainable
+        return estimate(run(model_type, method={"kind": "lora", "rank": 4, "targets": targets})).parameters.trainable
     except MemplanError:
         return None
 

@@ -21,7 +21,6 @@ from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.cases import each
 from tests.golden.ask_libraries import trained
-from tests.parameters import counted
 from tests.tiny import TINY
 
 BF16, FP32 = 2, 4
@@ -67,7 +66,7 @@ def peft_counts(model_type: str, kind: str, targets: Any, live: bool = False, **
 def test_trainable_parameters_equal_pefts(model_type: str, kind: str) -> None:
     for targets in ("all-linear", *TARGETS[model_type]):
         method = {"kind": kind, "rank": 8, "targets": targets}
-        mine = counted(run(model_type, method=method, batch={"sequence": 64}))
+        mine = estimate(run(model_type, method=method, batch={"sequence": 64})).parameters
         theirs = peft_counts(model_type, kind, targets, model_type in ("gpt2", "mistral"))
         assert [mine.trainable, mine.total + mine.trainable] == theirs, targets
 

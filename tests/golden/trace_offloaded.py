@@ -3,7 +3,7 @@
 python tests/golden/trace_offloaded.py > tests/golden/traced_offloaded.jsonl
 
 Like Unsloth, and after it Axolotl and LLaMA-Factory (unsloth_zoo 2026.10 gradient_checkpointing.py
-Unsloth_Offloaded_Gradient_Checkpointer). Prints rows for tests/program/test_offload.py in half a minute.
+Unsloth_Offloaded_Gradient_Checkpointer). Prints rows for tests/program/test_offload.py in ten seconds.
 """
 
 from __future__ import annotations

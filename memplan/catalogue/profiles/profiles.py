@@ -70,7 +70,7 @@ def library_behaviour(name: str, model_type: str, quantised: bool) -> LibraryBeh
     return _decided(name, tuple(row for row in rows(find_profile(name)) if holds(row, model_type, quantised)))
 
 
-@lru_cache(maxsize=256)  # most families have the same
+@lru_cache(maxsize=256)  # most families have the same rows
 def _decided(name: str, chosen: tuple[Setting, ...]) -> LibraryBehaviour:
     return behaviour_of({row.field.replace(".", "_"): row.value for row in chosen}, name)
 

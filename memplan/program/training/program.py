@@ -116,7 +116,7 @@ def program(structure: Structure) -> Program:
         host=total_bytes(sharding.host()) + sum(s.bytes * s.count for s in optimizer.states if s.host),
         host_activations=tuple(_offloaded_activations(structure)),
         clipping=sharding.clipping(),
-        counts=parameter_counts(structure),
+        counts=_parameter_counts(structure),
     )
 
 
@@ -127,8 +127,7 @@ def _moments(structure: Structure) -> Moments:
     return step_moments(structure.graph, options, structure.holds_outputs)
 
 
-def parameter_counts(structure: Structure) -> ParameterCounts:
-    """Return the numbers of parameters of the entire model, for which nothing is lowered."""
+def _parameter_counts(structure: Structure) -> ParameterCounts:
     whole = structure.graph._replace(degrees=WHOLE)
     weights, axes = tuple(weights_of(whole)), operations_of(whole)[1]
     total = trainable = active = 0
