@@ -349,9 +349,9 @@ def _returned(stack: Stack, copies: Sequence[Copies]) -> tuple[dict[str, Tensor]
 
     Blocks return them with `y`, so they stay alive until a later block returns others.
     """
-    written = {t.name for op in stack.after for t in op.writes}
-    shared = {name for run in stack.runs for block in run.blocks for name in block.shares}
-    names = {r for op in stack.after for r in op.reads} - written - {"x", "y"} - shared
+    known = {"x", "y", *[t.name for op in stack.after for t in op.writes]}
+    known |= {name for run in stack.runs for block in run.blocks for name in block.shares}
+    names = [r for r in dict.fromkeys(r for op in stack.after for r in op.reads) if r not in known]
     handed, returned = dict[str, Tensor](), dict[str, str]()
     for block, inner in (pair for c in copies for pair in zip(c.blocks, c.scopes, strict=True)):
         behind = storages_behind(block.ops)

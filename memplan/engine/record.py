@@ -7,11 +7,13 @@ the others. Likewise one iteration stands for a loop over experts that keep noth
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from copy import copy as copied
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, compress, count, pairwise
+from operator import add, itemgetter
 from types import MappingProxyType
 
 from memplan.core.cached_property import cached_property
@@ -20,14 +22,16 @@ from memplan.core.records import NamedTuple
 from memplan.engine.events import FREED, Event, Events, EventSpan
 from memplan.engine.frames import Frame
 from memplan.engine.gather import Gatherer
-from memplan.engine.moments import Moment
+from memplan.engine.moments import Counts, Moment
+from memplan.engine.repeats import BlockRepeat, RepeatingTape
 from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
 from memplan.engine.storages import COMPUTING, Storage, Way
-from memplan.engine.tape import Tape
 
 # How many copies at either end of a run are run, and how far from it a copy frees storages. If forward prefetches, the
 # last copies in backward do so with a delay.
 REACH, REACH_OF_PREFETCHED = 1, 3
+
+_NAMES_OF_STREAMS = "01234"  # in the sizes of a recorder
 
 
 class AllocationTrace(Events):
@@ -103,20 +107,23 @@ def _changes(events: Iterable[Event]) -> tuple[list[Event], list[int]]:
 class _Copy(NamedTuple):
     """The events of one copy, from `start` to `end`. It is followed by `skipped` equal copies that were not run.
 
-    `times` is the axis of the number of all.
+    times  the axis of the number of all
+    made   the numbers of the storages that it allocates
     """
 
     number: int
     way: Way
     skipped: int
     times: str
+    made: range
     start: int
     end: int
 
 
-class Recorder(Tape):
+class Recorder(RepeatingTape):
     """A tape that records every allocation and free, and no moments. No copy stands for a run of them.
 
+    Of an allocation it notes the key, which is the storage's size here, and of a free `~number` of the storage.
     `late` are names of weights outside of blocks whose gradients are freed only when the next weight's gradient is
     there.
     """
@@ -127,48 +134,74 @@ class Recorder(Tape):
         updates: Mapping[str, int] = MappingProxyType({}),
         late: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(grads_exist, updates=updates)
+        super().__init__(grads_exist, labelled=False, updates=updates)
         self._late = late
         self._late_gradients: list[Storage] = []
-        self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
-        # Positions in `events`:
-        self.outside: list[int] = []  # backward reaches the loss, the head, and the operations before the blocks
-        self.recalled = 0  # everything that the previous pass left is allocated
-        self.turn = 0  # end of forward
-        self.over = 0  # end of the pass
-        self._storages = 0
-        self._keys: dict[tuple[str, str, int], int] = {}  # shape, dtype and stream -> index, a storage's size here
-        self._entered = _Copy(0, "forward", 0, "", 0, 0)
+        # Numbers of events:
+        self.outside: list[int] = []  # when backward reaches the loss, the head, and the operations before the blocks
+        self.recalled = 0  # until everything that the previous pass left is allocated
+        self.turn = 0  # of forward
+        self.over = 0  # of the pass
+        self.storages = 0  # so far
+        self._entered = _Copy(0, "forward", 0, "", range(0), 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
-        key = (tensor.shape, tensor.dtype, self.stream)
-        storage = Storage(self._keys.setdefault(key, len(self._keys)), fresh)
-        number = storage.number = self._storages
-        self._storages = number + 1
-        self.events.append((number, storage.size))
+        key = (tensor.shape, tensor.dtype, _NAMES_OF_STREAMS[self.stream])
+        storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
+        number = storage.number = self.storages
+        self.storages = number + 1
+        self._changes.append(storage.size)
+        self.made.append(storage)
         return storage
 
     @property
     def keys(self) -> list[tuple[tuple[str, ...], int]]:
         """The shape and dtype, and the stream, of each key."""
-        return [((shape, dtype), stream) for shape, dtype, stream in self._keys]
+        return [((shape, dtype), int(stream)) for shape, dtype, stream in self.sizes]
 
     @property
-    def storages(self) -> int:
-        """The number of storages so far."""
-        return self._storages
+    def events(self) -> list[Event]:
+        """The allocations and frees."""
+        numbers = count()
+        return [(next(numbers), change) if change >= 0 else (~change, FREED) for change in self._changes]
 
     def drop(self, storage: Storage) -> None:
         refs = storage.refs = storage.refs - 1
+        storage.at = len(self._changes)
         if refs < 0:
-            raise self._freed_twice([*self._keys][storage.size][:2])
+            raise self._freed_twice([*self.sizes][storage.size][:2])
         if not refs:
-            self.events.append((storage.number, FREED))
+            self._changes.append(~storage.number)
+
+    @property
+    def _counts(self) -> Counts:
+        """None: what is alive is not counted."""
+        return {}
+
+    def _runs_alike(self, frame: Frame) -> bool:
+        return not self._late_gradients and super()._runs_alike(frame)
+
+    def _run_again(self, repeat: BlockRepeat, earlier: list[Storage], layer: str) -> list[Storage]:
+        first, (of_block, count_) = self.storages, repeat.allocated
+        self.storages += count_
+        events = [change if change >= 0 else change + of_block - first for change in repeat.events]
+        self._changes += repeat.with_frees(events, repeat.frees(earlier, self._free))
+        made: list[Storage] = []
+        for index, size, fresh, refs in repeat.made:
+            made.append(Storage(size, fresh, refs))
+            made[-1].number = first + index
+        return made
+
+    def _free(self, storage: Storage) -> int:
+        return ~storage.number
+
+    def _in_sizes(self, events: list[int], own: Mapping[int, int]) -> list[int]:
+        return [*map(own.get, events, events)]
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
         pasts = super().recall(blocks, run)
-        self.recalled = len(self.events)
+        self.recalled = len(self._changes)
         return pasts
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
@@ -183,26 +216,31 @@ class Recorder(Tape):
     def note(self) -> None:
         """Record no moments."""
 
+    def _offload(self, tensor: Tensor) -> None:
+        """Count no copies in host memory."""
+
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         if not frame.block:
-            self.outside.append(len(self.events))
+            self.outside.append(len(self._changes))
         super().backward(frame, grads)
 
     def end_forward(self) -> None:
         super().end_forward()
-        self.turn = len(self.events)
+        self.turn = len(self._changes)
 
     def end_step(self, *gradients: Storage, behind: Iterable[Storage] = ()) -> tuple[Moment, Moment]:
         while self._late_gradients:
             self.drop(self._late_gradients.pop())
-        self.over = len(self.events)
+        self.over = len(self._changes)
         return super().end_step(*gradients, behind=behind)
 
     def enter_copy(self, number: int, way: Way, skipped: int, times: str) -> None:
-        self._entered = _Copy(number, way, skipped, times, len(self.events), 0)
+        made = range(self.storages, self.storages)
+        self._entered = _Copy(number, way, skipped, times, made, len(self._changes), 0)
 
     def leave_copy(self) -> None:
-        self.copies.append(self._entered._replace(end=len(self.events)))
+        made = range(self._entered.made.start, self.storages)
+        self.copies.append(self._entered._replace(made=made, end=len(self._changes)))
 
 
 class _LabellingRecorder(Recorder):
@@ -215,6 +253,9 @@ class _LabellingRecorder(Recorder):
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         self.labels.append((tensor.shape, tensor.dtype, kind, self._block, self._op.name, of + tensor.name))
         return super().alloc(tensor, kind, fresh, of)
+
+    def _runs_alike(self, frame: Frame) -> bool:
+        return False  # each storage is labelled by itself
 
 
 def record(
@@ -270,12 +311,21 @@ class _Flags(NamedTuple):
     labelled: bool = False
 
 
+class _Loop(NamedTuple):
+    """Equal iterations, of `length` events each, that free everything they allocate."""
+
+    start: int
+    length: int
+    times: int
+
+
 class _Recorded(NamedTuple):
     """A pass of a stack in which a few copies of each run were run.
 
     copies    the copies that were run
     events    the allocations and frees, in one span
     cuts      positions in `events` at which its parts end
+    loops     those among the events, in order
     keys      shape and dtype, and stream, of each key
     storages  number of storages
     labels    of each storage, if they were asked for
@@ -284,6 +334,7 @@ class _Recorded(NamedTuple):
     copies: tuple[_Copy, ...]
     events: Events
     cuts: tuple[int, ...]
+    loops: tuple[_Loop, ...]
     keys: list[tuple[tuple[str, ...], int]]
     storages: int
     labels: tuple[tuple[str, ...], ...]
@@ -300,10 +351,15 @@ def _recorded(
     run_pass(tape, gatherer, stack, dict(depth), options, one_by_one=one_by_one, records=records, casts=casts)
     cuts = (tape.turn, tape.outside[1], tape.over) if records else ()
     labels = tuple(tape.labels) if isinstance(tape, _LabellingRecorder) else ()
-    return _Recorded(tuple(tape.copies), Events(tape.events), cuts, tape.keys, tape.storages, labels)
+    events, copies, computing = tape.events, tuple(tape.copies), {FREED}
+    computing.update(key for key, (_, stream) in enumerate(tape.keys) if stream == COMPUTING)
+    ends = {0, *cuts, *[end for copy in copies for end in (copy.start, copy.end)], len(events)}
+    loops = (loop for start, end in pairwise(sorted(ends)) for loop in _loops(events, start, end, computing))
+    return _Recorded(copies, Events(events), cuts, tuple(loops), tape.keys, tape.storages, labels)
 
 
 _DIFFERENT = 8  # more copies of a run than differ from the others
+_OUTSIDE = -1  # of copies
 
 
 def _expanded(
@@ -331,12 +387,11 @@ class _Expansion:
     def __init__(self, tape: _Recorded, reach: int) -> None:
         self._tape, self._reach = tape, reach
         self._cuts = deque(tape.cuts)
-        self._allocated: dict[tuple[int, Way], list[int]] = {}
-        self._origin: dict[int, tuple[_Copy, int]] = {}  # storage -> its copy, and its index there
-        for copy in tape.copies:
-            allocated = [number for number, key in self._between(copy.start, copy.end) if key != FREED]
-            self._allocated[copy.number, copy.way] = allocated
-            self._origin.update((number, (copy, index)) for index, number in enumerate(allocated))
+        self._of_copy = {(copy.number, copy.way): copy for copy in tape.copies}
+        self._makers = [_OUTSIDE] * tape.storages  # of each storage, the index of the copy that allocates it
+        for i, copy in enumerate(tape.copies):
+            self._makers[copy.made.start : copy.made.stop] = [i] * len(copy.made)
+        self._skipped = [*[copy.skipped for copy in tape.copies], 0]  # of each maker
         skipped = {copy.number: copy.skipped for copy in tape.copies}
         self._skips = any(skipped.values())
         positions = accumulate((1 + skipped[number] for number in range(len(skipped))), initial=0)
@@ -358,47 +413,13 @@ class _Expansion:
         self._add_recorded(at, len(tape.events.keys), None)
         self.trace.cut(*self._ends, *(len(self.trace.every) for _ in self._cuts))
 
-    def _between(self, start: int, end: int) -> list[Event]:
-        return self._tape.events.of(EventSpan(start, end - start))
-
     def _add_recorded(self, start: int, end: int, copy: _Copy | None) -> None:
         """Add the events of a copy that was run, or of the operations between copies."""
         while self._cuts and self._cuts[0] < end:
-            self._add_part(start, self._cuts[0], copy)
+            self._add(start, self._cuts[0], copy)
             start = self._cuts.popleft()
             self._ends.append(len(self.trace.every))
-        self._add_part(start, end, copy)
-
-    def _add_part(self, start: int, end: int, copy: _Copy | None) -> None:
-        if copy is not None:
-            events = self._events_of(copy, start, end)
-        else:  # every copy's storage is freed
-            step = self._tape.storages
-            events = [
-                (number + i * step, key)
-                for number, key in self._between(start, end)
-                for i in range(1 + (self._origin[number][0].skipped if number in self._origin and key == FREED else 0))
-            ]
-        self._store(events)
-
-    def _events_of(self, copy: _Copy, start: int, end: int, distance: int = 0) -> list[Event]:
-        """Return the events of a copy or, at a `distance` from it, of one that it stands for."""
-        if not self._skips:
-            return self._between(start, end)
-        shift = distance * self._tape.storages
-        events: list[Event] = []
-        for number, key in self._between(start, end):
-            origin, index = self._origin.get(number, (None, 0))
-            if origin is not None and origin.number == copy.number:
-                events.append((number + shift, key))
-            elif origin is not None and abs(origin.number - copy.number) <= self._reach:
-                position = self._position[copy.number] + distance + origin.number - copy.number
-                other, further = self._run[position]
-                allocated = self._allocated[other, origin.way]
-                events.append((allocated[index] + further * self._tape.storages, key))
-            elif not distance:
-                events.append((number, key))
-        return events
+        self._add(start, end, copy)
 
     def _add_skipped(self, copy: _Copy, distances: range) -> None:
         """Add the events of the skipped copies that this one stands for, given their distances from it."""
@@ -411,36 +432,79 @@ class _Expansion:
                 for span in spans:
                     self.trace.append_span(span._replace(shift=(distance - known) * step))
                 continue
-            stored = self._store(self._events_of(copy, copy.start, copy.end, distance))
+            added = self._add(copy.start, copy.end, copy, distance)
             if self._reach <= distance <= last:
-                spans, known = stored, distance
+                spans, known = added, distance
 
-    def _store(self, events: Sequence[Event]) -> list[EventSpan]:
-        """Append events, and return their spans. Equal iterations that free everything they allocate become one."""
+    def _add(self, start: int, end: int, copy: _Copy | None, distance: int = 0) -> list[EventSpan]:
+        """Add the events between two positions, which are those of a copy or, at a `distance` from it, of one that it
+        stands for. Return their spans; the iterations of a loop become one."""
         spans: list[EventSpan] = []
-        following = _next_with_same_live_set(events)
-        at = start = 0
-        while at < len(events):
-            length, times = following[at] - at, 1
-            while length and _repeats(events, following, at + (times - 1) * length, length):
-                times += 1
-            body = events[at : at + length] if times > 1 else ()
-            if body and self._computes(body) and _frees_what_it_allocates(body):
-                spans += [self._append(events[start:at]), self._append(body, times)]
-                start = at = at + times * length
-            else:
-                at += 1
-        return [*spans, self._append(events[start:])]
+        for first, last, times in self._segments(start, end):
+            numbers, keys = self._events_of(first, last, copy, distance)
+            if keys:
+                spans.append(EventSpan(self.trace.store(numbers, keys), len(keys), 0, times))
+                self.trace.append_span(spans[-1])
+        return spans
 
-    def _append(self, events: Sequence[Event], times: int = 1) -> EventSpan:
-        first = self.trace.store([number for number, _ in events], [key for _, key in events])
-        span = EventSpan(first, len(events), 0, times)
-        self.trace.append_span(span)
-        return span
+    def _segments(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield segments of the events between two positions: where each begins and ends, and its repetitions."""
+        loops = self._tape.loops
+        for at, length, times in loops[bisect_left(loops, start, key=itemgetter(0)) :]:
+            if at >= end:
+                break
+            yield start, at, 1
+            yield at, at + length, times
+            start = at + times * length
+        yield start, end, 1
 
-    def _computes(self, events: Iterable[Event]) -> bool:
-        """Whether the events allocate only on the compute stream."""
-        return all(key == FREED or self.trace.streams[key] == COMPUTING for _, key in events)
+    def _events_of(
+        self, start: int, end: int, copy: _Copy | None, distance: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the numbers and keys of these events, at a `distance` from their copy."""
+        events, step = self._tape.events, self._tape.storages
+        numbers, keys = events.numbers[start:end], events.keys[start:end]
+        if not self._skips:
+            return numbers, keys
+        makers = [*map(self._makers.__getitem__, numbers)]
+        if copy is None:  # every copy's storage is freed
+            more = [self._skipped[maker] if key == FREED else 0 for maker, key in zip(makers, keys, strict=True)]
+            each = [(i, distance) for i, skipped in enumerate(more) for distance in range(1 + skipped)]
+            return [numbers[i] + distance * step for i, distance in each], [keys[i] for i, _ in each]
+        found = set(makers)
+        shifts = {maker: shift for maker in found if (shift := self._shift(maker, copy, distance)) is not None}
+        if len(shifts) < len(found):
+            known = [*map(shifts.__contains__, makers)]
+            numbers, keys, makers = ([*compress(column, known)] for column in (numbers, keys, makers))
+        return [*map(add, numbers, map(shifts.__getitem__, makers))], keys
+
+    def _shift(self, maker: int, copy: _Copy, distance: int) -> int | None:
+        """Return what is added to the numbers of a copy's storages in events at a `distance` from their copy; None if
+        they are not those of a copy near it, and the events of another distance leave them out."""
+        if maker != _OUTSIDE and abs(away := self._tape.copies[maker].number - copy.number) <= self._reach:
+            other, step = self._tape.copies[maker], self._tape.storages
+            if not away:
+                return distance * step
+            number, further = self._run[self._position[copy.number] + distance + away]
+            return self._of_copy[number, other.way].made.start + further * step - other.made.start
+        return None if distance else 0
+
+
+def _loops(events: Sequence[Event], start: int, end: int, computing: Container[int]) -> Iterator[_Loop]:
+    """Yield the loops between two positions. `computing` are FREED and the keys of the compute stream."""
+    part = events[start:end]
+    following = _next_with_same_live_set(part)
+    at = 0
+    while at < len(part):
+        length, times = following[at] - at, 1
+        while length and _repeats(part, following, at + (times - 1) * length, length):
+            times += 1
+        body = part[at : at + length] if times > 1 else ()
+        if body and all(key in computing for _, key in body) and _frees_what_it_allocates(body):
+            yield _Loop(start + at, length, times)
+            at += times * length
+        else:
+            at += 1
 
 
 def _next_with_same_live_set(events: Sequence[Event]) -> list[int]:

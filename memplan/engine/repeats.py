@@ -16,24 +16,26 @@ from memplan.core.records import NamedTuple
 from memplan.engine.dtypes import ResolvedOps
 from memplan.engine.frames import Frame
 from memplan.engine.likeness import ALIKE, Likeness
-from memplan.engine.operation_facts import Ops, are_holding, names_read
+from memplan.engine.operation_facts import Ops, names_read
 from memplan.engine.storages import GRADIENT_OF, EventsOfBlock, Storage
 from memplan.engine.tape import Tape
 
 
-class _Repeat(NamedTuple):
+class BlockRepeat(NamedTuple):
     """The allocations and frees of a block.
 
     Its storages are numbered: first those that were there before it, then those that it made and left.
 
-    events      its allocations and frees, as in `Moment`
+    events      its allocations and frees, as the tape notes them
     operations  the operation of each allocation
     last        the last operation
-    made        size, freshness and references of each storage that it made and left
+    allocated   the first of the numbers of the storages that it allocated, and how many these are
+    made        index among them, size, freshness and references of each storage that it made and left
     references  how many references to each earlier storage it took, less those that it dropped
     dropped     when it dropped its last reference to an earlier storage, last first: the number of events before,
                 whether the next event was that it is free, and the storage's number
     result      name -> number of the storage that it returned under the name
+    held        what holds them -> numbers of storages that its operations hold from now on
     known       the events by which of the latter storages it frees
     orders      events in the same order, by whether each of the latter storages is freed: of all blocks that are alike
     like        how its operations differ from the first that they are like
@@ -43,23 +45,33 @@ class _Repeat(NamedTuple):
     events: list[int]
     operations: list[Op]
     last: Op
-    made: list[tuple[int, bool, int]]
+    allocated: tuple[int, int]
+    made: list[tuple[int, int, bool, int]]
     references: list[int]
     dropped: list[tuple[int, bool, int]]
     result: dict[str, int]
+    held: dict[str, list[int]]
     known: dict[tuple[int, ...], EventsOfBlock]
     orders: dict[tuple[bool, ...], EventsOfBlock]
     like: Likeness
     keys: dict[int, tuple[str, ...]]
 
-    def among(self, earlier: list[Storage], is_deferred: Callable[[Storage], bool]) -> EventsOfBlock:
-        """Return the events if it finds these storages, which are freed unless something else still holds them."""
+    def frees(self, earlier: list[Storage], freed: Callable[[Storage], int]) -> tuple[int, ...]:
+        """Return what the tape notes for each storage of `dropped`: that it is `freed`, or 0 if something holds it."""
         dropped = [(earlier[n], earlier[n].refs + self.references[n]) for _, _, n in self.dropped]
-        frees = tuple([0 if refs or is_deferred(storage) else ~storage.size for storage, refs in dropped])
+        return tuple([0 if refs else freed(storage) for storage, refs in dropped])
+
+    def with_frees(self, events: list[int], frees: tuple[int, ...]) -> list[int]:
+        """Return the events with these frees of earlier storages."""
+        events = [*events]
+        for (at, was_freed, _), free in zip(self.dropped, frees, strict=True):
+            events[at : at + was_freed] = [free] if free else []
+        return events
+
+    def among(self, frees: tuple[int, ...]) -> EventsOfBlock:
+        """Return the events with these frees of earlier storages."""
         if frees not in self.known:
-            events = [*self.events]
-            for (at, was_freed, _), free in zip(self.dropped, frees, strict=True):
-                events[at : at + was_freed] = [free] if free else []
+            events = self.with_frees(self.events, frees)
             order = tuple(map(bool, frees))
             if order not in self.orders:
                 self.orders[order] = EventsOfBlock.of(events, self.operations)
@@ -68,16 +80,17 @@ class _Repeat(NamedTuple):
 
 
 class RepeatingTape(Tape):
-    """A tape that repeats blocks whose operations are alike, if these keep and hold only what their checkpoint does."""
+    """A tape that repeats blocks whose operations are alike, if these keep only what their checkpoint does."""
 
     def __init__(self, grads_exist: bool, labelled: bool, updates: Mapping[str, int]) -> None:
         super().__init__(grads_exist, labelled, updates)
-        self._repeats: dict[tuple[object, ...], dict[Identity[Ops], _Repeat]] = {}  # of blocks that are alike, by block
+        # Of blocks that are alike, by block:
+        self._repeats: dict[tuple[object, ...], dict[Identity[Ops], BlockRepeat]] = {}
 
     def _runs_alike(self, frame: Frame) -> bool:
         """Whether the block's allocations depend on nothing but its operations and the storages that it finds."""
         differs = self.saves or self.module or self.nested or self.hooks or self.waiting is not None
-        own = frame.past or frame.saves or frame.shares or frame.named or frame.to_host
+        own = frame.saves or frame.shares or frame.named or frame.to_host
         return bool(frame.block) and not (differs or own) and _are_alike(Identity(frame.ops))
 
     def _run(
@@ -92,23 +105,30 @@ class RepeatingTape(Tape):
         run = partial(super()._run, frame, part, exported, owned, keep, holds)
         if keep or owned or not self._runs_alike(frame):
             return run()
+        earlier = [*dict.fromkeys(frame.past.values())]
+        if self._depends_on_run(earlier):
+            return run()
         first_name = _like(frame.ops)[1].inverse().name
-        return self._repeated(("forward", *map(first_name, exported)), frame, [], run)
+        past = [(first_name(name), earlier.index(storage)) for name, storage in frame.past.items()]
+        return self._repeated(("forward", *map(first_name, exported), *past), frame, earlier, run, holds)
+
+    def _depends_on_run(self, dropped: Collection[Storage]) -> bool:
+        """Whether it depends on the run of blocks what happens if a block drops the last references to storages."""
+        if self._in_run is not None and any(s.run not in (None, self._in_run) for s in dropped):
+            return True  # the run's other copies have storages like it
+        return sum(map(self._is_deferred, dropped)) > 1  # they are freed in the order in which it drops them
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         run = partial(super().backward, frame, grads)
-        if not frame.checkpointed or frame.reentrant or not self._runs_alike(frame):
+        if not frame.checkpointed or frame.reentrant or frame.past or not self._runs_alike(frame):
             run()
             return
         own = [*grads.values(), *frame.checkpoint]  # each is a reference that the block drops
         found = [(name, frame.outer[name]) for name in names_read(Identity(frame.ops)) if name in frame.outer]
         earlier = [*dict.fromkeys((*own, *(storage for _, storage in found)))]
         alone = {storage for storage in own if storage.refs == own.count(storage)}  # nothing else holds them
-        if self._in_run is not None and any(s.run not in (None, self._in_run) for s in alone):
-            run()  # the run's other copies have storages like it
-            return
-        if sum(map(self._is_deferred, alone)) > 1:
-            run()  # they are freed in the order in which it drops them
+        if self._depends_on_run(alone):
+            run()
             return
         number = {storage: i for i, storage in enumerate(earlier)}
         first_name = _like(frame.ops)[1].inverse().name
@@ -121,17 +141,22 @@ class RepeatingTape(Tape):
             run()
             return grads
 
-        after = {**self._repeated((*key, *map(number.get, frame.checkpoint)), frame, earlier, result)}
+        after = {**self._repeated((*key, *map(number.get, frame.checkpoint)), frame, earlier, result, {})}
         frame.checkpoint = []
         grads.clear()
         grads.update(after)
 
     def _repeated(
-        self, key: tuple[object, ...], frame: Frame, earlier: list[Storage], run: Callable[[], dict[str, Storage]]
+        self,
+        key: tuple[object, ...],
+        frame: Frame,
+        earlier: list[Storage],
+        run: Callable[[], dict[str, Storage]],
+        holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
         """Run the block with `run`, or repeat what one like it did with the same key; return what `run` returns.
 
-        `earlier` are the storages that it finds.
+        `earlier` are the storages that it finds. What it holds is added to `holds`.
         """
         first, like = _like(frame.ops)
         repeats = self._repeats.setdefault((Identity(first), frame.block, *key), {})  # of blocks that are alike
@@ -140,22 +165,33 @@ class RepeatingTape(Tape):
             repeat = repeats[Identity(frame.ops)] = self._as_in(like, next(iter(repeats.values())))
         if repeat is None:
             before = len(self._changes), len(self.origins), len(self.made)
-            references = [storage.refs for storage in earlier]
+            references, held = [storage.refs for storage in earlier], {name: len(each) for name, each in holds.items()}
             result = run()
-            repeats[Identity(frame.ops)] = self._done(like, earlier, references, result, *before)
+            now = {name: each[held.get(name, 0) :] for name, each in holds.items()}
+            repeats[Identity(frame.ops)] = self._done(like, earlier, references, result, now, *before)
             return result
-        self.repeat(repeat.among(earlier, self._is_deferred), frame.where)
+        made = self._run_again(repeat, earlier, frame.where)
         self.enter(frame, repeat.last)
-        made = [Storage(size, fresh, refs) for size, fresh, refs in repeat.made]
         self.made += made
         for storage, change in zip(earlier, repeat.references, strict=True):
             storage.refs += change
             if change and not storage.refs and self._is_deferred(storage):
                 self._deferred.append(storage)
         storages = [*earlier, *made]
+        for name, numbers in repeat.held.items():
+            holds.setdefault(name, []).extend([storages[number] for number in numbers])
         return {name: storages[number] for name, number in repeat.result.items()}
 
-    def _as_in(self, like: Likeness, repeat: _Repeat) -> _Repeat:
+    def _run_again(self, repeat: BlockRepeat, earlier: list[Storage], layer: str) -> list[Storage]:
+        """Allocate and free again what a block did, and return the storages that it makes and leaves."""
+        self.repeat(repeat.among(repeat.frees(earlier, self._free)), layer)
+        return [Storage(size, fresh, refs) for _, size, fresh, refs in repeat.made]
+
+    def _free(self, storage: Storage) -> int:
+        """Return what is noted if a block drops the last reference to a storage: nothing (0) if that is deferred."""
+        return 0 if self._is_deferred(storage) else ~storage.size
+
+    def _as_in(self, like: Likeness, repeat: BlockRepeat) -> BlockRepeat:
         """Return what a block does, given what another one did that is like it."""
         here = like.after(repeat.like)
         if not repeat.keys:
@@ -163,20 +199,24 @@ class RepeatingTape(Tape):
             repeat.keys.update((size, keys[size]) for size in dict.fromkeys(repeat.events) if size >= 0)
         own: dict[int, int] = {}  # sizes that the other block allocates -> the block's own, if it is another
         for size, (shape, dtype, *labels) in repeat.keys.items():
-            if labels and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
+            if len(labels) > 1 and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
                 labels[3] = labels[3].removesuffix(name) + here.names[name]
             elif shape not in here.shapes:
                 continue
             own[size] = self.sizes.setdefault((here.shapes.get(shape, shape), dtype, *labels), len(self.sizes))
-            own[~size] = ~own[size]
         return repeat._replace(
-            events=[*map(own.get, repeat.events, repeat.events)],
-            made=[(own.get(size, size), fresh, refs) for size, fresh, refs in repeat.made],
+            events=self._in_sizes(repeat.events, own),
+            made=[(index, own.get(size, size), fresh, refs) for index, size, fresh, refs in repeat.made],
             keys={},
             result={here.name(name): number for name, number in repeat.result.items()},
             known={},
             like=like,
         )
+
+    def _in_sizes(self, events: list[int], own: Mapping[int, int]) -> list[int]:
+        """Return the events with other sizes, of those that are `own`."""
+        both = {**own, **{~size: ~other for size, other in own.items()}}
+        return [*map(both.get, events, events)]
 
     def _done(
         self,
@@ -184,25 +224,30 @@ class RepeatingTape(Tape):
         earlier: list[Storage],
         references: list[int],
         result: Mapping[str, Storage],
+        held: Mapping[str, list[Storage]],
         events: int,
         origins: int,
         made: int,
-    ) -> _Repeat:
-        """Return what a block did given the references, and the numbers of events, origins and storages, before it."""
-        left = [storage for storage in self.made[made:] if storage.refs > 0]
-        number = {storage: i for i, storage in enumerate((*earlier, *left))}
+    ) -> BlockRepeat:
+        """Return what a block did, given the references before it, what it returned and holds, and the numbers of
+        events, origins and storages before it."""
+        allocated = self.made[made:]
+        left = [(index, storage) for index, storage in enumerate(allocated) if storage.refs > 0]
+        number = {storage: i for i, storage in enumerate((*earlier, *[storage for _, storage in left]))}
         changes = [storage.refs - before for storage, before in zip(earlier, references, strict=True)]
         dropped = [
             (s.at - events, not s.refs and not self._is_deferred(s), i) for i, s in enumerate(earlier) if changes[i] < 0
         ]
-        return _Repeat(
+        return BlockRepeat(
             self._changes[events:],
             [op for _, op in self.origins[origins:]],
             self._op,
-            [(storage.size, storage.fresh, storage.refs) for storage in left],
+            (allocated[0].number if allocated else 0, len(allocated)),
+            [(index, storage.size, storage.fresh, storage.refs) for index, storage in left],
             changes,
             sorted(dropped, key=itemgetter(0, 1), reverse=True),
             {name: number[storage] for name, storage in result.items()},
+            {name: [number[storage] for storage in each] for name, each in held.items() if each},
             {},
             {},
             like,
@@ -217,5 +262,7 @@ def _like(ops: Ops) -> tuple[Ops, Likeness]:
 
 @lru_cache(maxsize=128)
 def _are_alike(ops: Identity[Ops]) -> bool:
-    """Whether the operations of a block hold nothing for other blocks, and run no other model."""
-    return not any(are_holding(ops.value)) and not any(op.past or op.wraps or op.model for op in ops.value)
+    """Whether the operations of a block let go nothing that others hold, and run no other model."""
+    return not any(
+        op.releases or op.captures or op.requires_gradient or op.wraps or op.model is not None for op in ops.value
+    )

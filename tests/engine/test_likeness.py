@@ -8,7 +8,7 @@ from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor
 from memplan.engine.dtypes import ResolvedOps, Scope
 from memplan.engine.likeness import ALIKE, Likeness
-from memplan.engine.repeats import _Repeat as Repeat  # pyright: ignore[reportPrivateUsage]
+from memplan.engine.repeats import BlockRepeat
 from memplan.engine.storages import Storage
 
 X = Tensor("x", "b s h", "bf16")
@@ -111,8 +111,11 @@ def test_alike_operations_are_resolved_as_if_alone(autocast: str | None) -> None
 
 
 def test_a_block_falls_earlier_if_it_frees_what_it_finds() -> None:
-    block = Repeat([0, 1, ~0], [Op("a"), Op("b")], Op("b"), [], [-1], [(1, False, 0)], {}, {}, {}, ALIKE, {})
-    held, alone = (block.among([Storage(7, True, refs)], lambda _: False) for refs in (2, 1))
+    operations = [Op("a"), Op("b")]
+    block = BlockRepeat([0, 1, ~0], operations, Op("b"), (0, 2), [], [-1], [(1, False, 0)], {}, {}, {}, {}, ALIKE, {})
+    frees = [block.frees([Storage(7, True, refs)], lambda storage: ~storage.size) for refs in (2, 1)]
+    assert frees == [(0,), (~7,)]
+    held, alone = map(block.among, frees)
     assert (held.events, held.falls, held.names, held.left) == ([0, 1, ~0], [2], ["b"], {1: 1})
     assert (alone.events, alone.falls, alone.names) == ([0, ~7, 1, ~0], [1, 3], ["a", "b"])
     assert alone.left == {1: 1, 7: -1}

@@ -13,10 +13,11 @@ from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import InternalError
 from memplan.core.ir import Op, Stack, Tensor
 from memplan.engine import dtypes, lowered, record, step
-from memplan.engine.events import packed
+from memplan.engine.events import FREED, packed
 from memplan.engine.likeness import Likeness
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment, PassMoments
+from memplan.engine.record import AllocationTrace
 from memplan.engine.repeats import RepeatingTape
 from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
 from memplan.program import graph
@@ -71,22 +72,32 @@ def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: p
         assert alive(one, shared.runs, axes) == alive(other, own.runs, axes)
 
 
+def named(recording: AllocationTrace) -> list[tuple[int, object]]:
+    """Return the events, each key as what it stands for."""
+    keys = [*zip(recording.sizes, recording.streams, strict=True)]
+    return [(number, key if key == FREED else keys[key]) for number, key in recording.unrolled()]
+
+
 @pytest.mark.parametrize("case", ALIKE)
 def test_a_block_that_repeats_what_another_did_has_its_own_moments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, fields = ALIKE[case]
     structure = decide(deep(kind, 19, fields)).structure
 
-    def lowered_once() -> Lowered:
-        for cache in (graph._lowered, step._lowered, dtypes._resolved):  # pyright: ignore[reportPrivateUsage]
+    def once() -> tuple[Lowered, AllocationTrace]:
+        caches = graph._lowered, step._lowered, dtypes._resolved, graph._recorded, record._recorded  # pyright: ignore[reportPrivateUsage]
+        for cache in caches:
             cache.cache_clear()
-        return pass_of(structure)
+        return pass_of(structure), recording_of(structure, later=False)
 
-    shared = lowered_once()
+    shared, recorded = once()
     monkeypatch.setattr(RepeatingTape, "_runs_alike", lambda tape, frame: False)  # pyright: ignore
     monkeypatch.setattr(Likeness, "of", lambda first, ops, inputs: None)
-    own = lowered_once()
+    own, recorded_alone = once()
     assert shared is not own
     assert ([*shared.moments], shared[1:]) == ([*own.moments], own[1:])
+    assert recorded is not recorded_alone
+    assert named(recorded) == named(recorded_alone)
+    assert [number for number, _ in recorded.left] == [number for number, _ in recorded_alone.left]
 
 
 @pytest.mark.parametrize("case", RUNS)
