@@ -77,6 +77,7 @@ class Frame:
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
         self.past: Mapping[str, Storage] = {}  # left by the previous pass
+        self._kept: Sequence[Sequence[Storage]] = ()  # by each node, until there are nodes
 
     @property
     def backwards(self) -> Sequence[Backward]:
@@ -86,7 +87,22 @@ class Frame:
     @cached_property
     def nodes(self) -> list[Node]:
         """The graph's node of each operation; many frames are repeated, and never need them."""
-        return [*map(Node, self.ops, self.backwards)] if self.flow is not None else [NOT_RECORDED] * len(self.ops)
+        if self.flow is None:
+            return [NOT_RECORDED] * len(self.ops)
+        nodes = [*map(Node, self.ops, self.backwards)]
+        for node, kept in zip(nodes, self._kept, strict=False):
+            node.kept = [*kept]
+        return nodes
+
+    @property
+    def kept(self) -> Sequence[Sequence[Storage]]:
+        """The storages that each node keeps."""
+        return [node.kept for node in self.nodes] if "nodes" in vars(self) else self._kept
+
+    @kept.setter
+    def kept(self, kept: Sequence[Sequence[Storage]]) -> None:
+        vars(self).pop("nodes", None)
+        self._kept = kept
 
     def detach(self, inputs: Container[Storage]) -> None:
         """Make leaves of these inputs, as a reentrant checkpoint does: autocast caches the casts of those in fp32."""

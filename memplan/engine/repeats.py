@@ -6,8 +6,10 @@ the last ones, all those of a model whose layers alternate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
+from itertools import chain
 from operator import itemgetter
 
 from memplan.core.identity import Identity
@@ -35,6 +37,8 @@ class BlockRepeat(NamedTuple):
     dropped     when it dropped its last reference to an earlier storage, last first: the number of events before,
                 whether the next event was that it is free, and the storage's number
     result      name -> number of the storage that it returned under the name
+    names       name -> number of the storage that is known by it
+    kept        numbers of the storages that each node of its graph keeps
     held        what holds them -> numbers of storages that its operations hold from now on
     known       the events by which of the latter storages it frees
     orders      events in the same order, by whether each of the latter storages is freed: of all blocks that are alike
@@ -50,6 +54,8 @@ class BlockRepeat(NamedTuple):
     references: list[int]
     dropped: list[tuple[int, bool, int]]
     result: dict[str, int]
+    names: dict[str, int]
+    kept: list[list[int]]
     held: dict[str, list[int]]
     known: dict[tuple[int, ...], EventsOfBlock]
     orders: dict[tuple[bool, ...], EventsOfBlock]
@@ -80,7 +86,7 @@ class BlockRepeat(NamedTuple):
 
 
 class RepeatingTape(Tape):
-    """A tape that repeats blocks whose operations are alike, if these keep only what their checkpoint does."""
+    """A tape that repeats blocks whose operations are alike."""
 
     def __init__(self, grads_exist: bool, labelled: bool, updates: Mapping[str, int]) -> None:
         super().__init__(grads_exist, labelled, updates)
@@ -103,14 +109,15 @@ class RepeatingTape(Tape):
         holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
         run = partial(super()._run, frame, part, exported, owned, keep, holds)
-        if keep or owned or not self._runs_alike(frame):
+        if owned or (keep and (frame.recomputed or frame.reentrant)) or not self._runs_alike(frame):
             return run()
-        earlier = [*dict.fromkeys(frame.past.values())]
-        if self._depends_on_run(earlier):
+        if self._depends_on_run({*frame.past.values()}):
             return run()
+        number, found = _numbered([], {**frame.past, **(frame.outer if keep else {})})
         first_name = _like(frame.ops)[1].inverse().name
-        past = [(first_name(name), earlier.index(storage)) for name, storage in frame.past.items()]
-        return self._repeated(("forward", *map(first_name, exported), *past), frame, earlier, run, holds)
+        flows = _flows(frame, first_name) if keep else None
+        key = ("forward", flows, *map(first_name, exported), *_renamed(found, first_name))
+        return self._repeated(key, frame, [*number], run, holds)
 
     def _depends_on_run(self, dropped: Collection[Storage]) -> bool:
         """Whether it depends on the run of blocks what happens if a block drops the last references to storages."""
@@ -120,29 +127,33 @@ class RepeatingTape(Tape):
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         run = partial(super().backward, frame, grads)
-        if not frame.checkpointed or frame.reentrant or frame.past or not self._runs_alike(frame):
+        if frame.recomputed or frame.reentrant or frame.past or not self._runs_alike(frame):
             run()
             return
-        own = [*grads.values(), *frame.checkpoint]  # each is a reference that the block drops
-        found = [(name, frame.outer[name]) for name in names_read(Identity(frame.ops)) if name in frame.outer]
-        earlier = [*dict.fromkeys((*own, *(storage for _, storage in found)))]
-        alone = {storage for storage in own if storage.refs == own.count(storage)}  # nothing else holds them
+        by_node, inside = ((), {}) if frame.checkpointed else (frame.kept, frame.names)
+        kept = [*frame.checkpoint, *chain.from_iterable(by_node)]
+        own = Counter((*grads.values(), *kept))  # references that the block drops
+        alone = {storage for storage, n in own.items() if storage.refs == n}  # nothing else holds them
         if self._depends_on_run(alone):
             run()
             return
-        number = {storage: i for i, storage in enumerate(earlier)}
+        read = {name: frame.outer[name] for name in names_read(Identity(frame.ops)) if name in frame.outer}
+        number, found = _numbered(own, read)
+        known = {name: number[storage] for name, storage in inside.items() if storage in number}
         first_name = _like(frame.ops)[1].inverse().name
-        names = [(first_name(name), number[storage]) for name, storage in (*grads.items(), *found)]
-        in_place = [storage.fresh and storage in alone for storage in grads.values()]
-        flows = frozenset(map(first_name, frame.flow.entering if frame.flow is not None else ()))
-        key = (flows, frame.whole, len(grads), *names, *in_place)
+        gradients = {name: number[storage] for name, storage in grads.items()}
+        names = [_renamed(each, first_name) for each in (gradients, found, known)]
+        summed = (*grads.values(), *chain.from_iterable(by_node))  # storages to which a gradient can be added
+        in_place = tuple([storage.fresh and storage in alone for storage in summed])
+        keeps = (*map(len, by_node), *map(number.__getitem__, kept))
+        key = (frame.checkpointed, frame.whole, _flows(frame, first_name), *names, in_place, keeps)
 
         def result() -> dict[str, Storage]:
             run()
             return grads
 
-        after = {**self._repeated((*key, *map(number.get, frame.checkpoint)), frame, earlier, result, {})}
-        frame.checkpoint = []
+        after = {**self._repeated(key, frame, [*number], result, {})}
+        frame.checkpoint, frame.kept = [], ()
         grads.clear()
         grads.update(after)
 
@@ -168,7 +179,7 @@ class RepeatingTape(Tape):
             references, held = [storage.refs for storage in earlier], {name: len(each) for name, each in holds.items()}
             result = run()
             now = {name: each[held.get(name, 0) :] for name, each in holds.items()}
-            repeats[Identity(frame.ops)] = self._done(like, earlier, references, result, now, *before)
+            repeats[Identity(frame.ops)] = self._done(frame, earlier, references, result, now, *before)
             return result
         made = self._run_again(repeat, earlier, frame.where)
         self.enter(frame, repeat.last)
@@ -178,6 +189,9 @@ class RepeatingTape(Tape):
             if change and not storage.refs and self._is_deferred(storage):
                 self._deferred.append(storage)
         storages = [*earlier, *made]
+        if repeat.kept:
+            frame.names.update((name, storages[number]) for name, number in repeat.names.items())
+            frame.kept = [[storages[number] for number in numbers] for numbers in repeat.kept]
         for name, numbers in repeat.held.items():
             holds.setdefault(name, []).extend([storages[number] for number in numbers])
         return {name: storages[number] for name, number in repeat.result.items()}
@@ -209,6 +223,7 @@ class RepeatingTape(Tape):
             made=[(index, own.get(size, size), fresh, refs) for index, size, fresh, refs in repeat.made],
             keys={},
             result={here.name(name): number for name, number in repeat.result.items()},
+            names={here.name(name): number for name, number in repeat.names.items()},
             known={},
             like=like,
         )
@@ -220,7 +235,7 @@ class RepeatingTape(Tape):
 
     def _done(
         self,
-        like: Likeness,
+        frame: Frame,
         earlier: list[Storage],
         references: list[int],
         result: Mapping[str, Storage],
@@ -234,6 +249,7 @@ class RepeatingTape(Tape):
         allocated = self.made[made:]
         left = [(index, storage) for index, storage in enumerate(allocated) if storage.refs > 0]
         number = {storage: i for i, storage in enumerate((*earlier, *[storage for _, storage in left]))}
+        kept = [[number[storage] for storage in each] for each in frame.kept] if any(frame.kept) else []
         changes = [storage.refs - before for storage, before in zip(earlier, references, strict=True)]
         dropped = [
             (s.at - events, not s.refs and not self._is_deferred(s), i) for i, s in enumerate(earlier) if changes[i] < 0
@@ -247,10 +263,12 @@ class RepeatingTape(Tape):
             changes,
             sorted(dropped, key=itemgetter(0, 1), reverse=True),
             {name: number[storage] for name, storage in result.items()},
+            {name: number[storage] for name, storage in frame.names.items() if storage in number} if kept else {},
+            kept,
             {name: [number[storage] for storage in each] for name, each in held.items() if each},
             {},
             {},
-            like,
+            _like(frame.ops)[1],
             {},
         )
 
@@ -258,6 +276,21 @@ class RepeatingTape(Tape):
 def _like(ops: Ops) -> tuple[Ops, Likeness]:
     """Return the first operations that a block's are like, and how they differ from those."""
     return (ops.first, ops.like) if isinstance(ops, ResolvedOps) and ops.first else (ops, ALIKE)
+
+
+def _flows(frame: Frame, first_name: Callable[[str], str]) -> frozenset[str]:
+    """Return the names of the tensors that enter a frame and need a gradient."""
+    return frozenset(map(first_name, frame.flow.entering if frame.flow is not None else ()))
+
+
+def _numbered(own: Iterable[Storage], named: Mapping[str, Storage]) -> tuple[dict[Storage, int], dict[str, int]]:
+    """Number storages, the `own` ones first; return the numbers of the storages, and of those with names."""
+    number = {storage: i for i, storage in enumerate(dict.fromkeys((*own, *named.values())))}
+    return number, {name: number[storage] for name, storage in named.items()}
+
+
+def _renamed(numbers: Mapping[str, int], first_name: Callable[[str], str]) -> tuple[tuple[str, int], ...]:
+    return tuple([(first_name(name), number) for name, number in numbers.items()])
 
 
 @lru_cache(maxsize=128)

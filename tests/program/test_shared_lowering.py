@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,7 +44,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed": ("jamba", {"method": "lora"}),
     "two stacks": ("t5", {}),
 }
-ALIKE = {**RUNS, "more and more sums": ("kimi_linear", {"kernels": {"checkpointing": "full"}, "method": "lora"})}
+ALIKE = {
+    **RUNS,
+    "kept": ("llama", {"method": "lora", "kernels": {"checkpointing": "none"}}),
+    "all kept": ("qwen2", {"precision": {"weights": "fp32", "autocast": True}, "kernels": {"checkpointing": "none"}}),
+    "more and more sums": ("kimi_linear", {"kernels": {"checkpointing": "full"}, "method": "lora"}),
+}
 SUMS = {"attn_res_block_size": 2, "hidden_act": "situ", "activation_situ_beta": 4.0}
 
 
@@ -78,26 +85,44 @@ def named(recording: AllocationTrace) -> list[tuple[int, object]]:
     return [(number, key if key == FREED else keys[key]) for number, key in recording.unrolled()]
 
 
+def own_and_shared(
+    monkeypatch: pytest.MonkeyPatch, lowered_once: Callable[[], tuple[Lowered, AllocationTrace]]
+) -> Iterator[tuple[Lowered, AllocationTrace]]:
+    """Yield a lowering and a recording whose blocks repeat others, and those of a tape that runs each of its blocks."""
+    caches = dtypes._resolved, step._lowered, step._inferred, record._recorded  # pyright: ignore[reportPrivateUsage]
+    of_graphs = graph._lowered, graph._recorded, graph._inferred, graph._recorded_inference  # pyright: ignore[reportPrivateUsage]
+    for runs_alike in (RepeatingTape._runs_alike, lambda tape, frame: False):  # pyright: ignore
+        for cache in (*caches, *of_graphs):
+            cache.cache_clear()
+        monkeypatch.setattr(RepeatingTape, "_runs_alike", runs_alike)
+        yield lowered_once()
+        monkeypatch.setattr(Likeness, "of", lambda first, ops, inputs: None)
+
+
+def assert_equal(one: tuple[Lowered, AllocationTrace], other: tuple[Lowered, AllocationTrace]) -> None:
+    (shared, recorded), (own, alone) = one, other
+    assert shared is not own
+    assert recorded is not alone
+    assert ([*shared.moments], shared[1:]) == ([*own.moments], own[1:])
+    assert named(recorded) == named(alone)
+    assert [number for number, _ in recorded.left] == [number for number, _ in alone.left]
+
+
 @pytest.mark.parametrize("case", ALIKE)
 def test_a_block_that_repeats_what_another_did_has_its_own_moments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, fields = ALIKE[case]
     structure = decide(deep(kind, 19, fields)).structure
+    assert_equal(*own_and_shared(monkeypatch, lambda: (pass_of(structure), recording_of(structure, later=False))))
 
-    def once() -> tuple[Lowered, AllocationTrace]:
-        caches = graph._lowered, step._lowered, dtypes._resolved, graph._recorded, record._recorded  # pyright: ignore[reportPrivateUsage]
-        for cache in caches:
-            cache.cache_clear()
-        return pass_of(structure), recording_of(structure, later=False)
 
-    shared, recorded = once()
-    monkeypatch.setattr(RepeatingTape, "_runs_alike", lambda tape, frame: False)  # pyright: ignore
-    monkeypatch.setattr(Likeness, "of", lambda first, ops, inputs: None)
-    own, recorded_alone = once()
-    assert shared is not own
-    assert ([*shared.moments], shared[1:]) == ([*own.moments], own[1:])
-    assert recorded is not recorded_alone
-    assert named(recorded) == named(recorded_alone)
-    assert [number for number, _ in recorded.left] == [number for number, _ in recorded_alone.left]
+@pytest.mark.parametrize("kind", ["llama", "jamba", "gemma3_text", "t5"])
+def test_a_generating_block_that_repeats_another_has_its_own_moments(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in steps_of(decide(deep(kind, 19, {"task": "generate"}))):
+        make = partial(lambda of: (graph.lower_inference(of), graph.recorded_inference(of)), each.graph)
+        assert_equal(*own_and_shared(monkeypatch, make))
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("case", RUNS)
