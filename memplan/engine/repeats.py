@@ -40,8 +40,8 @@ class BlockRepeat(NamedTuple):
     names       name -> number of the storage that is known by it
     kept        numbers of the storages that each node of its graph keeps
     held        what holds them -> numbers of storages that its operations hold from now on
-    known       the events by which of the latter storages it frees
-    orders      events in the same order, by whether each of the latter storages is freed: of all blocks that are alike
+    known       the events by what is noted for each storage of `dropped`
+    orders      events in the same order, by whether each storage of `dropped` is freed: of all blocks that are alike
     like        how its operations differ from the first that they are like
     keys        what its sizes stand for, as in `LiveStorages.sizes`; empty until another block is like it
     """
@@ -130,7 +130,7 @@ class RepeatingTape(Tape):
         if frame.recomputed or frame.reentrant or frame.past or not self._runs_alike(frame):
             run()
             return
-        by_node, inside = ((), {}) if frame.checkpointed else (frame.kept, frame.names)
+        by_node, made = ((), {}) if frame.checkpointed else (frame.kept, frame.names)
         kept = [*frame.checkpoint, *chain.from_iterable(by_node)]
         own = Counter((*grads.values(), *kept))  # references that the block drops
         alone = {storage for storage, n in own.items() if storage.refs == n}  # nothing else holds them
@@ -139,10 +139,10 @@ class RepeatingTape(Tape):
             return
         read = {name: frame.outer[name] for name in names_read(Identity(frame.ops)) if name in frame.outer}
         number, found = _numbered(own, read)
-        known = {name: number[storage] for name, storage in inside.items() if storage in number}
+        inside = {name: number[storage] for name, storage in made.items() if storage in number}
         first_name = _like(frame.ops)[1].inverse().name
         gradients = {name: number[storage] for name, storage in grads.items()}
-        names = [_renamed(each, first_name) for each in (gradients, found, known)]
+        names = [_renamed(each, first_name) for each in (gradients, found, inside)]
         summed = (*grads.values(), *chain.from_iterable(by_node))  # storages to which a gradient can be added
         in_place = tuple([storage.fresh and storage in alone for storage in summed])
         keeps = (*map(len, by_node), *map(number.__getitem__, kept))
