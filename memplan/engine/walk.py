@@ -158,11 +158,11 @@ def rows(
     axes: Mapping[str, int],
     sizes: Sequence[tuple[Variable, int]],
     variables: Sequence[Variable],
-) -> list[tuple[int, ...]]:
-    """Return the bytes alive at every moment as coefficients of `variables`, with all copies of repeated blocks."""
+) -> Iterator[tuple[int, ...]]:
+    """Yield the bytes alive at every moment as coefficients of `variables`, with all copies of repeated blocks."""
     index = {v: i for i, v in enumerate(variables)}
     places = [(index[v], n) for v, n in sizes]
-    return [tuple(totals) for totals in _totals(moments, runs, axes, places, len(variables))]
+    return map(tuple, _totals(moments, runs, axes, places, len(variables)))
 
 
 def _totals(

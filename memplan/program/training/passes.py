@@ -162,12 +162,13 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
     """Return the largest moments of a pass."""
     low, axes = lower_training(graph, options), operations_of(graph)[1]
     moments = (*low.moments.unnamed, low.kept)
-    *coefficients, kept = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
-    along = chain(variables)
-    terms = {
-        phase: prune(((coefficients[i], i) for i in indices), variables, along) if indices else ()
-        for phase, indices in _by_phase(low).items()
-    }
+    coefficients = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
+    first: dict[str, dict[tuple[int, ...], int]] = {phase: {} for phase in PHASES}  # of each row, the first moment
+    for i, (phase, row) in enumerate(zip(low.moments.phases, coefficients, strict=False)):
+        if phase in first:
+            first[phase].setdefault(row, i)
+    along, (kept,) = chain(variables), coefficients
+    terms = {phase: prune(first.pop(phase).items(), variables, along) if first[phase] else () for phase in PHASES}
     return PassTerms(terms, kept)
 
 
