@@ -360,7 +360,8 @@ def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -
     run = RunSpec.model_validate({"model": model, "kernels": {"checkpointing": "none"}})
     structure = decide(run).structure
     p, low, own = program(structure), pass_of(structure), operations_of(structure.graph)[1]
-    every = rows(low.moments, low.runs, own, [size(key[0], key[1], own) for key in low.sizes], p.moments.variables)
+    sizes = [size(key[0], key[1], own) for key in low.sizes]
+    every = [*rows(low.moments, low.runs, own, sizes, p.moments.variables)]
     for micro, sequence in ((1, 1), (1, 2), (3, 1), (1, 63), (2, 64), (1, 65), (5, 257), (1, 4096)):
         axes = run_axes(p, micro, sequence, True, True, ONE_RUN)
         numbers = values(p.moments.variables, axes), values(p.moments.products, axes)
