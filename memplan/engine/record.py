@@ -138,12 +138,12 @@ class Recorder(RepeatingTape):
         self._late = late
         self._late_gradients: list[Storage] = []
         self.copies: list[_Copy] = []
-        # Numbers of events:
-        self.outside: list[int] = []  # when backward reaches the loss, the head, and the operations before the blocks
-        self.recalled = 0  # until everything that the previous pass left is allocated
-        self.turn = 0  # of forward
-        self.over = 0  # of the pass
-        self.storages = 0  # so far
+        # Positions among the events:
+        self.outside: list[int] = []  # backward reaches the loss, the head, and the operations before the blocks
+        self.recalled = 0  # everything that the previous pass left is allocated
+        self.turn = 0  # end of forward
+        self.over = 0  # end of the pass
+        self.storages = 0  # their number so far
         self._entered = _Copy(0, "forward", 0, "", range(0), 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
@@ -183,9 +183,9 @@ class Recorder(RepeatingTape):
         return not self._late_gradients and super()._runs_alike(frame)
 
     def _run_again(self, repeat: BlockRepeat, earlier: list[Storage], layer: str) -> list[Storage]:
-        first, (of_block, count_) = self.storages, repeat.allocated
-        self.storages += count_
-        events = [change if change >= 0 else change + of_block - first for change in repeat.events]
+        first, further = self.storages, self.storages - repeat.allocated.start
+        self.storages += len(repeat.allocated)
+        events = [change if change >= 0 else change - further for change in repeat.events]
         self._changes += repeat.with_frees(events, repeat.frees(earlier, self._free))
         made: list[Storage] = []
         for index, size, fresh, refs in repeat.made:
@@ -359,7 +359,7 @@ def _recorded(
 
 
 _DIFFERENT = 8  # more copies of a run than differ from the others
-_OUTSIDE = -1  # of copies
+_OUTSIDE = -1  # stands for the copy that allocates a storage if none does
 
 
 def _expanded(

@@ -31,7 +31,7 @@ class BlockRepeat(NamedTuple):
     events      its allocations and frees, as the tape notes them
     operations  the operation of each allocation
     last        the last operation
-    allocated   the first of the numbers of the storages that it allocated, and how many these are
+    allocated   the numbers of the storages that it allocated, if the tape numbers storages
     made        index among them, size, freshness and references of each storage that it made and left
     references  how many references to each earlier storage it took, less those that it dropped
     dropped     when it dropped its last reference to an earlier storage, last first: the number of events before,
@@ -49,7 +49,7 @@ class BlockRepeat(NamedTuple):
     events: list[int]
     operations: list[Op]
     last: Op
-    allocated: tuple[int, int]
+    allocated: range
     made: list[tuple[int, int, bool, int]]
     references: list[int]
     dropped: list[tuple[int, bool, int]]
@@ -212,7 +212,7 @@ class RepeatingTape(Tape):
             keys = [*self.sizes]
             repeat.keys.update((size, keys[size]) for size in dict.fromkeys(repeat.events) if size >= 0)
         own: dict[int, int] = {}  # sizes that the other block allocates -> the block's own, if it is another
-        for size, (shape, dtype, *labels) in repeat.keys.items():
+        for size, (shape, dtype, *labels) in repeat.keys.items():  # a recorder's only label is the stream
             if len(labels) > 1 and (name := labels[3].removeprefix(GRADIENT_OF)) in here.names:
                 labels[3] = labels[3].removesuffix(name) + here.names[name]
             elif shape not in here.shapes:
@@ -247,6 +247,7 @@ class RepeatingTape(Tape):
         """Return what a block did, given the references before it, what it returned and holds, and the numbers of
         events, origins and storages before it."""
         allocated = self.made[made:]
+        first_number = allocated[0].number if allocated else 0
         left = [(index, storage) for index, storage in enumerate(allocated) if storage.refs > 0]
         number = {storage: i for i, storage in enumerate((*earlier, *[storage for _, storage in left]))}
         kept = [[number[storage] for storage in each] for each in frame.kept] if any(frame.kept) else []
@@ -258,7 +259,7 @@ class RepeatingTape(Tape):
             self._changes[events:],
             [op for _, op in self.origins[origins:]],
             self._op,
-            (allocated[0].number if allocated else 0, len(allocated)),
+            range(first_number, first_number + len(allocated)),
             [(index, storage.size, storage.fresh, storage.refs) for index, storage in left],
             changes,
             sorted(dropped, key=itemgetter(0, 1), reverse=True),

@@ -113,7 +113,7 @@ def test_alike_operations_are_resolved_as_if_alone(autocast: str | None) -> None
 def test_a_block_falls_earlier_if_it_frees_what_it_finds() -> None:
     operations = [Op("a"), Op("b")]
     block = BlockRepeat(
-        [0, 1, ~0], operations, Op("b"), (0, 2), [], [-1], [(1, False, 0)], {}, {}, [], {}, {}, {}, ALIKE, {}
+        [0, 1, ~0], operations, Op("b"), range(2), [], [-1], [(1, False, 0)], {}, {}, [], {}, {}, {}, ALIKE, {}
     )
     frees = [block.frees([Storage(7, True, refs)], lambda storage: ~storage.size) for refs in (2, 1)]
     assert frees == [(0,), (~7,)]

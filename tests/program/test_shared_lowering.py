@@ -85,7 +85,7 @@ def named(recording: AllocationTrace) -> list[tuple[int, object]]:
     return [(number, key if key == FREED else keys[key]) for number, key in recording.unrolled()]
 
 
-def own_and_shared(
+def shared_and_own(
     monkeypatch: pytest.MonkeyPatch, lowered_once: Callable[[], tuple[Lowered, AllocationTrace]]
 ) -> Iterator[tuple[Lowered, AllocationTrace]]:
     """Yield a lowering and a recording whose blocks repeat others, and those of a tape that runs each of its blocks."""
@@ -112,7 +112,7 @@ def assert_equal(one: tuple[Lowered, AllocationTrace], other: tuple[Lowered, All
 def test_a_block_that_repeats_what_another_did_has_its_own_moments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, fields = ALIKE[case]
     structure = decide(deep(kind, 19, fields)).structure
-    assert_equal(*own_and_shared(monkeypatch, lambda: (pass_of(structure), recording_of(structure, later=False))))
+    assert_equal(*shared_and_own(monkeypatch, lambda: (pass_of(structure), recording_of(structure, later=False))))
 
 
 @pytest.mark.parametrize("kind", ["llama", "jamba", "gemma3_text", "t5"])
@@ -121,7 +121,7 @@ def test_a_generating_block_that_repeats_another_has_its_own_moments(
 ) -> None:
     for each in steps_of(decide(deep(kind, 19, {"task": "generate"}))):
         make = partial(lambda of: (graph.lower_inference(of), graph.recorded_inference(of)), each.graph)
-        assert_equal(*own_and_shared(monkeypatch, make))
+        assert_equal(*shared_and_own(monkeypatch, make))
         monkeypatch.undo()
 
 

@@ -167,8 +167,8 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
     for i, (phase, row) in enumerate(zip(low.moments.phases, coefficients, strict=False)):
         if phase in first:
             first[phase].setdefault(row, i)
-    along, (kept,) = chain(variables), coefficients
-    terms = {phase: prune(first.pop(phase).items(), variables, along) if first[phase] else () for phase in PHASES}
+    along, (kept,) = chain(variables), coefficients  # the moment of what is kept is the last one
+    terms = {phase: prune(of_phase.items(), variables, along) if of_phase else () for phase, of_phase in first.items()}
     return PassTerms(terms, kept)
 
 
