@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, pairwise
 from operator import mul
 
 from memplan.engine.native import address_of, library
-from memplan.engine.walk import Term, Variable, largest, values
+from memplan.engine.walk import Term, largest
 
 _MOST = 2**62  # a sum of products below it does not overflow 64 bits
 
@@ -17,7 +17,7 @@ class RowGroups:
     """Groups of rows of coefficients, which the compiled library compares."""
 
     def __init__(self, groups: Iterable[Sequence[Sequence[int]]]) -> None:
-        self._groups = groups = [*groups]
+        groups = [*groups]
         rows = [*chain.from_iterable(groups)]
         self._widest = [max(1, *map(abs, column)) for column in zip(*rows, strict=True)]
         self._total = sum(self._widest)
@@ -28,9 +28,13 @@ class RowGroups:
         self._addresses = (*map(address_of, self._arrays), len(groups))
         self._none = array("q", (0,)) * (2 * len(groups))
 
-    def __reduce__(self) -> tuple[type[RowGroups], tuple[list[Sequence[Sequence[int]]]]]:
-        """Pickle the rows: the library and addresses are of this process."""
-        return RowGroups, (self._groups,)
+    def __reduce__(self) -> tuple[type[RowGroups], tuple[list[list[array[int]]]]]:
+        """Pickle the rows, if they can be compared: the library and addresses are of this process."""
+        if self._library is None:
+            return RowGroups, ([],)
+        (numbers, ends), width = self._arrays, len(self._widest)
+        rows = [numbers[at : at + width] for at in range(0, len(numbers), width)]
+        return RowGroups, ([rows[start:end] for start, end in pairwise((0, *ends))],)
 
     def largest(self, numbers: Sequence[int]) -> array[int] | None:
         """Return for each group the number of its first row with the largest sum, -1 without rows, and the sum. None
@@ -48,26 +52,18 @@ class RowGroups:
 
 
 class PhaseTerms:
-    """The moments of several phases that can be their peaks, over the same variables.
+    """The moments of several phases that can be their peaks, over the same variables. A phase may have none."""
 
-    phases    the moments of each phase; a phase may have none
-    products  the variables of the chain (see `memplan.engine.walk.chain`)
-    """
-
-    def __init__(self, phases: Sequence[Sequence[Term]], products: Sequence[Variable]) -> None:
-        self._phases, self._products = phases, products
+    def __init__(self, phases: Sequence[Sequence[Term]]) -> None:
+        self._phases = phases
         self._rows = RowGroups([term.coefficients for term in terms] for terms in phases)
         self._moments = [*(term.moment for terms in phases for term in terms), -1]  # of a phase without moments
 
-    def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
-        """Return the most bytes of each phase and its moment: 0 and -1 for a phase without moments.
-
-        numbers  the variables' values
-        axes     the axes that their products are of
-        """
+    def largest(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the most bytes of each phase and its moment, for the variables' values: 0 and -1 for a phase without
+        moments."""
         best = self._rows.largest(numbers)
         if best is None:
-            products = values(self._products, axes)
-            return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
+            return [largest(terms, numbers) if terms else (0, -1) for terms in self._phases]
         moments, pairs = self._moments, iter(best)
         return [(most, moments[row]) for row, most in zip(pairs, pairs, strict=True)]

@@ -40,17 +40,9 @@ ONE = Variable(())
 
 
 class Term(NamedTuple):
-    """The bytes of one moment, as coefficients of a program's variables.
-
-    coefficients  of the variables
-    at_least      of the products of a chain (see `chain`): a lower bound of the bytes
-    slack         how much the bytes can exceed that bound; None if there are variables outside the chain
-    moment        index of the moment
-    """
+    """The bytes of one moment, as coefficients of a program's variables, and its index."""
 
     coefficients: tuple[int, ...]
-    at_least: tuple[int, ...]
-    slack: int | None
     moment: int
 
 
@@ -265,10 +257,9 @@ def prune(
     by_product = [[0] * len(left) for _ in products]
     for i, product, multiple in multiples:
         by_product[product] = [n + count * multiple for n, count in zip(by_product[product], columns[i], strict=True)]
-    linear = _transposed(by_product, len(left))
-    sums = [tuple(accumulate(each)) for each in linear]
+    sums = [tuple(accumulate(each)) for each in _transposed(by_product, len(left))]
     apart, rounding = (_transposed([columns[i] for i in wanted], len(left)) for wanted in (others, rounds))
-    by_sums = sorted(map(_Candidate, sums, apart, rounding, left, linear), key=_sums, reverse=True)
+    by_sums = sorted(map(_Candidate, sums, apart, rounding, left), key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
     for candidate in by_sums:
@@ -277,8 +268,7 @@ def prune(
                 larger.insert(0, larger.pop(at))
                 break
         else:
-            slack = None if any(candidate.apart) else 511 * sum(candidate.rounding)
-            kept.append(Term(candidate.row, candidate.linear, slack, first[candidate.row]))
+            kept.append(Term(candidate.row, first[candidate.row]))
             larger.append(candidate)
     return tuple(kept)
 
@@ -343,14 +333,12 @@ class _Candidate(NamedTuple):
     apart     coefficients of variables outside the chain
     rounding  coefficients of rounded variables
     row       all coefficients
-    linear    coefficients of the chain's products
     """
 
     sums: tuple[int, ...]
     apart: tuple[int, ...]
     rounding: tuple[int, ...]
     row: tuple[int, ...]
-    linear: tuple[int, ...]
 
 
 def _transposed(rows: Sequence[Sequence[int]], columns: int) -> list[tuple[int, ...]]:
@@ -405,15 +393,8 @@ def values(variables: Sequence[Variable], axes: Mapping[str, Size]) -> list[Size
     return out
 
 
-def largest(terms: Sequence[Term], values: Sequence[int], products: Sequence[int]) -> tuple[int, int]:
-    """Return the most bytes of any term, and its moment. `products` are the values of the chain's products."""
-    floors = [sum(map(mul, term.at_least, products)) for term in terms]
-    highest = max(floors)
-    best: tuple[int, int] | None = None  # not 0: bytes are negative if always-live tensors are counted elsewhere
-    for term, floor in zip(terms, floors, strict=True):
-        if term.slack is None or floor + term.slack >= highest:
-            total = sum(map(mul, term.coefficients, values))
-            if best is None or total > best[0]:
-                best = total, term.moment
-    assert best is not None
-    return best
+def largest(terms: Sequence[Term], values: Sequence[int]) -> tuple[int, int]:
+    """Return the most bytes of any term, and the moment of the first that takes them."""
+    sums = [sum(map(mul, term.coefficients, values)) for term in terms]
+    most = max(sums)
+    return most, terms[sums.index(most)].moment

@@ -132,7 +132,7 @@ class StepProgram:
         if structure.engine:
             return step_program(structure._replace(engine=()))._terms
         passes = (moments.terms.first, moments.terms.later)[: 1 + structure.accumulates]
-        return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], moments.products)
+        return PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES])
 
     def peaks(self, sizes: _Sizes, workspace: int) -> TrainingPeaks:
         """Return the peaks of all phases. Those of the last sizes are kept."""
@@ -149,7 +149,7 @@ class StepProgram:
     def _moments(self, sizes: _Sizes) -> _Moments:
         p, axes = self.program, self.axes(sizes)
         numbers = values(p.moments.variables, axes)
-        largest, names = p.moments.largest(numbers) or (self._terms.largest(numbers, axes), p.moments.terms.where)
+        largest, names = p.moments.largest(numbers) or (self._terms.largest(numbers), p.moments.terms.where)
         best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}
         for phase, (bytes_, index) in zip(PHASES, largest[len(PHASES) :], strict=False):  # in a later micro-batch
             if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:

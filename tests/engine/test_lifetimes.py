@@ -305,9 +305,9 @@ def test_frozen_runs_pass_no_gradient_through_operations_between_them() -> None:
 
 def test_the_largest_moment_may_be_less_than_separately_counted_memory() -> None:
     """If every moment subtracts from the constant memory, the one that subtracts least is found."""
-    terms = (Term((-7, 2), (-7, 2), 0, 3), Term((-5, 1), (-5, 1), 0, 4))
-    assert largest(terms, (1, 1), (1, 1)) == (-5 + 1, 4)
-    assert largest(terms, (1, 9), (1, 9)) == (-7 + 2 * 9, 3)
+    terms = Term((-7, 2), 3), Term((-5, 1), 4)
+    assert largest(terms, (1, 1)) == (-5 + 1, 4)
+    assert largest(terms, (1, 9)) == (-7 + 2 * 9, 3)
 
 
 def test_a_tensor_freed_twice_is_an_error_that_names_it() -> None:

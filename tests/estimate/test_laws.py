@@ -339,18 +339,18 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
     }
     low = pass_of(decided.structure)
     sizes = [size(k[0], k[1], operations_of(decided.structure.graph)[1]) for k in low.sizes]
-    numbers, products = values(p.moments.variables, axes), values(p.moments.products, axes)
+    numbers = values(p.moments.variables, axes)
     live = [n * values([v], axes)[0] for v, n in sizes]
     options = tuple(pass_options(p.structure, later) for later in (False, True)[: 1 + p.structure.accumulates])
     counted = step_moments.__wrapped__(p.structure.graph, options, p.structure.holds_outputs).largest(numbers)
     terms = [of_pass[phase] for of_pass in (p.moments.terms.first, p.moments.terms.later) for phase in PHASES]
     if counted is not None:
-        by_terms = PhaseTerms(terms[: len(counted.of_phases)], p.moments.products).largest(numbers, axes)
+        by_terms = PhaseTerms(terms[: len(counted.of_phases)]).largest(numbers)
         assert counted.of_phases == by_terms
         assert all(counted.where[0][i] == p.moments.terms.where[0][i] for _, i in by_terms[: len(PHASES)] if i >= 0)
     for phase in p.passing:
         every = bytes_at_each((m for m in low.moments if m.phase == phase), low.runs, axes, live)
-        assert largest(p.moments.terms.first[phase], numbers, products)[0] == max(every)
+        assert largest(p.moments.terms.first[phase], numbers)[0] == max(every)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "kimi_linear", "mamba2", "qwen3_next"])
@@ -364,11 +364,11 @@ def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -
     every = [*rows(low.moments, low.runs, own, sizes, p.moments.variables)]
     for micro, sequence in ((1, 1), (1, 2), (3, 1), (1, 63), (2, 64), (1, 65), (5, 257), (1, 4096)):
         axes = run_axes(p, micro, sequence, True, True, ONE_RUN)
-        numbers = values(p.moments.variables, axes), values(p.moments.products, axes)
+        numbers = values(p.moments.variables, axes)
         for phase in p.passing:
             of_phase = [row for row, m in zip(every, low.moments, strict=True) if m.phase == phase]
-            most = max(sum(map(mul, row, numbers[0])) for row in of_phase)
-            assert largest(p.moments.terms.first[phase], *numbers)[0] == most, (micro, sequence, phase)
+            most = max(sum(map(mul, row, numbers)) for row in of_phase)
+            assert largest(p.moments.terms.first[phase], numbers)[0] == most, (micro, sequence, phase)
 
 
 @pytest.mark.parametrize("name", optimizer_names())

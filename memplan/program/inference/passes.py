@@ -32,7 +32,6 @@ from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
     Term,
-    Variable,
     bytes_at_each,
     chain,
     counts_at_each,
@@ -437,7 +436,7 @@ class Contenders:
         """Return the peak bytes of the pass, and its moment. That of the last sizes is kept."""
         last = self._last
         if last is None or last[0] is not sizes:
-            bytes_, moment = self._most(values(self.variables, sizes), sizes)
+            bytes_, moment = self._most(values(self.variables, sizes))
             last = self._last = sizes, PassPeak(bytes_, moment, self.where(moment))
         return last[1]
 
@@ -448,9 +447,9 @@ class Contenders:
 
     @cached_property
     def _of_terms(self) -> PhaseTerms:
-        return PhaseTerms([self.terms], [*map(Variable, self._along)])
+        return PhaseTerms([self.terms])
 
-    def _most(self, numbers: list[int], sizes: Mapping[str, int]) -> tuple[int, int]:
+    def _most(self, numbers: list[int]) -> tuple[int, int]:
         """Return the most bytes and their moment: at the first sizes from the sums of all moments, unless several of
         these are equally large."""
         if self._sums_left:
@@ -459,7 +458,7 @@ class Contenders:
             most = max(sums, default=0)
             if sums.count(most) == 1:
                 return most, [*self._rows.values()][sums.index(most)]
-        return self._of_terms.largest(numbers, sizes)[0]
+        return self._of_terms.largest(numbers)[0]
 
     def where(self, moment: int) -> str:
         """Return the operation of a moment."""

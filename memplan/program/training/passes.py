@@ -85,11 +85,6 @@ class Moments:
         self._terms, self._largest = terms, largest
         self._first: tuple[list[int], LargestMoments | None] | None = None
 
-    @property
-    def products(self) -> tuple[Variable, ...]:
-        """The chain of products that bounds moments, largest first."""
-        return tuple(map(Variable, chain(self.variables)))
-
     @cached_property
     def terms(self) -> MomentTerms:
         """The moments that can be the peak. Finding them takes as long as lowering."""
