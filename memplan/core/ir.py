@@ -333,7 +333,7 @@ def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_
     yield from (UndefinedName(where, "", name) for name in handed_on if name not in known)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str]]:
     """Return the names that a list, which equal layers share, takes from outside, each with the operation that does,
     and the names that it writes."""

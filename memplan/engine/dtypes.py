@@ -83,7 +83,7 @@ class Scope:
         return resolved.ops
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def with_cached_casts(ops: Identity[tuple[Op, ...]], leaves: frozenset[str]) -> tuple[Op, ...]:
     """Return the operations with one cast of each of these fp32 leaves, which autocast caches like casts of weights."""
     made: dict[str, str] = {}
@@ -115,7 +115,7 @@ class _Listed:
         return isinstance(other, _Listed) and self.ops == other.ops
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _listed(ops: Identity[tuple[Op, ...]]) -> _Listed:
     return _Listed(ops.value)
 
@@ -140,7 +140,7 @@ class _Resolved(NamedTuple):
     trained: Mapping[str, Weight]
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _resolved(
     listed: _Listed,
     autocast: str | None,

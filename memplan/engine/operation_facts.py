@@ -122,19 +122,19 @@ def gradient_flow(ops: Ops, entering: AbstractSet[str]) -> GradientFlow:
     return _gradient_flow(key, frozenset(names_read(key) & entering))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def names_read(ops: Identity[Ops]) -> KeysView[str]:
     """Return the names of the tensors that the operations read, in order."""
     return dict.fromkeys([r for op in ops.value for r in op.reads]).keys()
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def leaf_names(ops: Identity[Ops]) -> frozenset[str]:
     """Return the outputs of the operations that are autograd leaves requiring a gradient."""
     return frozenset(name for op in ops.value if op.requires_gradient for name in leaves(op))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow:
     flows = set(entering)
     targets_of_each: list[tuple[str, ...]] = []
@@ -163,12 +163,12 @@ def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
     return _last_uses(key, keep or not _needs_recording(key))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _needs_recording(ops: Identity[Ops]) -> bool:
     return any(op.needs_recording for op in ops.value)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
     root: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -192,7 +192,7 @@ def are_holding(ops: Ops) -> tuple[bool, ...]:
     return _are_holding(Identity(ops))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _are_holding(ops: Identity[Ops]) -> tuple[bool, ...]:
     return tuple(bool(op.holds or op.releases or op.captures or op.requires_gradient) for op in ops.value)
 
@@ -202,13 +202,13 @@ def weights_used_again(ops: Ops) -> dict[str, int]:
     return dict(_weights_used_again(Identity(ops)))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
     uses = Counter(w.name for op in ops.value if op.gradient != "none" for w in op.weights if w.trains)
     return tuple((name, n) for name, n in uses.items() if n > 1)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def parts_behind(ops: Identity[Ops]) -> Mapping[str, str]:
     """Map names to parts of a storage, for those that do not begin where their storage does: views of such a part."""
     parts: dict[str, str] = {}
@@ -228,7 +228,7 @@ def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) 
     return _storages_behind(Identity(ops), tuple(inputs.items()))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
     behind = dict(inputs)
     for op in ops.value:

@@ -294,7 +294,7 @@ def _renamed(numbers: Mapping[str, int], first_name: Callable[[str], str]) -> tu
     return tuple([(first_name(name), number) for name, number in numbers.items()])
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=64)
 def _are_alike(ops: Identity[Ops]) -> bool:
     """Whether the operations of a block let go nothing that others hold, and run no other model."""
     return not any(

@@ -403,7 +403,7 @@ def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
     return tuple(t._replace(shape=" ".join(layers if a == "L" else a for a in t.shape.split())) for t in buffers)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def first_equal_stage(graph: Graph) -> Graph:
     """Return the graph of the first pipeline stage with the same layers, so that equal stages share one lowering."""
     degrees = graph.degrees

@@ -117,7 +117,7 @@ def pass_options(structure: Structure, later: bool, opens: bool = False) -> Trai
     return options
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def recorded_options(structure: Structure, later: bool, opens: bool = False) -> TrainingPass:
     """Return the options of a pass whose allocations are recorded. Whole gradients of earlier passes, and outputs that
     the loop still references, are not among these."""
@@ -143,7 +143,7 @@ class PassTerms(NamedTuple):
     kept: tuple[int, ...]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int], ...]:
     """Return the size of each of a pass's storages."""
     axes = operations_of(graph)[1]
@@ -152,7 +152,7 @@ def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int],
     return tuple(known[key] for key in sizes)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, ...]) -> PassTerms:
     """Return the largest moments of a pass."""
     low, axes = lower_training(graph, options), operations_of(graph)[1]
@@ -183,7 +183,7 @@ def variables_of(used: set[Variable]) -> tuple[Variable, ...]:
     return (walk.ONE, *sorted(used - {walk.ONE}))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def step_moments(graph: Graph, options: tuple[TrainingPass, ...], holds_outputs: bool) -> Moments:
     """Return the moments of a step's passes, cached for all optimizers with the same options."""
     variables = variables_of({v for of_pass in options for v, _ in sizes_of(graph, of_pass)})

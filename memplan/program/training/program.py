@@ -78,7 +78,7 @@ class Program(NamedTuple):
         return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 @once
 @without_collection
 def program(structure: Structure) -> Program:
@@ -192,7 +192,7 @@ class PhaseOffset(NamedTuple):
     where: str = ""
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def phase_offsets(structure: Structure, workspace: int) -> tuple[PhaseOffset, ...]:
     """Return every phase after loading, in order. `workspace` is cuBLAS's for one handle."""
     p = program(structure)
