@@ -93,8 +93,8 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
-        numbers = values(program.moments.variables, axes), values(program.moments.products, axes)
-        return [largest(terms, *numbers) for terms in phases]
+        numbers = values(program.moments.variables, axes)
+        return [largest(terms, numbers) for terms in phases]
 
     return walked
 

@@ -192,7 +192,7 @@ class Resolver:
 _resolver = lru_cache(maxsize=512)(Resolver)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _card_of(run: RunSpec, name: str | None) -> tuple[GPU | None, GPUFacts | None]:
     """Return a GPU and its facts, or None for both without a name. Raises SpecError for a run that it does not run."""
     gpu, card = find_card(name, run.parallelism.world > 1) if name is not None else (None, None)

@@ -90,7 +90,7 @@ def _shared(part: Part, given: frozenset[str]) -> Part:
     return part
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 @once
 def decide_training(
     model: ModelSpec,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import count, groupby
+from operator import itemgetter
 
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
 from memplan.core.cached_property import cached_property
@@ -156,14 +157,15 @@ def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int],
 def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, ...]) -> PassTerms:
     """Return the largest moments of a pass."""
     low, axes = lower_training(graph, options), operations_of(graph)[1]
-    moments = (*low.moments.unnamed, low.kept)
-    coefficients = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
-    first: dict[str, dict[tuple[int, ...], int]] = {phase: {} for phase in PHASES}  # of each row, the first moment
-    for i, (phase, row) in enumerate(zip(low.moments.phases, coefficients, strict=False)):
-        if phase in first:
-            first[phase].setdefault(row, i)
-    along, (kept,) = chain(variables), coefficients  # the moment of what is kept is the last one
-    terms = {phase: prune(of_phase.items(), variables, along) if of_phase else () for phase, of_phase in first.items()}
+    rows_of = partial(rows, runs=low.runs, axes=axes, sizes=sizes_of(graph, options), variables=variables)
+    terms: Terms = dict.fromkeys(PHASES, ())
+    along = chain(variables)
+    each = zip(low.moments.phases, rows_of(low.moments.unnamed), count(), strict=False)
+    for phase, of_phase in groupby(each, itemgetter(0)):
+        if phase in terms:
+            candidates = ((row, moment) for _, row, moment in of_phase)
+            terms[phase] = prune(candidates, variables, along, terms[phase])
+    (kept,) = rows_of((low.kept,))
     return PassTerms(terms, kept)
 
 

@@ -114,7 +114,7 @@ class _Table:
 
     @property
     def terms(self) -> Terms:
-        return {phase: prune(of_phase, self._variables) if of_phase else () for phase, of_phase in self._rows.items()}
+        return {phase: prune(of_phase, self._variables) for phase, of_phase in self._rows.items()}
 
 
 class _Rank:
