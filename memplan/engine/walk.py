@@ -233,7 +233,7 @@ def _height(axis: str) -> int:
     return 1 + _height(AT_LEAST[axis]) if axis in AT_LEAST else 0
 
 
-_AT_ONCE = 2048  # candidates to compare: some models have tens of thousands, which would take 30 MB together
+_AT_ONCE = 2048  # candidates that are compared with those kept so far: all of a large model's would take 30 MB
 
 
 def prune(

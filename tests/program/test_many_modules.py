@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 from operator import ge, mul
 from typing import Any
@@ -240,6 +241,32 @@ def test_pruning_keeps_the_first_of_the_largest_moments(
         terms: tuple[Term, ...] = prune(((row, i) for i, row in enumerate(candidates)), VARIABLES)
     most = max(totals.values())
     assert largest(terms, numbers) == (most, next(i for i, total in totals.items() if total == most))
+
+
+class CountedRow(tuple[int, ...]):
+    """A row that counts how many of them exist."""
+
+    __slots__ = ()
+    existing = 0
+
+    def __init__(self, _: tuple[int, ...]) -> None:
+        CountedRow.existing += 1
+
+    def __del__(self) -> None:
+        CountedRow.existing -= 1
+
+
+def test_pruning_holds_few_of_the_moments_at_a_time() -> None:
+    existing: list[int] = []
+
+    def candidates() -> Iterator[tuple[tuple[int, ...], int]]:
+        for i in range(100):
+            yield CountedRow((i,)), i
+            existing.append(CountedRow.existing)
+
+    with patch.object(walk, "_AT_ONCE", 10):
+        assert prune(candidates(), (ONE,)) == (Term((99,), 99),)
+    assert max(existing) <= 1 + 10 + 10  # the one that is kept, those before and the next ones
 
 
 class Long(Replay):
