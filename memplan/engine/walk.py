@@ -233,23 +233,22 @@ def _height(axis: str) -> int:
     return 1 + _height(AT_LEAST[axis]) if axis in AT_LEAST else 0
 
 
-_AT_ONCE = 2048  # candidates that are compared with those kept so far: all of a large model's would take 30 MB
+_AT_ONCE = 2048  # candidates that are compared at a time: all those of some models would take 30 MB
 
 
 def prune(
     candidates: Iterable[tuple[tuple[int, ...], int]],
     variables: tuple[Variable, ...],
     along: Sequence[tuple[str, ...]] | None = None,
-    earlier: tuple[Term, ...] = (),
 ) -> tuple[Term, ...]:
-    """Return the candidates (rows, and their moments) and `earlier` ones that can be the largest for some run.
+    """Return the candidates (rows, and their moments) that can be the largest for some run.
 
     Leaves out every candidate that is never larger than another one, or that lies midway between two others. Along a
     chain of products, running sums of coefficients are compared, from the largest product down; the chain is the
     variables' own unless `along` is given. A rounded size is its product plus at most 511 bytes.
     """
     products = {axes: i for i, axes in enumerate(chain(variables) if along is None else along)}
-    kept, each = earlier, iter(candidates)
+    kept, each = tuple[Term, ...](), iter(candidates)
     while more := [*islice(each, _AT_ONCE)]:
         kept = _pruned((*kept, *more), variables, products)
     return kept
@@ -260,7 +259,7 @@ def _pruned(
     variables: tuple[Variable, ...],
     products: Mapping[tuple[str, ...], int],
 ) -> tuple[Term, ...]:
-    """Return what `prune` does, given the numbers of the chain's products."""
+    """Return which of a few candidates `prune` keeps; `products` numbers those of the chain."""
     chained = [v.axes in products and v.per == 1 for v in variables]
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
     others = [i for i, is_chained in enumerate(chained) if not is_chained]

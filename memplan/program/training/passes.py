@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import count, groupby
 from operator import itemgetter
 
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
@@ -160,11 +160,10 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
     rows_of = partial(rows, runs=low.runs, axes=axes, sizes=sizes_of(graph, options), variables=variables)
     terms: Terms = dict.fromkeys(PHASES, ())
     along = chain(variables)
-    each = zip(low.moments.phases, rows_of(low.moments.unnamed), count(), strict=False)
-    for phase, of_phase in groupby(each, itemgetter(0)):
+    each = zip(low.moments.phases, rows_of(low.moments.unnamed), itertools.count(), strict=False)
+    for phase, of_phase in itertools.groupby(each, itemgetter(0)):
         if phase in terms:
-            candidates = ((row, moment) for _, row, moment in of_phase)
-            terms[phase] = prune(candidates, variables, along, terms[phase])
+            terms[phase] = prune(itertools.chain(terms[phase], map(itemgetter(1, 2), of_phase)), variables, along)
     (kept,) = rows_of((low.kept,))
     return PassTerms(terms, kept)
 
@@ -173,7 +172,7 @@ def _by_phase(low: Lowered) -> dict[str, list[int]]:
     """Return the moments of each phase of a pass."""
     of_phase: dict[str, list[int]] = {phase: [] for phase in PHASES}
     at = 0
-    for phase, moments in groupby(low.moments.phases):
+    for phase, moments in itertools.groupby(low.moments.phases):
         end = at + len([*moments])
         of_phase.get(phase, []).extend(range(at, end))
         at = end
